@@ -1,0 +1,33 @@
+"""The core between an RL trainer and its rollout engine: tensor buckets, workers, and the checks that prove them.
+
+Importing this package loads neither torch nor an engine; import the part you need, e.g. ``rollout_core.bucketing``.
+"""
+
+from rollout_core.errors import (
+    CapacityError,
+    DuplicateNameError,
+    IncompleteStreamError,
+    IntegrityError,
+    ManifestError,
+    PlanMismatchError,
+    RolloutCoreError,
+    SourceError,
+    TransferError,
+    WorkerError,
+)
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CapacityError",
+    "DuplicateNameError",
+    "IncompleteStreamError",
+    "IntegrityError",
+    "ManifestError",
+    "PlanMismatchError",
+    "RolloutCoreError",
+    "SourceError",
+    "TransferError",
+    "WorkerError",
+    "__version__",
+]

@@ -1,0 +1,408 @@
+"""pack and Packer: from named tensors to the buckets of a plan."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, wait
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Final, Literal
+
+import torch
+
+from rollout_core.bucketing.bucket import Bucket, check_version, seal
+from rollout_core.bucketing.buffers import Allocate, BufferPool, check_buffer
+from rollout_core.bucketing.digest import ALGORITHMS, Algorithm, default_algorithm, payload_digest
+from rollout_core.bucketing.dtypes import BIT_EXACT_COPY
+from rollout_core.bucketing.placement import BucketLayout, Slot
+from rollout_core.bucketing.plan import BucketPlan
+from rollout_core.bucketing.sources import AnySource, Pair, Source, Step, adrive, as_mapping, drive, named_pairs
+from rollout_core.bucketing.specs import TensorSpec
+from rollout_core.bucketing.tensors import PLAIN_TYPES, as_bytes, describe, materialize, own_copy, same_bits_copy, view_key
+from rollout_core.errors import PlanMismatchError
+
+#: "auto" picks by device; None sends no digests.
+DigestChoice = Algorithm | Literal["auto"] | None
+
+NewBuffer = Callable[[int, torch.device], torch.Tensor]
+
+_SMALL: Final = 256 << 10  # below this a copy is too short for torch to share it among threads
+_JOB: Final = 8 << 20  # bytes of small tensors that are worth a job of their own
+
+
+def pack(
+    plan: BucketPlan, source: Source, *, version: int = 0, digest: DigestChoice = "auto", allocate: Allocate | None = None
+) -> Iterator[Bucket]:
+    """The buckets of ``plan`` filled from ``source``, one after the other.
+
+    A source that is an iterator gives its tensors in the plan's order, and each is copied before the next is asked for; mappings
+    and modules are read by name. ``version`` (0 to 2**63 - 1) is the round of weights that the buckets are sealed with.
+    ``digest`` is an algorithm, ``"auto"`` by device, or None. ``allocate`` gives the buffers, for example in shared memory.
+
+    Raises ``PlanMismatchError`` (the source's names, dtypes or shapes are not the plan's, or tied tensors no longer are),
+    ``SourceError`` (a tensor has no plain bytes), or whatever the source raises. No bucket with a gap is ever yielded.
+    """
+    return Packer(plan, digest=digest, allocate=allocate).pack(source, version=version)
+
+
+def apack(
+    plan: BucketPlan, source: AnySource, *, version: int = 0, digest: DigestChoice = "auto", allocate: Allocate | None = None
+) -> AsyncIterator[Bucket]:
+    """``pack`` for sync and async sources."""
+    return Packer(plan, digest=digest, allocate=allocate).apack(source, version=version)
+
+
+class Packer:
+    """``pack`` for many rounds of one plan: buffers and everything derived from the plan are kept.
+
+    A bucket's CPU buffer is used again once nothing refers to it any more, so drop each bucket when it is sent. Nothing of a source
+    is kept between rounds. Rounds are numbered from 1 unless ``version`` is given.
+
+    ``executor`` runs the copies of small tensors in parallel. torch shares one large copy among its threads but not ten thousand
+    small ones; a ``ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))`` does.
+    """
+
+    def __init__(
+        self,
+        plan: BucketPlan,
+        *,
+        digest: DigestChoice = "auto",
+        allocate: Allocate | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        if digest not in (*ALGORITHMS, "auto", None):
+            raise ValueError(f"digest is {digest!r}; it is one of {', '.join(ALGORITHMS)}, 'auto' or None")
+        self.plan = plan
+        self._digest = digest
+        self._allocate = allocate
+        self._executor = executor
+        self._pool = BufferPool()
+        self._largest = max((layout.nbytes for layout in plan.buckets if layout.nbytes <= plan.capacity), default=0)
+        self._work = _work_of(plan)
+        self._names = [spec.name for spec in plan.specs]
+        self._round = 0
+
+    def pack(self, source: Source, *, version: int | None = None) -> Iterator[Bucket]:
+        """One round: see the function ``pack``."""
+        version = self._next_version(version)
+        mapping = as_mapping(source)
+        if mapping is None:
+            return drive(self._steps(version, bulk=isinstance(source, Sequence)), named_pairs(source))
+        return drive(self._steps(version, bulk=True), self._by_name(mapping))
+
+    def apack(self, source: AnySource, *, version: int | None = None) -> AsyncIterator[Bucket]:
+        """One round: see the function ``apack``."""
+        return adrive(self._steps(self._next_version(version), bulk=False), source)
+
+    def _next_version(self, version: int | None) -> int:
+        self._round = check_version(self._round + 1 if version is None else version)
+        return self._round
+
+    def _by_name(self, mapping: Mapping[str, torch.Tensor]) -> Iterator[Pair]:
+        missing = [name for name in self._names if name not in mapping]
+        if missing:
+            raise PlanMismatchError(f"the source has no tensor {missing[0]!r}, and the plan has ({len(missing)} missing)")
+        if len(mapping) != len(self._names):
+            extra = next(name for name in mapping if name not in set(self._names))
+            raise PlanMismatchError(f"the source has a tensor {extra!r} that the plan has not; plan again with specs_of")
+        return zip(self._names, map(mapping.__getitem__, self._names), strict=True)
+
+    def _steps(self, version: int, bulk: bool) -> Step[Bucket]:
+        """Fill bucket after bucket. ``bulk``: all tensors of the source live side by side, so those of a bucket may be taken at
+        once; else each is copied before the next is asked for, since the source may use one piece of memory for all."""
+        ties = _Ties(self.plan, bulk)
+        held: dict[str, torch.Tensor] = {}  # taken from the source, and not yet (or not wholly) copied
+        place = 0
+        for work in self._work:
+            target = _Target(work.layout, self._new_buffer, self._executor)
+            if not bulk:
+                target.copy_held(held)
+            while place < work.until:
+                items = yield (work.until - place if bulk else 1)
+                self._expect(items, place, work.until)
+                for at in ties.places(place, place + len(items)):
+                    ties.see(self.plan.specs[at], items[at - place][1])
+                held.update(items)
+                if not bulk:
+                    target.take_one(items[0][0], held, self.plan.specs[place])
+                place += len(items)
+                del items
+            if bulk:
+                target.copy_runs(work.runs, held)
+                held = {name: held[name] for name in work.keep}
+            if work is self._work[-1]:
+                self._expect_end((yield 1))
+            index = work.layout.index
+            yield self._seal(index, target.close(), version)
+        if not self._work:
+            self._expect_end((yield 1))
+
+    def _expect(self, items: list[Pair] | None, place: int, until: int) -> None:
+        """Raise ``PlanMismatchError`` unless these are the plan's next tensors."""
+        assert items is not None
+        names = [name for name, _ in items]
+        if not names:
+            raise PlanMismatchError(
+                f"the source ended after {place} of {len(self._names)} tensors; the plan's next is {self._names[place]!r}"
+            )
+        if names != self._names[place : place + len(names)]:
+            at = next(i for i, name in enumerate(names) if name != self._names[place + i])
+            raise PlanMismatchError(
+                f"tensor {place + at} of the source is {names[at]!r}, and of the plan {self._names[place + at]!r}"
+            )
+
+    def _expect_end(self, items: list[Pair] | None) -> None:
+        if items:
+            raise PlanMismatchError(
+                f"the source goes on with {items[0][0]!r} after the plan's {len(self._names)} tensors; plan again with specs_of"
+            )
+
+    def _new_buffer(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        if self._allocate is not None:
+            return check_buffer(self._allocate(nbytes), nbytes)
+        if device.type == "cpu":
+            return self._pool.take(nbytes, self._largest)
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def _seal(self, index: int, buffer: torch.Tensor, version: int) -> Bucket:
+        algorithm = default_algorithm(buffer.device) if self._digest == "auto" else self._digest
+        digest = seal(buffer, index=index, plan_digest=self.plan.digest, version=version, algorithm=algorithm)
+        return Bucket(
+            index=index,
+            buffer=buffer,
+            plan_digest=self.plan.digest,
+            version=version,
+            algorithm=algorithm or "none",
+            digest=digest,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring slots. If ``alike``, whole tensors of one dtype that differ in their first size at most and lie without a gap:
+    one concatenation fills them all."""
+
+    slots: tuple[Slot, ...]
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    alike: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What one bucket asks for: the source's tensors up to ``until``, its runs, and which names are needed again after it."""
+
+    layout: BucketLayout
+    until: int
+    runs: tuple[_Run, ...]
+    keep: tuple[str, ...]
+
+
+def _work_of(plan: BucketPlan) -> tuple[_Work, ...]:
+    places = {spec.name: place for place, spec in enumerate(plan.specs)}
+    last_bucket = {slot.name: layout.index for layout in plan.buckets for slot in layout.slots}
+    waiting: dict[str, int] = {}  # pulled by now -> index of the last bucket that needs it
+    work, until = [], 0
+    for layout in plan.buckets:
+        start = until
+        until = max(until, *(places[slot.name] + 1 for slot in layout.slots))
+        if layout is plan.buckets[-1]:
+            until = len(plan.specs)
+        for spec in plan.specs[start:until]:
+            if spec.alias_of is None and last_bucket[spec.name] > layout.index:
+                waiting[spec.name] = last_bucket[spec.name]
+        waiting = {name: index for name, index in waiting.items() if index > layout.index}
+        work.append(_Work(layout, until, tuple(_runs(layout)), tuple(waiting)))
+    return tuple(work)
+
+
+def _runs(layout: BucketLayout) -> Iterator[_Run]:
+    run: list[Slot] = []
+    for slot in layout.slots:
+        if run and not _continues(run[-1], slot):
+            yield _run_of(run)
+            run = []
+        run.append(slot)
+    yield _run_of(run)
+
+
+def _continues(before: Slot, slot: Slot) -> bool:
+    """Whether both are whole, non-empty tensors that one concatenation along the first dimension can write."""
+    a, b = before.spec, slot.spec
+    return (
+        a.dtype == b.dtype
+        and before.end == slot.offset
+        and bool(a.shape and b.shape and before.nbytes and slot.nbytes)
+        and a.shape[1:] == b.shape[1:]
+        and not before.is_piece
+        and not slot.is_piece
+        and a.dtype in BIT_EXACT_COPY
+        and not a.dtype.is_complex
+    )
+
+
+def _run_of(slots: list[Slot]) -> _Run:
+    names, sizes = tuple(slot.name for slot in slots), tuple(slot.nbytes for slot in slots)
+    return _Run(tuple(slots), names, sizes, alike=len(slots) > 1)
+
+
+class _Target:
+    """One bucket being filled. Its buffer is made when the first tensor says on which device."""
+
+    def __init__(self, layout: BucketLayout, new_buffer: NewBuffer, executor: Executor | None) -> None:
+        self._layout = layout
+        self._slots = {slot.name: slot for slot in layout.slots}
+        self._new_buffer = new_buffer
+        self._executor = executor
+        self._buffer: torch.Tensor | None = None
+
+    def copy_held(self, held: dict[str, torch.Tensor]) -> None:
+        """Copy what was taken earlier and has its place, or its next piece, here."""
+        for name in [name for name in held if name in self._slots]:
+            self._copy(self._slots[name], held)
+
+    def take_one(self, name: str, held: dict[str, torch.Tensor], spec: TensorSpec) -> None:
+        """Copy one tensor just taken, or keep it for the bucket that its group completes in."""
+        if spec.alias_of is not None:
+            del held[name]
+            return
+        slot = self._slots.get(name)
+        if slot is not None:
+            self._copy(slot, held)
+        else:
+            held[name] = own_copy(_conform(spec, held[name]))
+
+    def copy_runs(self, runs: Sequence[_Run], held: dict[str, torch.Tensor]) -> None:
+        for run in runs:
+            if not (run.alike and self._concatenate(run, [held[name] for name in run.names])):
+                for slot in run.slots:
+                    self._copy(slot, held)
+
+    def close(self) -> torch.Tensor:
+        """The filled buffer, its padding zeroed: a buffer may have been used before."""
+        buffer = self._buffer if self._buffer is not None else self._new_buffer(self._layout.nbytes, torch.device("cpu"))
+        for offset, nbytes in self._layout.gaps():
+            buffer[offset : offset + nbytes].zero_()
+        return buffer
+
+    def _range(self, offset: int, nbytes: int, device: torch.device) -> torch.Tensor:
+        if self._buffer is None:
+            self._buffer = self._new_buffer(self._layout.nbytes, device)
+        return self._buffer[offset : offset + nbytes]
+
+    def _copy(self, slot: Slot, held: dict[str, torch.Tensor]) -> None:
+        """Copy one slot. A tensor that is to be split is kept as bytes until its last piece is copied."""
+        tensor = held[slot.name]
+        if slot.start == 0:
+            tensor = _conform(slot.spec, tensor)
+            if slot.is_piece:
+                tensor = held[slot.name] = as_bytes(tensor)
+        target = self._range(slot.offset, slot.nbytes, tensor.device)
+        if slot.is_piece:
+            target.copy_(tensor[slot.start : slot.start + slot.nbytes])
+        elif tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+            target.copy_(as_bytes(tensor))
+        else:
+            plain = tensor.resolve_conj().resolve_neg()
+            same_bits_copy(target.view(tensor.dtype).view(tensor.shape), plain)
+        if slot.is_tail:
+            del held[slot.name]
+
+    def _concatenate(self, run: _Run, tensors: list[torch.Tensor]) -> bool:
+        """Fill a run at once, if these are plain CPU tensors; False leaves it to be copied one by one."""
+        spec = run.slots[0].spec
+        if not _alike(run, tensors):
+            return False
+        start, end = run.slots[0].offset, run.slots[-1].end
+        target = self._range(start, end - start, tensors[0].device)
+        if not target.device.type == "cpu":
+            return False
+        typed = target.view(spec.dtype).view(-1, *spec.shape[1:])
+        jobs = _jobs(run, (end - start) // typed.shape[0]) if self._executor else [(0, len(tensors), 0, typed.shape[0])]
+        if self._executor is None or len(jobs) == 1:
+            return all(_cat(tensors[a:b], typed[c:d]) for a, b, c, d in jobs)
+        futures = [self._executor.submit(_cat, tensors[a:b], typed[c:d]) for a, b, c, d in jobs]
+        wait(futures)  # all of them, whatever happens to one: none may write to the buffer later
+        return all([future.result() for future in futures])
+
+
+def _conform(spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor, gathered only now if it is sharded; ``PlanMismatchError`` unless it is what the plan says."""
+    if isinstance(tensor, torch.Tensor) and (tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape):
+        raise PlanMismatchError(
+            f"tensor {spec.name!r} of the source is {describe(tensor.dtype, tuple(tensor.shape))}, and of the plan {spec}"
+        )
+    return materialize(spec.name, tensor)
+
+
+_KIND: Final = attrgetter("dtype", "layout", "device")
+_NBYTES: Final = attrgetter("nbytes")
+
+
+def _alike(run: _Run, tensors: list[torch.Tensor]) -> bool:
+    """Whether the tensors are dense CPU ones of the run's dtype and sizes. Trailing sizes are left to torch.cat, which compares
+    them with the first tensor's."""
+    spec = run.slots[0].spec
+    return (
+        PLAIN_TYPES.issuperset(map(type, tensors))
+        and set(map(_KIND, tensors)) == {(spec.dtype, torch.strided, torch.device("cpu"))}
+        and tuple(map(_NBYTES, tensors)) == run.sizes
+        and tuple(tensors[0].shape) == spec.shape
+    )
+
+
+def _cat(tensors: list[torch.Tensor], out: torch.Tensor) -> bool:
+    with torch.no_grad():  # per thread, so said here
+        try:
+            torch.cat(tensors, out=out)
+        except RuntimeError:
+            return False  # copied one by one instead, which names the tensor that is wrong
+    return True
+
+
+def _jobs(run: _Run, row_nbytes: int) -> list[tuple[int, int, int, int]]:
+    """Cut a run of small tensors into jobs: tensors from, to, rows from, to."""
+    total = sum(run.sizes)
+    count = max(1, total // _JOB) if total < _SMALL * len(run.sizes) else 1
+    bounds = [i * len(run.sizes) // count for i in range(count + 1)]
+    jobs, row = [], 0
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        rows = sum(run.sizes[start:end]) // row_nbytes
+        jobs.append((start, end, row, row + rows))
+        row += rows
+    return jobs
+
+
+class _Ties:
+    """Whether tensors that the plan ties together still are one. Memory can be used again and weights untied, so neither the plan
+    nor an address proves it: the bytes are compared unless both tensors are alive and the same view."""
+
+    def __init__(self, plan: BucketPlan, bulk: bool) -> None:
+        self._tied = plan.tied
+        self._bulk = bulk
+        self._places = [i for i, spec in enumerate(plan.specs) if spec.alias_of or spec.name in plan.tied]
+        self._roots: dict[str, tuple[weakref.ref[torch.Tensor], object, torch.device, bytes]] = {}
+
+    def places(self, start: int, end: int) -> list[int]:
+        """The places in this part of the source that take part in a tie."""
+        return [place for place in self._places if start <= place < end] if self._places else []
+
+    def see(self, spec: TensorSpec, tensor: torch.Tensor) -> None:
+        if spec.alias_of is None:
+            plain = _conform(spec, tensor)
+            digest = _bytes_digest(plain)
+            self._roots[spec.name] = (weakref.ref(tensor), view_key(tensor), plain.device, digest)
+            return
+        ref, key, device, digest = self._roots[spec.alias_of]
+        if self._bulk and ref() is not None and key is not None and key == view_key(tensor):
+            return
+        if _bytes_digest(_conform(spec, tensor).to(device)) != digest:
+            raise PlanMismatchError(
+                f"the plan ties {spec.name!r} to {spec.alias_of!r}, and the source gives it other bytes; "
+                "plan again with specs_of, or with specs_of(..., aliases=False)"
+            )
+
+
+def _bytes_digest(tensor: torch.Tensor) -> bytes:
+    return payload_digest(as_bytes(tensor), b"", default_algorithm(tensor.device))

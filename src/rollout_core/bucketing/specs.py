@@ -1,0 +1,111 @@
+"""TensorSpec, and finding the specs of anything that holds named tensors."""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from rollout_core.bucketing.dtypes import ITEMSIZES
+from rollout_core.bucketing.sources import Source, check_name, named_pairs, open_checkpoint
+from rollout_core.bucketing.tensors import check_describable, describe, view_key
+from rollout_core.errors import CapacityError, DuplicateNameError, SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: No tensor is larger than what a signed 64-bit offset can address.
+MAX_NBYTES = 2**63 - 1
+
+
+class TensorSpec(msgspec.Struct, frozen=True, gc=False):
+    """Name, dtype and shape of one tensor, without its data.
+
+    ``alias_of`` names the tensor whose storage and view this one is (tied weights): it then travels as another name for it.
+    Raises ``SourceError`` for an empty name, a dtype that does not travel or a shape that is no tuple of sizes.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    alias_of: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        itemsize = ITEMSIZES.get(self.dtype)
+        if itemsize is None:
+            raise SourceError(f"tensor {self.name!r} has dtype {self.dtype}, which does not travel")
+        if type(self.shape) is not tuple or not all(type(size) is int and size >= 0 for size in self.shape):
+            raise SourceError(f"tensor {self.name!r} has shape {self.shape!r}, which is no tuple of sizes >= 0")
+        if math.prod(self.shape) * itemsize > MAX_NBYTES:
+            raise CapacityError(f"tensor {self.name!r} ({self}) is larger than 2**63 - 1 bytes")
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor when contiguous."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return describe(self.dtype, self.shape)
+
+
+def specs_of(source: Source, *, aliases: bool = True) -> list[TensorSpec]:
+    """The specs of a source, in its order: pairs, a mapping, a module, a state dict, or a path to safetensors.
+
+    A module gives its parameters and then its buffers, non-persistent ones included: a worker that lacks a buffer computes with
+    a wrong one. Sharded tensors (DTensor) are described by their global shape and not gathered; meta tensors are fine. With
+    ``aliases`` tensors that are the same storage and view are declared tied; the packer checks it again against the data.
+
+    Raises ``SourceError`` for anything that is not bytes in memory and ``DuplicateNameError`` for a name that comes twice.
+    """
+    if isinstance(source, str | os.PathLike):
+        source = open_checkpoint(source)
+    headers = getattr(source, "tensor_specs", None)
+    if headers is not None:  # a file read lazily knows its specs without its data
+        return list(headers())
+    specs = [
+        TensorSpec(name, tensor.dtype, tuple(tensor.shape), alias_of if aliases else None)
+        for name, tensor, alias_of in _with_aliases(named_pairs(source))
+    ]
+    check_unique(specs)
+    return specs
+
+
+def _with_aliases(pairs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor, str | None]]:
+    """Each pair with the earlier name of the same view. Only tensors alive right now are compared: a freed one's memory is
+    used again by the next, and a generator may yield one scratch buffer under many names."""
+    seen: dict[tuple[Any, ...], tuple[str, weakref.ref[torch.Tensor]]] = {}
+    for name, tensor in pairs:
+        check_name(name)
+        check_describable(name, tensor)
+        key = view_key(tensor)
+        alias_of = None
+        if key is not None:
+            first = seen.get(key)
+            if first is not None and first[1]() is not None:
+                alias_of = first[0]
+            else:
+                seen[key] = (name, weakref.ref(tensor))
+        yield name, tensor, alias_of
+
+
+def check_unique(specs: Iterable[TensorSpec]) -> None:
+    """Raise ``DuplicateNameError`` naming both places of a name that comes twice."""
+    places: dict[str, int] = {}
+    for place, spec in enumerate(specs):
+        first = places.setdefault(spec.name, place)
+        if first != place:
+            raise duplicate_name(spec.name, first, place)
+
+
+def duplicate_name(name: str, first: int, second: int) -> DuplicateNameError:
+    return DuplicateNameError(f"name {name!r} stands at places {first} and {second} of the source; names must be unique")

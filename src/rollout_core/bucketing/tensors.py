@@ -1,0 +1,110 @@
+"""One tensor at a time: is it plain bytes, which bytes, and is it the same view as another."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from rollout_core.bucketing.dtypes import BIT_EXACT_COPY, ITEMSIZES, label
+from rollout_core.errors import SourceError
+
+#: Integers of each width: a copy through them moves bits and interprets nothing.
+_INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: Tensor types that are known to be plain strided memory once their layout says so.
+PLAIN_TYPES: Final = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether ``tensor`` is a DTensor (or acts like one): its bytes exist only after ``full_tensor()``."""
+    return type(tensor) not in PLAIN_TYPES and hasattr(type(tensor), "full_tensor")
+
+
+def check_describable(name: str, tensor: Any) -> None:
+    """Raise ``SourceError`` unless ``tensor`` is a dense torch.Tensor of a dtype that travels. Meta tensors pass."""
+    if not isinstance(tensor, torch.Tensor):
+        raise SourceError(f"tensor {name!r} is a {type(tensor).__name__}, not a torch.Tensor; drop it from the source")
+    if tensor.is_quantized:
+        raise SourceError(
+            f"tensor {name!r} is quantized ({tensor.dtype}): its bytes do not hold its scale; "
+            "send int_repr(), q_scale() and q_zero_point() as tensors of their own"
+        )
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise SourceError(
+            f"tensor {name!r} has layout {kind}, not strided, so it is no single run of bytes; "
+            "send to_dense(), or its values and indices as tensors of their own"
+        )
+    if tensor.dtype not in ITEMSIZES:
+        raise SourceError(f"tensor {name!r} has dtype {tensor.dtype}, which does not travel")
+    if type(tensor) in PLAIN_TYPES or is_sharded(tensor):
+        return
+    # FakeTensor, functorch wrappers and tensors made of other tensors have no bytes of their own to view.
+    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor) or type(tensor).__name__ == "FakeTensor":
+        raise SourceError(
+            f"tensor {name!r} is a {type(tensor).__name__}, which holds no bytes of its own; "
+            "send the plain tensors that it is made of"
+        )
+
+
+def materialize(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The plain, detached tensor behind ``tensor``: gathered if sharded, with data, or ``SourceError``."""
+    check_describable(name, tensor)
+    if is_sharded(tensor):
+        tensor = tensor.full_tensor()  # type: ignore[operator]
+    if tensor.is_meta:
+        raise SourceError(
+            f"tensor {name!r} is on the meta device and has no data to pack; load the weights (or to_empty) first"
+        )
+    return tensor.detach().as_subclass(torch.Tensor)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a plain tensor in row-major order: 1-d uint8, a view where memory allows it, else a fresh copy.
+
+    Conjugate and negative views are resolved first, so the bytes are those of the values that a reader of the tensor sees.
+    """
+    tensor = tensor.resolve_conj().resolve_neg()
+    itemsize = tensor.dtype.itemsize
+    if not tensor.is_contiguous():
+        # torch has no 16-byte integer; complex128 is copied as its two float64 halves, which also moves bits unchanged.
+        integers = tensor.view(_INTEGERS[itemsize]) if itemsize in _INTEGERS else torch.view_as_real(tensor)
+        tensor = integers.contiguous()
+    # as_strided and not view: one element with an odd stride counts as contiguous, yet cannot be re-typed.
+    flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    return flat.view(torch.uint8)
+
+
+def same_bits_copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy ``source`` into ``target`` (same dtype and shape, contiguous, any device) without changing a bit."""
+    if source.dtype in BIT_EXACT_COPY:
+        target.copy_(source)
+    else:
+        integers = _INTEGERS[source.dtype.itemsize]
+        target.view(integers).copy_(source.view(integers))
+
+
+def own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy with a storage of exactly its own bytes."""
+    flat = torch.empty(tensor.numel() * tensor.dtype.itemsize, dtype=torch.uint8, device=tensor.device)
+    copied = flat.view(tensor.dtype).view(tensor.shape)
+    same_bits_copy(copied, tensor)
+    return copied
+
+
+def view_key(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """Equal for two live tensors exactly when they are the same storage and view; None where the question has no answer.
+
+    A key outlives its tensor, and memory is used again: compare only keys of tensors that are alive at the same time.
+    """
+    if tensor.is_meta or is_sharded(tensor):
+        return (id(tensor),)
+    if tensor.numel() == 0:
+        return None
+    bits = (tensor.is_conj(), tensor.is_neg())
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), *bits)
+
+
+def describe(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    """``bf16[3, 4]``, as messages write a tensor."""
+    return f"{label(dtype)}{list(shape)}"

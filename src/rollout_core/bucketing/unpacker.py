@@ -1,0 +1,176 @@
+"""unpack and Unpacker: from the buckets of a plan back to named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from operator import mul
+
+import torch
+
+from rollout_core.bucketing.bucket import Bucket, check_version, verify
+from rollout_core.bucketing.placement import BucketLayout, Slot
+from rollout_core.bucketing.plan import BucketPlan
+from rollout_core.bucketing.sources import Pair
+from rollout_core.errors import IncompleteStreamError, IntegrityError, PlanMismatchError
+
+
+def unpack(plan: BucketPlan, buckets: Iterable[Bucket], *, verify: bool = True, copy: bool = False) -> Iterator[Pair]:
+    """The (name, tensor) pairs of one round of buckets, in ``plan.arrival`` order. Arguments and errors: see ``Unpacker``."""
+    unpacker = Unpacker(plan, verify=verify, copy=copy)
+    for bucket in buckets:
+        yield from unpacker.feed(bucket)
+    unpacker.close()
+
+
+class Unpacker:
+    """Turns the buckets of a plan, fed one by one and in order, into named tensors.
+
+    Tensors are views of their bucket's buffer and stay valid as long as its content does; a split tensor is joined in memory of
+    its own. ``copy=True`` gives every tensor memory of its own. ``verify=True`` checks each bucket's digest before anything of it is
+    handed out. ``version``: accept this round of weights only; None accepts any that is newer than the last one.
+    """
+
+    def __init__(self, plan: BucketPlan, *, verify: bool = True, copy: bool = False, version: int | None = None) -> None:
+        self.plan = plan
+        self._verify = verify
+        self._copy = copy
+        self._last_version = -1
+        self._orders = _hand_out_orders(plan)
+        self._strides = {slot.spec.shape: _strides(slot.spec.shape) for layout in plan.buckets for slot in layout.slots}
+        self.restart(version=version)
+
+    def restart(self, *, version: int | None = None) -> None:
+        """Begin a round, the next or the same again: whatever a round in progress has is dropped."""
+        self._next = 0
+        self._version = None if version is None else check_version(version)
+        self._joins: dict[str, torch.Tensor] = {}
+
+    @property
+    def version(self) -> int | None:
+        """The round of weights under way or done; None before its first bucket, unless it was asked for."""
+        return self._version
+
+    def feed(self, bucket: Bucket) -> list[Pair]:
+        """The tensors that this bucket completes, in arrival order.
+
+        Raises ``PlanMismatchError`` (another plan's bucket), ``IncompleteStreamError`` (fed twice, out of order, or after the end)
+        or ``IntegrityError`` (damaged, or of another version). After an error nothing of the bucket has been used.
+        """
+        layout = self._accept(bucket)
+        if self._verify:
+            verify(bucket)
+        self._version = bucket.version
+        self._next += 1
+        if self._next == len(self.plan.buckets):
+            self._last_version = bucket.version
+        return self._hand_out(layout, bucket.buffer)
+
+    def close(self) -> None:
+        """Raise ``IncompleteStreamError`` if a bucket of this round is missing."""
+        if self._next < len(self.plan.buckets):
+            missing = self._missing()
+            raise IncompleteStreamError(
+                f"the stream ended after {self._next} of {len(self.plan.buckets)} buckets; missing {len(missing)} tensors: "
+                + ", ".join(repr(name) for name in missing[:3])
+                + (", ..." if len(missing) > 3 else "")
+            )
+
+    def _missing(self) -> list[str]:
+        rest = self.plan.buckets[self._next :]
+        return [slot.name for layout in rest for slot in layout.slots if slot.is_tail]
+
+    def _accept(self, bucket: Bucket) -> BucketLayout:
+        """The bucket's layout, if it is the one whose turn it is."""
+        if bucket.plan_digest != self.plan.digest:
+            raise PlanMismatchError(
+                f"bucket {bucket.index} is of plan {bytes(bucket.plan_digest).hex()}, and this side has plan "
+                f"{self.plan.digest.hex()}; exchange manifests and call require_same to see the first difference"
+            )
+        count = len(self.plan.buckets)
+        if self._next == count:
+            raise IncompleteStreamError(
+                f"bucket {bucket.index} came after the end: all {count} buckets of this round were fed; call restart() for the next"
+            )
+        if bucket.index != self._next:
+            when = "was fed already" if 0 <= bucket.index < self._next else "is out of order"
+            raise IncompleteStreamError(f"bucket {bucket.index} {when}; the next one is bucket {self._next} of {count}")
+        if self._version is not None and bucket.version != self._version:
+            raise IntegrityError(
+                f"bucket {bucket.index} is of version {bucket.version}, and this round is version {self._version}"
+            )
+        if bucket.version <= self._last_version:
+            raise IntegrityError(
+                f"bucket {bucket.index} is of version {bucket.version}, which is not newer than {self._last_version}: a replay"
+            )
+        layout = self.plan.buckets[bucket.index]
+        check_payload(bucket, layout.nbytes)
+        return layout
+
+    def _hand_out(self, layout: BucketLayout, buffer: torch.Tensor) -> list[Pair]:
+        views = Views(buffer)
+        tied = self.plan.tied
+        pairs: list[Pair] = []
+        for slot in self._orders[layout.index]:
+            if slot.is_piece:
+                tensor = join_piece(self._joins, slot, buffer)
+                if tensor is None:
+                    continue
+            else:
+                tensor = views.tensor(slot, self._strides[slot.spec.shape])
+                if self._copy:
+                    tensor = tensor.clone()
+            pairs.append((slot.name, tensor))
+            if slot.name in tied:
+                pairs += [(name, tensor) for name in tied[slot.name]]
+        return pairs
+
+
+def _hand_out_orders(plan: BucketPlan) -> list[tuple[Slot, ...]]:
+    """For each bucket its slots in the order in which their tensors arrive."""
+    if plan.options.order == "given":
+        return [layout.slots for layout in plan.buckets]
+    rank = {name: place for place, name in enumerate(plan.arrival)}
+    return [tuple(sorted(layout.slots, key=lambda slot: rank[slot.name])) for layout in plan.buckets]
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor, as torch counts them (a size of 0 counts as 1)."""
+    return tuple(accumulate((max(size, 1) for size in reversed(shape[1:])), mul, initial=1))[::-1] if shape else ()
+
+
+def check_payload(bucket: Bucket, nbytes: int) -> None:
+    """Raise ``IntegrityError`` unless the bucket's buffer is ``nbytes`` contiguous bytes."""
+    buffer = bucket.buffer
+    if buffer.dtype is not torch.uint8 or buffer.shape != (nbytes,) or not buffer.is_contiguous():
+        raise IntegrityError(
+            f"bucket {bucket.index} has a buffer of {buffer.dtype} with shape {list(buffer.shape)}; "
+            f"its layout is {nbytes} contiguous bytes"
+        )
+
+
+class Views:
+    """Typed views of one buffer: one view per dtype, from which each tensor is one more step."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        aligned = buffer.storage_offset() % 16 == 0 and buffer.data_ptr() % 16 == 0
+        # A receiver that put its buffer at an odd address still gets tensors; they cannot be views of it.
+        self._buffer = buffer if aligned else buffer.clone()
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
+
+    def tensor(self, slot: Slot, strides: tuple[int, ...]) -> torch.Tensor:
+        dtype = slot.spec.dtype
+        typed = self._typed.get(dtype)
+        if typed is None:
+            whole = self._buffer.numel() // dtype.itemsize * dtype.itemsize
+            typed = self._typed[dtype] = self._buffer[:whole].view(dtype)
+        return typed.as_strided(slot.spec.shape, strides, typed.storage_offset() + slot.offset // dtype.itemsize)
+
+
+def join_piece(joins: dict[str, torch.Tensor], slot: Slot, buffer: torch.Tensor) -> torch.Tensor | None:
+    """Copy a piece of a split tensor into memory of its own; the tensor, once whole."""
+    if slot.start == 0:
+        joins[slot.name] = torch.empty(slot.spec.nbytes, dtype=torch.uint8, device=buffer.device)
+    joined = joins[slot.name]
+    joined[slot.start : slot.start + slot.nbytes].copy_(buffer[slot.offset : slot.end])
+    return joins.pop(slot.name).view(slot.spec.dtype).view(slot.spec.shape) if slot.is_tail else None

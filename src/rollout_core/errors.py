@@ -1,0 +1,41 @@
+"""Every error this package raises on purpose. Each message says what is wrong, where, and what to do about it."""
+
+
+class RolloutCoreError(Exception):
+    """Base of all errors raised by rollout_core."""
+
+
+class SourceError(RolloutCoreError, ValueError):
+    """A source of tensors cannot be packed: an empty name, a tensor without data, a layout that is no plain bytes."""
+
+
+class DuplicateNameError(SourceError):
+    """One name stands at two places."""
+
+
+class CapacityError(RolloutCoreError, ValueError):
+    """A capacity is no positive whole number of bytes, or a tensor or group cannot be placed within it."""
+
+
+class ManifestError(RolloutCoreError, ValueError):
+    """Bytes that are not a valid manifest, or exceed the stated bounds."""
+
+
+class PlanMismatchError(RolloutCoreError):
+    """Two sides, or a plan and a source, do not describe the same tensors; the message names the first difference."""
+
+
+class IntegrityError(RolloutCoreError):
+    """Received bytes are not the bytes that were sent."""
+
+
+class IncompleteStreamError(RolloutCoreError):
+    """A stream of buckets ended early, repeated a bucket, skipped one, or went on after its end."""
+
+
+class TransferError(RolloutCoreError):
+    """Moving bytes between two processes failed, or the other side did."""
+
+
+class WorkerError(RolloutCoreError):
+    """A rollout worker could not do what was asked of it."""
