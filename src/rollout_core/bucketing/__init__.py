@@ -5,10 +5,15 @@ in ``checkpoint``, which open the path that they are given.
 """
 
 from rollout_core.bucketing.bucket import Bucket
+from rollout_core.bucketing.checkpoint import SafetensorsSource, save_buckets
+from rollout_core.bucketing.grouping import aiter_buckets, iter_buckets
 from rollout_core.bucketing.packer import Packer, apack, pack
 from rollout_core.bucketing.placement import BucketLayout, Options, Slot
 from rollout_core.bucketing.plan import BucketPlan, plan_buckets
 from rollout_core.bucketing.specs import TensorSpec, specs_of
+from rollout_core.bucketing.stream import apack_stream, pack_stream
+from rollout_core.bucketing.stream_header import StreamBucket
+from rollout_core.bucketing.stream_unpacker import StreamUnpacker, unpack_stream
 from rollout_core.bucketing.unpacker import Unpacker, unpack
 
 __all__ = [
@@ -17,12 +22,21 @@ __all__ = [
     "BucketPlan",
     "Options",
     "Packer",
+    "SafetensorsSource",
     "Slot",
+    "StreamBucket",
+    "StreamUnpacker",
     "TensorSpec",
     "Unpacker",
+    "aiter_buckets",
     "apack",
+    "apack_stream",
+    "iter_buckets",
     "pack",
+    "pack_stream",
     "plan_buckets",
+    "save_buckets",
     "specs_of",
     "unpack",
+    "unpack_stream",
 ]

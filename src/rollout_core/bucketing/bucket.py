@@ -43,9 +43,7 @@ def seal(buffer: torch.Tensor, *, index: int, plan_digest: bytes, version: int, 
 def verify(bucket: Bucket) -> None:
     """Raise ``IntegrityError`` unless the bucket's bytes are the ones that were sealed."""
     if bucket.digest is None:
-        raise IntegrityError(
-            f"bucket {bucket.index} carries no digest; let the sender make one, or receive with verify=False"
-        )
+        raise IntegrityError(f"bucket {bucket.index} carries no digest; let the sender make one, or receive with verify=False")
     try:
         actual = payload_digest(bucket.buffer, _context(bucket.plan_digest, bucket.index, bucket.version), bucket.algorithm)
     except ValueError as error:

@@ -41,6 +41,15 @@ class BufferPool:
         ]
         return torch.from_numpy(lease)
 
+    def trim(self, buffer: torch.Tensor, nbytes: int) -> torch.Tensor:
+        """The first bytes of a buffer just taken, as a buffer of their own in its place. ``buffer`` must not be used after."""
+        for place, (memory, _) in enumerate(self._buffers):
+            if memory.ctypes.data == buffer.data_ptr():
+                lease = memory[:nbytes]
+                self._buffers[place] = (memory, weakref.ref(lease))
+                return torch.from_numpy(lease)
+        raise LookupError("the buffer is not from this pool")
+
 
 def _aligned(nbytes: int) -> np.ndarray[Any, Any]:
     raw = np.empty(nbytes + BASE_ALIGN, dtype=np.uint8)

@@ -32,7 +32,7 @@ def payload_digest(buffer: torch.Tensor, context: bytes, algorithm: str) -> byte
     header = context + len(context).to_bytes(8, "little")
     if algorithm == "xxh3-128":
         state = xxhash.xxh3_128(header)
-        state.update(memoryview(buffer.cpu().numpy()))
+        state.update(buffer.cpu().numpy().data)
         return state.digest()
     if algorithm == "multilinear-128":
         lanes = b"".join(lane.to_bytes(8, "little") for lane in multilinear(buffer))

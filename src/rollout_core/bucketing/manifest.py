@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Final
 
 import msgspec
@@ -192,7 +192,7 @@ def _specs(body: _Body) -> tuple[TensorSpec, ...]:
     tied_to = _aliases(body)
     tensor_names = _names(body)
     return tuple(
-        TensorSpec(name, *kinds[kind], tensor_names[tied_to[place]] if place in tied_to else None)
+        TensorSpec(name, kinds[kind][0], kinds[kind][1], tensor_names[tied_to[place]] if place in tied_to else None)
         for place, (name, kind) in enumerate(zip(tensor_names, tensor_kind.tolist(), strict=True))
     )
 
@@ -216,7 +216,7 @@ def _aliases(body: _Body) -> dict[int, int]:
     _require(len(pairs) % 2 == 0, "column aliases has an odd number of entries")
     _below(pairs, body.tensors, "aliases")
     tied, to = pairs[0::2].tolist(), pairs[1::2].tolist()
-    _require(all(a < b for a, b in zip(tied, tied[1:], strict=False)), "column aliases is not in order")
+    _require(all(a < b for a, b in pairwise(tied)), "column aliases is not in order")
     return dict(zip(tied, to, strict=True))
 
 
@@ -245,11 +245,11 @@ def _layouts(body: _Body, specs: Sequence[TensorSpec], options: Options, max_slo
     _require(not len(bucket_slots) or int(bucket_slots.min()) > 0, "a bucket is empty")
     pieces = _pieces(body, slot_tensor, specs)
     kinds: dict[tuple[Any, ...], tuple[int, int]] = {}
-    layouts, position = [], 0
+    layouts, first = [], 0
     tensors = slot_tensor.tolist()
     for index, count in enumerate(bucket_slots.tolist()):
         end, slots = 0, []
-        for position in range(position, position + count):
+        for position in range(first, first + count):
             spec = specs[tensors[position]]
             kind = (spec.dtype, spec.shape)
             if kind not in kinds:
@@ -262,7 +262,7 @@ def _layouts(body: _Body, specs: Sequence[TensorSpec], options: Options, max_slo
             else:
                 slots.append(Slot(spec, offset, nbytes))
             end = offset + nbytes
-        position += 1
+        first += count
         own = options.oversize == "own" and count == 1
         _require(end <= (MAX_NBYTES if own else options.capacity), f"bucket {index} exceeds its capacity")
         layouts.append(BucketLayout(index, end, tuple(slots)))
@@ -278,7 +278,7 @@ def _pieces(body: _Body, slot_tensor: Column, specs: Sequence[TensorSpec]) -> di
     _require(len(pairs) % 2 == 0, "column pieces has an odd number of entries")
     _below(pairs[0::2], len(slot_tensor), "pieces")
     places = pairs[0::2].tolist()
-    _require(all(a < b for a, b in zip(places, places[1:], strict=False)), "column pieces is not in order")
+    _require(all(a < b for a, b in pairwise(places)), "column pieces is not in order")
     pieces: dict[int, tuple[int, int]] = {}
     written: dict[int, int] = {}
     for place, nbytes in zip(places, pairs[1::2].tolist(), strict=True):
@@ -286,7 +286,7 @@ def _pieces(body: _Body, slot_tensor: Column, specs: Sequence[TensorSpec]) -> di
         start = written.get(tensor, 0)
         written[tensor] = start + nbytes
         pieces[place] = (start, nbytes)
-        fits = 0 < nbytes and nbytes % specs[tensor].dtype.itemsize == 0
+        fits = nbytes > 0 and nbytes % specs[tensor].dtype.itemsize == 0
         _require(fits, f"a piece of {specs[tensor].name!r} has {nbytes} bytes, no positive number of its elements")
     for tensor, nbytes in written.items():
         spec = specs[tensor]

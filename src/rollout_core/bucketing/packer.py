@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, wait
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 
 from rollout_core.bucketing.bucket import Bucket, check_version, seal
 from rollout_core.bucketing.buffers import Allocate, BufferPool, check_buffer
-from rollout_core.bucketing.digest import ALGORITHMS, Algorithm, default_algorithm, payload_digest
-from rollout_core.bucketing.dtypes import BIT_EXACT_COPY
+from rollout_core.bucketing.copying import Run, conform, runs_of, write_run, write_slot, zero_padding
+from rollout_core.bucketing.digest import ALGORITHMS, Algorithm, default_algorithm
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.plan import BucketPlan
 from rollout_core.bucketing.sources import AnySource, Pair, Source, Step, adrive, as_mapping, drive, named_pairs
 from rollout_core.bucketing.specs import TensorSpec
-from rollout_core.bucketing.tensors import PLAIN_TYPES, as_bytes, describe, materialize, own_copy, same_bits_copy, view_key
+from rollout_core.bucketing.tensors import as_bytes, bytes_digest, own_copy, view_key
 from rollout_core.errors import PlanMismatchError
 
 #: "auto" picks by device; None sends no digests.
 DigestChoice = Algorithm | Literal["auto"] | None
 
 NewBuffer = Callable[[int, torch.device], torch.Tensor]
-
-_SMALL: Final = 256 << 10  # below this a copy is too short for torch to share it among threads
-_JOB: Final = 8 << 20  # bytes of small tensors that are worth a job of their own
 
 
 def pack(
@@ -119,8 +115,8 @@ class Packer:
             if not bulk:
                 target.copy_held(held)
             while place < work.until:
-                items = yield (work.until - place if bulk else 1)
-                self._expect(items, place, work.until)
+                items = (yield (work.until - place if bulk else 1)) or []
+                self._expect(items, place)
                 for at in ties.places(place, place + len(items)):
                     ties.see(self.plan.specs[at], items[at - place][1])
                 held.update(items)
@@ -138,9 +134,8 @@ class Packer:
         if not self._work:
             self._expect_end((yield 1))
 
-    def _expect(self, items: list[Pair] | None, place: int, until: int) -> None:
+    def _expect(self, items: list[Pair], place: int) -> None:
         """Raise ``PlanMismatchError`` unless these are the plan's next tensors."""
-        assert items is not None
         names = [name for name, _ in items]
         if not names:
             raise PlanMismatchError(
@@ -179,23 +174,12 @@ class Packer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """Neighbouring slots. If ``alike``, whole tensors of one dtype that differ in their first size at most and lie without a gap:
-    one concatenation fills them all."""
-
-    slots: tuple[Slot, ...]
-    names: tuple[str, ...]
-    sizes: tuple[int, ...]
-    alike: bool
-
-
-@dataclass(frozen=True, slots=True)
 class _Work:
     """What one bucket asks for: the source's tensors up to ``until``, its runs, and which names are needed again after it."""
 
     layout: BucketLayout
     until: int
-    runs: tuple[_Run, ...]
+    runs: tuple[Run, ...]
     keep: tuple[str, ...]
 
 
@@ -213,38 +197,8 @@ def _work_of(plan: BucketPlan) -> tuple[_Work, ...]:
             if spec.alias_of is None and last_bucket[spec.name] > layout.index:
                 waiting[spec.name] = last_bucket[spec.name]
         waiting = {name: index for name, index in waiting.items() if index > layout.index}
-        work.append(_Work(layout, until, tuple(_runs(layout)), tuple(waiting)))
+        work.append(_Work(layout, until, tuple(runs_of(layout)), tuple(waiting)))
     return tuple(work)
-
-
-def _runs(layout: BucketLayout) -> Iterator[_Run]:
-    run: list[Slot] = []
-    for slot in layout.slots:
-        if run and not _continues(run[-1], slot):
-            yield _run_of(run)
-            run = []
-        run.append(slot)
-    yield _run_of(run)
-
-
-def _continues(before: Slot, slot: Slot) -> bool:
-    """Whether both are whole, non-empty tensors that one concatenation along the first dimension can write."""
-    a, b = before.spec, slot.spec
-    return (
-        a.dtype == b.dtype
-        and before.end == slot.offset
-        and bool(a.shape and b.shape and before.nbytes and slot.nbytes)
-        and a.shape[1:] == b.shape[1:]
-        and not before.is_piece
-        and not slot.is_piece
-        and a.dtype in BIT_EXACT_COPY
-        and not a.dtype.is_complex
-    )
-
-
-def _run_of(slots: list[Slot]) -> _Run:
-    names, sizes = tuple(slot.name for slot in slots), tuple(slot.nbytes for slot in slots)
-    return _Run(tuple(slots), names, sizes, alike=len(slots) > 1)
 
 
 class _Target:
@@ -271,107 +225,37 @@ class _Target:
         if slot is not None:
             self._copy(slot, held)
         else:
-            held[name] = own_copy(_conform(spec, held[name]))
+            held[name] = own_copy(conform(spec, held[name]))
 
-    def copy_runs(self, runs: Sequence[_Run], held: dict[str, torch.Tensor]) -> None:
+    def copy_runs(self, runs: Sequence[Run], held: dict[str, torch.Tensor]) -> None:
         for run in runs:
-            if not (run.alike and self._concatenate(run, [held[name] for name in run.names])):
-                for slot in run.slots:
-                    self._copy(slot, held)
+            tensors = [held[name] for name in run.names]
+            if len(tensors) > 1 and write_run(self._at(tensors[0].device), run, tensors, self._executor):
+                continue
+            for slot in run.slots:
+                self._copy(slot, held)
 
     def close(self) -> torch.Tensor:
         """The filled buffer, its padding zeroed: a buffer may have been used before."""
-        buffer = self._buffer if self._buffer is not None else self._new_buffer(self._layout.nbytes, torch.device("cpu"))
-        for offset, nbytes in self._layout.gaps():
-            buffer[offset : offset + nbytes].zero_()
-        return buffer
+        assert self._buffer is not None  # a layout has a slot, and filling it made the buffer
+        zero_padding(self._buffer, self._layout)
+        return self._buffer
 
-    def _range(self, offset: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    def _at(self, device: torch.device) -> torch.Tensor:
         if self._buffer is None:
             self._buffer = self._new_buffer(self._layout.nbytes, device)
-        return self._buffer[offset : offset + nbytes]
+        return self._buffer
 
     def _copy(self, slot: Slot, held: dict[str, torch.Tensor]) -> None:
         """Copy one slot. A tensor that is to be split is kept as bytes until its last piece is copied."""
         tensor = held[slot.name]
         if slot.start == 0:
-            tensor = _conform(slot.spec, tensor)
+            tensor = conform(slot.spec, tensor)
             if slot.is_piece:
                 tensor = held[slot.name] = as_bytes(tensor)
-        target = self._range(slot.offset, slot.nbytes, tensor.device)
-        if slot.is_piece:
-            target.copy_(tensor[slot.start : slot.start + slot.nbytes])
-        elif tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
-            target.copy_(as_bytes(tensor))
-        else:
-            plain = tensor.resolve_conj().resolve_neg()
-            same_bits_copy(target.view(tensor.dtype).view(tensor.shape), plain)
+        write_slot(self._at(tensor.device), slot, tensor)
         if slot.is_tail:
             del held[slot.name]
-
-    def _concatenate(self, run: _Run, tensors: list[torch.Tensor]) -> bool:
-        """Fill a run at once, if these are plain CPU tensors; False leaves it to be copied one by one."""
-        spec = run.slots[0].spec
-        if not _alike(run, tensors):
-            return False
-        start, end = run.slots[0].offset, run.slots[-1].end
-        target = self._range(start, end - start, tensors[0].device)
-        if not target.device.type == "cpu":
-            return False
-        typed = target.view(spec.dtype).view(-1, *spec.shape[1:])
-        jobs = _jobs(run, (end - start) // typed.shape[0]) if self._executor else [(0, len(tensors), 0, typed.shape[0])]
-        if self._executor is None or len(jobs) == 1:
-            return all(_cat(tensors[a:b], typed[c:d]) for a, b, c, d in jobs)
-        futures = [self._executor.submit(_cat, tensors[a:b], typed[c:d]) for a, b, c, d in jobs]
-        wait(futures)  # all of them, whatever happens to one: none may write to the buffer later
-        return all([future.result() for future in futures])
-
-
-def _conform(spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
-    """The plain tensor, gathered only now if it is sharded; ``PlanMismatchError`` unless it is what the plan says."""
-    if isinstance(tensor, torch.Tensor) and (tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape):
-        raise PlanMismatchError(
-            f"tensor {spec.name!r} of the source is {describe(tensor.dtype, tuple(tensor.shape))}, and of the plan {spec}"
-        )
-    return materialize(spec.name, tensor)
-
-
-_KIND: Final = attrgetter("dtype", "layout", "device")
-_NBYTES: Final = attrgetter("nbytes")
-
-
-def _alike(run: _Run, tensors: list[torch.Tensor]) -> bool:
-    """Whether the tensors are dense CPU ones of the run's dtype and sizes. Trailing sizes are left to torch.cat, which compares
-    them with the first tensor's."""
-    spec = run.slots[0].spec
-    return (
-        PLAIN_TYPES.issuperset(map(type, tensors))
-        and set(map(_KIND, tensors)) == {(spec.dtype, torch.strided, torch.device("cpu"))}
-        and tuple(map(_NBYTES, tensors)) == run.sizes
-        and tuple(tensors[0].shape) == spec.shape
-    )
-
-
-def _cat(tensors: list[torch.Tensor], out: torch.Tensor) -> bool:
-    with torch.no_grad():  # per thread, so said here
-        try:
-            torch.cat(tensors, out=out)
-        except RuntimeError:
-            return False  # copied one by one instead, which names the tensor that is wrong
-    return True
-
-
-def _jobs(run: _Run, row_nbytes: int) -> list[tuple[int, int, int, int]]:
-    """Cut a run of small tensors into jobs: tensors from, to, rows from, to."""
-    total = sum(run.sizes)
-    count = max(1, total // _JOB) if total < _SMALL * len(run.sizes) else 1
-    bounds = [i * len(run.sizes) // count for i in range(count + 1)]
-    jobs, row = [], 0
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        rows = sum(run.sizes[start:end]) // row_nbytes
-        jobs.append((start, end, row, row + rows))
-        row += rows
-    return jobs
 
 
 class _Ties:
@@ -390,19 +274,15 @@ class _Ties:
 
     def see(self, spec: TensorSpec, tensor: torch.Tensor) -> None:
         if spec.alias_of is None:
-            plain = _conform(spec, tensor)
-            digest = _bytes_digest(plain)
+            plain = conform(spec, tensor)
+            digest = bytes_digest(plain)
             self._roots[spec.name] = (weakref.ref(tensor), view_key(tensor), plain.device, digest)
             return
         ref, key, device, digest = self._roots[spec.alias_of]
         if self._bulk and ref() is not None and key is not None and key == view_key(tensor):
             return
-        if _bytes_digest(_conform(spec, tensor).to(device)) != digest:
+        if bytes_digest(conform(spec, tensor).to(device)) != digest:
             raise PlanMismatchError(
                 f"the plan ties {spec.name!r} to {spec.alias_of!r}, and the source gives it other bytes; "
                 "plan again with specs_of, or with specs_of(..., aliases=False)"
             )
-
-
-def _bytes_digest(tensor: torch.Tensor) -> bytes:
-    return payload_digest(as_bytes(tensor), b"", default_algorithm(tensor.device))

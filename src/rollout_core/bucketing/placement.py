@@ -6,6 +6,7 @@ Greedy in stream order, as every peer does it: a tensor that does not fit what i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final, Literal, TypeAlias, get_args
 
 import msgspec
@@ -133,6 +134,11 @@ class Filler:
         if not self._fits(unit):
             closed += self._oversize(unit)
         return closed
+
+    @property
+    def open_slots(self) -> Sequence[Slot]:
+        """The slots of the open bucket so far; in given order they are final."""
+        return self._members
 
     def finish(self) -> list[BucketLayout]:
         """The open bucket, if anything is in it."""

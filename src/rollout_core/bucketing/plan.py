@@ -149,9 +149,7 @@ def check_aliases(specs: Sequence[TensorSpec]) -> None:
             continue
         root = roots.get(spec.alias_of)
         if root is None:
-            raise SourceError(
-                f"tensor {spec.name!r} is tied to {spec.alias_of!r}, which is no untied tensor that comes before it"
-            )
+            raise SourceError(f"tensor {spec.name!r} is tied to {spec.alias_of!r}, which is no untied tensor that comes before it")
         if (root.dtype, root.shape) != (spec.dtype, spec.shape):
             raise SourceError(f"tensor {spec.name!r} ({spec}) is tied to {root.name!r}, which is {root}")
 

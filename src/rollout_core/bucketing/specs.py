@@ -107,5 +107,17 @@ def check_unique(specs: Iterable[TensorSpec]) -> None:
             raise duplicate_name(spec.name, first, place)
 
 
+def next_spec(name: str, tensor: torch.Tensor, places: dict[str, int]) -> TensorSpec:
+    """The spec of the next tensor of a stream, its name noted in ``places`` (name -> place), or the error of ``specs_of``."""
+    check_name(name)
+    check_describable(name, tensor)
+    spec = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+    place = len(places)
+    first = places.setdefault(name, place)
+    if first != place:
+        raise duplicate_name(name, first, place)
+    return spec
+
+
 def duplicate_name(name: str, first: int, second: int) -> DuplicateNameError:
     return DuplicateNameError(f"name {name!r} stands at places {first} and {second} of the source; names must be unique")

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import torch
 
+from rollout_core.bucketing.digest import default_algorithm, payload_digest
 from rollout_core.bucketing.dtypes import BIT_EXACT_COPY, ITEMSIZES, label
 from rollout_core.errors import SourceError
 
@@ -40,7 +41,8 @@ def check_describable(name: str, tensor: Any) -> None:
     if type(tensor) in PLAIN_TYPES or is_sharded(tensor):
         return
     # FakeTensor, functorch wrappers and tensors made of other tensors have no bytes of their own to view.
-    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor) or type(tensor).__name__ == "FakeTensor":
+    made_of_tensors: bool = hasattr(type(tensor), "__tensor_flatten__")
+    if made_of_tensors or type(tensor).__name__ == "FakeTensor":
         raise SourceError(
             f"tensor {name!r} is a {type(tensor).__name__}, which holds no bytes of its own; "
             "send the plain tensors that it is made of"
@@ -51,11 +53,9 @@ def materialize(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The plain, detached tensor behind ``tensor``: gathered if sharded, with data, or ``SourceError``."""
     check_describable(name, tensor)
     if is_sharded(tensor):
-        tensor = tensor.full_tensor()  # type: ignore[operator]
+        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     if tensor.is_meta:
-        raise SourceError(
-            f"tensor {name!r} is on the meta device and has no data to pack; load the weights (or to_empty) first"
-        )
+        raise SourceError(f"tensor {name!r} is on the meta device and has no data to pack; load the weights (or to_empty) first")
     return tensor.detach().as_subclass(torch.Tensor)
 
 
@@ -73,6 +73,11 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     # as_strided and not view: one element with an odd stride counts as contiguous, yet cannot be re-typed.
     flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
     return flat.view(torch.uint8)
+
+
+def bytes_digest(tensor: torch.Tensor) -> bytes:
+    """16 bytes that are equal for plain tensors of equal bytes on the same kind of device."""
+    return payload_digest(as_bytes(tensor), b"", default_algorithm(tensor.device))
 
 
 def same_bits_copy(target: torch.Tensor, source: torch.Tensor) -> None:

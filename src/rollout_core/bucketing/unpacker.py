@@ -12,6 +12,7 @@ from rollout_core.bucketing.bucket import Bucket, check_version, verify
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.plan import BucketPlan
 from rollout_core.bucketing.sources import Pair
+from rollout_core.bucketing.tensors import own_copy
 from rollout_core.errors import IncompleteStreamError, IntegrityError, PlanMismatchError
 
 
@@ -27,8 +28,8 @@ class Unpacker:
     """Turns the buckets of a plan, fed one by one and in order, into named tensors.
 
     Tensors are views of their bucket's buffer and stay valid as long as its content does; a split tensor is joined in memory of
-    its own. ``copy=True`` gives every tensor memory of its own. ``verify=True`` checks each bucket's digest before anything of it is
-    handed out. ``version``: accept this round of weights only; None accepts any that is newer than the last one.
+    its own. ``copy=True`` gives every tensor memory of its own. ``verify=True`` checks each bucket's digest before anything of it
+    is handed out. ``version``: accept this round of weights only; None accepts any that is newer than the last one.
     """
 
     def __init__(self, plan: BucketPlan, *, verify: bool = True, copy: bool = False, version: int | None = None) -> None:
@@ -37,7 +38,7 @@ class Unpacker:
         self._copy = copy
         self._last_version = -1
         self._orders = _hand_out_orders(plan)
-        self._strides = {slot.spec.shape: _strides(slot.spec.shape) for layout in plan.buckets for slot in layout.slots}
+        self._strides = {slot.spec.shape: contiguous_strides(slot.spec.shape) for layout in plan.buckets for slot in layout.slots}
         self.restart(version=version)
 
     def restart(self, *, version: int | None = None) -> None:
@@ -96,9 +97,7 @@ class Unpacker:
             when = "was fed already" if 0 <= bucket.index < self._next else "is out of order"
             raise IncompleteStreamError(f"bucket {bucket.index} {when}; the next one is bucket {self._next} of {count}")
         if self._version is not None and bucket.version != self._version:
-            raise IntegrityError(
-                f"bucket {bucket.index} is of version {bucket.version}, and this round is version {self._version}"
-            )
+            raise IntegrityError(f"bucket {bucket.index} is of version {bucket.version}, and this round is version {self._version}")
         if bucket.version <= self._last_version:
             raise IntegrityError(
                 f"bucket {bucket.index} is of version {bucket.version}, which is not newer than {self._last_version}: a replay"
@@ -119,7 +118,7 @@ class Unpacker:
             else:
                 tensor = views.tensor(slot, self._strides[slot.spec.shape])
                 if self._copy:
-                    tensor = tensor.clone()
+                    tensor = own_copy(tensor)
             pairs.append((slot.name, tensor))
             if slot.name in tied:
                 pairs += [(name, tensor) for name in tied[slot.name]]
@@ -134,7 +133,7 @@ def _hand_out_orders(plan: BucketPlan) -> list[tuple[Slot, ...]]:
     return [tuple(sorted(layout.slots, key=lambda slot: rank[slot.name])) for layout in plan.buckets]
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a contiguous tensor, as torch counts them (a size of 0 counts as 1)."""
     return tuple(accumulate((max(size, 1) for size in reversed(shape[1:])), mul, initial=1))[::-1] if shape else ()
 
