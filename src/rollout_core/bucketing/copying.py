@@ -14,7 +14,7 @@ import torch
 from rollout_core.bucketing.dtypes import BIT_EXACT_COPY
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.specs import TensorSpec
-from rollout_core.bucketing.tensors import PLAIN_TYPES, as_bytes, describe, materialize, same_bits_copy
+from rollout_core.bucketing.tensors import PLAIN_TYPES, as_bytes, describe, materialize, resolved, same_bits_copy
 from rollout_core.errors import PlanMismatchError
 
 _SMALL: Final = 256 << 10  # below this a copy is too short for torch to share it among threads
@@ -70,7 +70,7 @@ def write_slot(buffer: torch.Tensor, slot: Slot, tensor: torch.Tensor) -> None:
     elif tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
         target.copy_(as_bytes(tensor))
     else:
-        same_bits_copy(target.view(tensor.dtype).view(tensor.shape), tensor.resolve_conj().resolve_neg())
+        same_bits_copy(target.view(tensor.dtype).view(tensor.shape), resolved(tensor))
 
 
 def zero_padding(buffer: torch.Tensor, layout: BucketLayout) -> None:

@@ -59,12 +59,30 @@ def materialize(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().as_subclass(torch.Tensor)
 
 
+def resolved(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without conjugate or negative bit, by flipping signs: torch's own resolving goes through float registers for
+    16-bit components, which turns signalling NaNs into quiet ones."""
+    conj, neg = tensor.is_conj(), tensor.is_neg()
+    if not conj and not neg:
+        return tensor
+    tensor = tensor.conj() if conj else tensor
+    copied = own_copy(torch._neg_view(tensor) if neg else tensor)
+    width = tensor.dtype.itemsize // (2 if tensor.dtype.is_complex else 1)
+    components = copied.view(-1).view(_INTEGERS[width])
+    sign = torch.iinfo(_INTEGERS[width]).min
+    if neg:
+        components ^= sign
+    if conj:
+        components[1::2] ^= sign
+    return copied
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a plain tensor in row-major order: 1-d uint8, a view where memory allows it, else a fresh copy.
 
     Conjugate and negative views are resolved first, so the bytes are those of the values that a reader of the tensor sees.
     """
-    tensor = tensor.resolve_conj().resolve_neg()
+    tensor = resolved(tensor)
     itemsize = tensor.dtype.itemsize
     if not tensor.is_contiguous():
         # torch has no 16-byte integer; complex128 is copied as its two float64 halves, which also moves bits unchanged.
