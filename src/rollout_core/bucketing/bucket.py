@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rollout_core.bucketing.digest import payload_digest
+from rollout_core.bucketing.digest import DigestChoice, default_algorithm, payload_digest
 from rollout_core.errors import IntegrityError
 
 MAX_VERSION = 2**63 - 1
@@ -33,11 +33,18 @@ class Bucket:
         return self.buffer.numel()
 
 
-def seal(buffer: torch.Tensor, *, index: int, plan_digest: bytes, version: int, algorithm: str | None) -> bytes | None:
-    """The digest that binds these bytes to their plan, index and version; None without an algorithm."""
-    if algorithm is None:
-        return None
-    return payload_digest(buffer, _context(plan_digest, index, version), algorithm)
+def seal(buffer: torch.Tensor, choice: DigestChoice, *, index: int, plan_digest: bytes, version: int) -> Bucket:
+    """A bucket of these bytes, its digest bound to plan, index and version; without a digest if the choice is None."""
+    algorithm = default_algorithm(buffer.device) if choice == "auto" else choice
+    digest = payload_digest(buffer, _context(plan_digest, index, version), algorithm) if algorithm else None
+    return Bucket(
+        index=index,
+        buffer=buffer,
+        plan_digest=plan_digest,
+        version=version,
+        algorithm=algorithm or "none",
+        digest=digest,
+    )
 
 
 def verify(bucket: Bucket) -> None:

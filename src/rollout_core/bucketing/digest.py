@@ -14,6 +14,8 @@ import xxhash
 #: bytes are, GPU included, and gives the same value everywhere.
 Algorithm: TypeAlias = Literal["xxh3-128", "multilinear-128"]
 ALGORITHMS: Final[tuple[str, ...]] = get_args(Algorithm)
+#: "auto" picks by device; None makes no digests.
+DigestChoice: TypeAlias = Algorithm | Literal["auto"] | None
 
 _CHUNK_WORDS: Final = 1 << 20  # bounds the temporaries: about 40 MiB
 _SEEDS: Final = (0x243F6A8885A308D3, 0x13198A2E03707344)  # the first fractional digits of pi: nothing up the sleeve
@@ -21,6 +23,11 @@ _SEEDS: Final = (0x243F6A8885A308D3, 0x13198A2E03707344)  # the first fractional
 
 def default_algorithm(device: torch.device) -> Algorithm:
     return "xxh3-128" if device.type == "cpu" else "multilinear-128"
+
+
+def check_choice(choice: object) -> None:
+    if choice not in (*ALGORITHMS, "auto", None):
+        raise ValueError(f"digest is {choice!r}; it is one of {', '.join(ALGORITHMS)}, 'auto' or None")
 
 
 def payload_digest(buffer: torch.Tensor, context: bytes, algorithm: str) -> bytes:

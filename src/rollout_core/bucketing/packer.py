@@ -6,14 +6,13 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from rollout_core.bucketing.bucket import Bucket, check_version, seal
 from rollout_core.bucketing.buffers import Allocate, BufferPool, check_buffer
 from rollout_core.bucketing.copying import Run, conform, runs_of, write_run, write_slot, zero_padding
-from rollout_core.bucketing.digest import ALGORITHMS, Algorithm, default_algorithm
+from rollout_core.bucketing.digest import DigestChoice, check_choice
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.plan import BucketPlan
 from rollout_core.bucketing.sources import AnySource, Pair, Source, Step, adrive, as_mapping, drive, named_pairs
@@ -21,8 +20,6 @@ from rollout_core.bucketing.specs import TensorSpec
 from rollout_core.bucketing.tensors import as_bytes, bytes_digest, own_copy, view_key
 from rollout_core.errors import PlanMismatchError
 
-#: "auto" picks by device; None sends no digests.
-DigestChoice = Algorithm | Literal["auto"] | None
 
 NewBuffer = Callable[[int, torch.device], torch.Tensor]
 
@@ -67,8 +64,7 @@ class Packer:
         allocate: Allocate | None = None,
         executor: Executor | None = None,
     ) -> None:
-        if digest not in (*ALGORITHMS, "auto", None):
-            raise ValueError(f"digest is {digest!r}; it is one of {', '.join(ALGORITHMS)}, 'auto' or None")
+        check_choice(digest)
         self.plan = plan
         self._digest = digest
         self._allocate = allocate
@@ -130,7 +126,7 @@ class Packer:
             if work is self._work[-1]:
                 self._expect_end((yield 1))
             index = work.layout.index
-            yield self._seal(index, target.close(), version)
+            yield seal(target.close(), self._digest, index=index, plan_digest=self.plan.digest, version=version)
         if not self._work:
             self._expect_end((yield 1))
 
@@ -159,18 +155,6 @@ class Packer:
         if device.type == "cpu":
             return self._pool.take(nbytes, self._largest)
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-    def _seal(self, index: int, buffer: torch.Tensor, version: int) -> Bucket:
-        algorithm = default_algorithm(buffer.device) if self._digest == "auto" else self._digest
-        digest = seal(buffer, index=index, plan_digest=self.plan.digest, version=version, algorithm=algorithm)
-        return Bucket(
-            index=index,
-            buffer=buffer,
-            plan_digest=self.plan.digest,
-            version=version,
-            algorithm=algorithm or "none",
-            digest=digest,
-        )
 
 
 @dataclass(frozen=True, slots=True)

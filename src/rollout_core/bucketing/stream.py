@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rollout_core.bucketing.bucket import check_version, seal
+from rollout_core.bucketing.bucket import Bucket, check_version, seal
 from rollout_core.bucketing.buffers import Allocate, BufferPool, check_buffer
 from rollout_core.bucketing.copying import conform, write_slot, zero_padding
-from rollout_core.bucketing.digest import default_algorithm
-from rollout_core.bucketing.packer import DigestChoice
+from rollout_core.bucketing.digest import DigestChoice, check_choice
 from rollout_core.bucketing.placement import BucketLayout, Filler, Options, Oversize, Slot
 from rollout_core.bucketing.sources import AnySource, Source, Step, adrive, as_mapping, drive, named_pairs
 from rollout_core.bucketing.specs import TensorSpec, next_spec, specs_of
@@ -93,6 +92,7 @@ class _Stream:
         self._groups = _Groups(groups, aliases)
         self._ties = _DeclaredTies(aliases)
         self._version = check_version(version)
+        check_choice(digest)
         self._digest = digest
         self._allocate = allocate
         self._pool = BufferPool()
@@ -182,17 +182,8 @@ class _Stream:
         header = encode_header(self._sent, last, self._options.align, layout, self._ties.names)
         self._chain = chain_digest(self._chain, header)
         index, self._sent = self._sent, self._sent + 1
-        algorithm = default_algorithm(buffer.device) if self._digest == "auto" else self._digest
-        digest = seal(buffer, index=index, plan_digest=self._chain, version=self._version, algorithm=algorithm)
-        return StreamBucket(
-            index=index,
-            buffer=buffer,
-            plan_digest=self._chain,
-            version=self._version,
-            algorithm=algorithm or "none",
-            digest=digest,
-            header=header,
-        )
+        sealed = seal(buffer, self._digest, index=index, plan_digest=self._chain, version=self._version)
+        return StreamBucket(header=header, **{name: getattr(sealed, name) for name in Bucket.__slots__})
 
 
 class _Groups:

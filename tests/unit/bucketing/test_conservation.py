@@ -85,10 +85,19 @@ def test_b1_nan_payloads_survive_every_way_of_copying(dtype):
     """Signalling and quiet NaNs with payloads, infinities, denormals, -0.0: a copy through a float register could change them."""
     word = {torch.float64: 8}.get(dtype, 2 if dtype is torch.complex32 else 4)
     top = {2: 0x7C00, 4: 0x7F800000, 8: 0x7FF0000000000000}[word]
-    words = [sign | bits for sign in (0, 1 << (8 * word - 1)) for bits in (0, 1, top, top | 1, top | (top >> 1 & -top), 2 * top - top // 2)]
+    words = [
+        sign | bits
+        for sign in (0, 1 << (8 * word - 1))
+        for bits in (0, 1, top, top | 1, top | (top >> 1 & -top), 2 * top - top // 2)
+    ]
     raw = b"".join((w & (256**word - 1)).to_bytes(word, "little") for w in words)
     values = from_bytes(raw, dtype, (len(raw) // dtype.itemsize,))
-    pairs = [("flat", values), ("again", from_bytes(raw, dtype, values.shape)), ("strided", values[::2]), ("neg", torch._neg_view(values))]
+    pairs = [
+        ("flat", values),
+        ("again", from_bytes(raw, dtype, values.shape)),
+        ("strided", values[::2]),
+        ("neg", torch._neg_view(values)),
+    ]
     plan = plan_buckets(specs_of(pairs), 1 << 20)
     for source in (pairs, iter(pairs)):
         assert picture(unpack(plan, pack(plan, source))) == picture(pairs)
