@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.tensors import capacities, named, patterned, plan_options
 
 from rollout_core.bucketing import TensorSpec, Unpacker, pack, pack_stream, plan_buckets, specs_of, unpack, unpack_stream
 from rollout_core.errors import IntegrityError, PlanMismatchError, RolloutCoreError
+from support.tensors import capacities, named, patterned, plan_options
 
 SPECS = [TensorSpec("a", torch.float32, (3,)), TensorSpec("b", torch.bfloat16, (4, 2)), TensorSpec("c", torch.float32, (3,), "a")]
 

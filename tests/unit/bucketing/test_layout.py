@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.oracle import bytes_of
-from support.tensors import DTYPES, capacities, named, patterned, plan_options
 
 from rollout_core.bucketing import BucketPlan, TensorSpec, pack, plan_buckets, specs_of
 from rollout_core.errors import CapacityError
+from support.oracle import bytes_of
+from support.tensors import DTYPES, capacities, named, patterned, plan_options
 
 specs = st.lists(
     st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 9), max_size=3)), max_size=30
