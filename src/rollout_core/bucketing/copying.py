@@ -14,7 +14,7 @@ import torch
 from rollout_core.bucketing.dtypes import BIT_EXACT_COPY
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.specs import TensorSpec
-from rollout_core.bucketing.tensors import PLAIN_TYPES, as_bytes, describe, materialize, resolved, same_bits_copy
+from rollout_core.bucketing.tensors import PLAIN_TYPES, as_bytes, check_describable, describe, materialize, resolved, same_bits_copy
 from rollout_core.errors import PlanMismatchError
 
 _SMALL: Final = 256 << 10  # below this a copy is too short for torch to share it among threads
@@ -95,7 +95,8 @@ def write_run(buffer: torch.Tensor, run: Run, tensors: list[torch.Tensor], execu
 
 def conform(spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor, gathered only now if it is sharded; ``PlanMismatchError`` unless it is what the plan says."""
-    if isinstance(tensor, torch.Tensor) and (tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape):
+    check_describable(spec.name, tensor)
+    if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
         raise PlanMismatchError(
             f"tensor {spec.name!r} of the source is {describe(tensor.dtype, tuple(tensor.shape))}, and of the plan {spec}"
         )

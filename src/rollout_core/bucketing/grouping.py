@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
 
 from rollout_core.bucketing.copying import conform
 from rollout_core.bucketing.placement import Options, Oversize
-from rollout_core.bucketing.sources import AnySource, Pair, Source, Step, adrive, drive, named_pairs
+from rollout_core.bucketing.sources import AnySource, Pair, Source, Step, adrive, drive, in_loop, named_pairs
 from rollout_core.bucketing.specs import next_spec
 from rollout_core.bucketing.tensors import own_copy
 from rollout_core.errors import CapacityError
@@ -29,6 +29,8 @@ def iter_buckets(source: Source, capacity: int, *, oversize: Oversize = "own", c
 
 def aiter_buckets(source: AnySource, capacity: int, *, oversize: Oversize = "own", copy: bool = True) -> AsyncIterator[list[Pair]]:
     """``iter_buckets`` for sync and async sources."""
+    if not isinstance(source, AsyncIterable):
+        return in_loop(iter_buckets(source, capacity, oversize=oversize, copy=copy))
     return adrive(_steps(_options(capacity, oversize), copy), source)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -15,11 +15,10 @@ from rollout_core.bucketing.copying import Run, conform, runs_of, write_run, wri
 from rollout_core.bucketing.digest import DigestChoice, check_choice
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.plan import BucketPlan
-from rollout_core.bucketing.sources import AnySource, Pair, Source, Step, adrive, as_mapping, drive, named_pairs
+from rollout_core.bucketing.sources import AnySource, Pair, Source, Step, adrive, as_mapping, drive, in_loop, named_pairs
 from rollout_core.bucketing.specs import TensorSpec
 from rollout_core.bucketing.tensors import as_bytes, bytes_digest, own_copy, view_key
 from rollout_core.errors import PlanMismatchError
-
 
 NewBuffer = Callable[[int, torch.device], torch.Tensor]
 
@@ -85,6 +84,8 @@ class Packer:
 
     def apack(self, source: AnySource, *, version: int | None = None) -> AsyncIterator[Bucket]:
         """One round: see the function ``apack``."""
+        if not isinstance(source, AsyncIterable):
+            return in_loop(self.pack(source, version=version))
         return adrive(self._steps(self._next_version(version), bulk=False), source)
 
     def _next_version(self, version: int | None) -> int:

@@ -118,12 +118,18 @@ def drive(step: Step[T], pairs: Iterator[Pair]) -> Iterator[T]:
             close()
 
 
-async def adrive(step: Step[T], source: AnySource) -> AsyncIterator[T]:
-    """``drive`` for async sources; takes sync ones too."""
-    if not isinstance(source, AsyncIterable):
-        for result in drive(step, named_pairs(source)):
+async def in_loop(results: Iterator[T]) -> AsyncIterator[T]:
+    """The results of a sync packer, for ``async for``."""
+    try:
+        for result in results:
             yield result
-        return
+            del result
+    finally:
+        results.close()  # type: ignore[attr-defined]
+
+
+async def adrive(step: Step[T], source: AsyncIterable[Pair]) -> AsyncIterator[T]:
+    """``drive`` for async sources."""
     pairs = _async_pairs(source)
     reply: list[Pair] | None = None
     try:

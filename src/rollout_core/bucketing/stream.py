@@ -6,7 +6,7 @@ moves, and its buckets carry no layout.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from rollout_core.bucketing.buffers import Allocate, BufferPool, check_buffer
 from rollout_core.bucketing.copying import conform, write_slot, zero_padding
 from rollout_core.bucketing.digest import DigestChoice, check_choice
 from rollout_core.bucketing.placement import BucketLayout, Filler, Options, Oversize, Slot
-from rollout_core.bucketing.sources import AnySource, Source, Step, adrive, as_mapping, drive, named_pairs
+from rollout_core.bucketing.sources import AnySource, Source, Step, adrive, as_mapping, drive, in_loop, named_pairs
 from rollout_core.bucketing.specs import TensorSpec, next_spec, specs_of
 from rollout_core.bucketing.stream_header import StreamBucket, chain_digest, encode_header
 from rollout_core.bucketing.tensors import as_bytes, bytes_digest, own_copy
@@ -62,7 +62,21 @@ def apack_stream(
     digest: DigestChoice = "auto",
     allocate: Allocate | None = None,
 ) -> AsyncIterator[StreamBucket]:
-    """``pack_stream`` for sync and async sources; ties are only those declared in ``aliases``."""
+    """``pack_stream`` for sync and async sources; an async one's ties are only those declared in ``aliases``."""
+    if not isinstance(source, AsyncIterable):
+        return in_loop(
+            pack_stream(
+                source,
+                capacity,
+                oversize=oversize,
+                align=align,
+                groups=groups,
+                aliases=aliases,
+                version=version,
+                digest=digest,
+                allocate=allocate,
+            )
+        )
     options = Options(capacity=capacity, oversize=oversize, align=align)
     return adrive(_Stream(options, groups, aliases or {}, version, digest, allocate).steps(), source)
 

@@ -50,8 +50,7 @@ def check_describable(name: str, tensor: Any) -> None:
 
 
 def materialize(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The plain, detached tensor behind ``tensor``: gathered if sharded, with data, or ``SourceError``."""
-    check_describable(name, tensor)
+    """The plain, detached tensor behind one that is describable: gathered if sharded. ``SourceError`` if it has no data."""
     if is_sharded(tensor):
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     if tensor.is_meta:
@@ -109,6 +108,8 @@ def same_bits_copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 def own_copy(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous copy with a storage of exactly its own bytes."""
+    if tensor.is_conj() or tensor.is_neg():
+        return resolved(tensor)
     flat = torch.empty(tensor.numel() * tensor.dtype.itemsize, dtype=torch.uint8, device=tensor.device)
     copied = flat.view(tensor.dtype).view(tensor.shape)
     same_bits_copy(copied, tensor)
