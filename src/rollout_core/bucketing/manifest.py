@@ -128,7 +128,7 @@ def decode(data: bytes, *, max_tensors: int, max_nbytes: int) -> BucketPlan:
         _check_groups(groups, layouts)
     except ManifestError:
         raise
-    except (RolloutCoreError, UnicodeDecodeError) as error:
+    except (RolloutCoreError, ValueError) as error:
         raise ManifestError(f"invalid manifest: {error}") from error
     return BucketPlan(specs, options, groups, layouts)
 
@@ -214,6 +214,7 @@ def _names(body: _Body) -> list[str]:
 def _aliases(body: _Body) -> dict[int, int]:
     pairs = _read(body.aliases, "<u4", "aliases")
     _require(len(pairs) % 2 == 0, "column aliases has an odd number of entries")
+    _require(len(pairs) <= 2 * body.tensors, "column aliases has more entries than there are tensors")
     _below(pairs, body.tensors, "aliases")
     tied, to = pairs[0::2].tolist(), pairs[1::2].tolist()
     _require(all(a < b for a, b in pairwise(tied)), "column aliases is not in order")
@@ -224,12 +225,14 @@ def _groups(body: _Body, specs: Sequence[TensorSpec]) -> Groups:
     sizes = _read(body.group_sizes, "<u4", "group_sizes")
     members = _read(body.group_members, "<u4", "group_members", int(sizes.sum(dtype=np.int64)))
     _below(members, body.tensors, "group_members")
+    _require(len(members) <= body.tensors, "a tensor is in two groups")
+    _require(not len(sizes) or int(sizes.min()) > 1, "a group has fewer than two tensors")
     ends = np.cumsum(sizes, dtype=np.int64).tolist()
     places = members.tolist()
     groups = [places[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     _require(len(set(places)) == len(places), "a tensor is in two groups")
     for group in groups:
-        _require(len(group) > 1 and group == sorted(group), "a group is not two or more tensors in order")
+        _require(group == sorted(group), "a group is not in order")
         _require(all(specs[place].alias_of is None for place in group), "a group names a tied tensor")
     _require([group[-1] for group in groups] == sorted(group[-1] for group in groups), "its groups are not in order")
     return tuple(tuple(specs[place].name for place in group) for group in groups)
@@ -237,9 +240,10 @@ def _groups(body: _Body, specs: Sequence[TensorSpec]) -> Groups:
 
 def _layouts(body: _Body, specs: Sequence[TensorSpec], options: Options, max_slots: int) -> tuple[BucketLayout, ...]:
     """The buckets, each slot placed right after the one before as alignment allows."""
-    slot_tensor = np.cumsum(_read(body.slot_tensor, "<u4", "slot_tensor"), dtype=np.uint32)
+    steps = _read(body.slot_tensor, "<u4", "slot_tensor")
+    _require(len(steps) <= max_slots, f"it declares {len(steps)} slots; the bound is {max_slots}")
+    slot_tensor = np.cumsum(steps, dtype=np.uint32)
     _below(slot_tensor, len(specs), "slot_tensor")
-    _require(len(slot_tensor) <= max_slots, f"it declares {len(slot_tensor)} slots; the bound is {max_slots}")
     bucket_slots = _read(body.bucket_slots, "<u4", "bucket_slots")
     _require(int(bucket_slots.sum(dtype=np.int64)) == len(slot_tensor), "the slots of its buckets do not add up")
     _require(not len(bucket_slots) or int(bucket_slots.min()) > 0, "a bucket is empty")
@@ -276,6 +280,7 @@ def _pieces(body: _Body, slot_tensor: Column, specs: Sequence[TensorSpec]) -> di
     """For each slot that holds a piece of a split tensor: where the piece starts in the tensor, and its nbytes."""
     pairs = _read(body.pieces, "<u8", "pieces")
     _require(len(pairs) % 2 == 0, "column pieces has an odd number of entries")
+    _require(len(pairs) <= 2 * len(slot_tensor), "column pieces has more entries than there are slots")
     _below(pairs[0::2], len(slot_tensor), "pieces")
     places = pairs[0::2].tolist()
     _require(all(a < b for a, b in pairwise(places)), "column pieces is not in order")

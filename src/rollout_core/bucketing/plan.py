@@ -85,7 +85,7 @@ class BucketPlan:
         """Read a manifest, or raise ``ManifestError``.
 
         ``max_tensors`` bounds the tensors and the slots, ``max_nbytes`` the manifest's uncompressed size in bytes; both are
-        checked before anything of that size is allocated. Peak memory stays under ``4 * max_nbytes + 1024 * max_tensors``.
+        checked before anything of that size is allocated. Peak memory stays under ``10 * max_nbytes + 1024 * max_tensors``.
         """
         from rollout_core.bucketing.manifest import decode
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -33,7 +35,7 @@ def test_lists_hold_everything_in_order_and_within_capacity(data):
     sizes = [[t.numel() * t.dtype.itemsize for _, t in bucket] for bucket in buckets]
     assert all(bucket for bucket in sizes), "no list is empty"
     assert all(sum(bucket) <= capacity or len(bucket) == 1 for bucket in sizes)
-    for bucket, after in zip(sizes, sizes[1:], strict=False):
+    for bucket, after in itertools.pairwise(sizes):
         assert sum(bucket) + after[0] > capacity, "cut only when the next would exceed"
 
 

@@ -80,7 +80,7 @@ def test_b16_a_module_gives_parameters_and_all_buffers():
         dict,
         lambda pairs: (pair for pair in pairs),
         lambda pairs: [[name, tensor] for name, tensor in pairs],
-        lambda pairs: {name: tensor for name, tensor in reversed(pairs)},
+        lambda pairs: dict(reversed(pairs)),
         lambda pairs: dict(pairs).items(),
     ],
     ids=["list", "tuple", "iterator", "dict", "generator", "lists for pairs", "dict in another order", "items view"],
