@@ -88,7 +88,8 @@ def damage(rng: random.Random, good: bytes, fields: dict) -> bytes:
                 del column[-rng.choice((1, 4, 8)) :]
             changed[name] = bytes(column)
         elif isinstance(value, int):
-            changed[name] = rng.choice((0, 1, -1, value + 1, value - 1, 2**31, 2**63 - 1, 2**64 - 1, rng.randrange(2**40)))
+            near = (min(value + 1, 2**64 - 1), max(value - 1, -(2**63)))
+            changed[name] = rng.choice((0, 1, -1, *near, 2**31, 2**63 - 1, 2**64 - 1, rng.randrange(2**40)))
         else:
             changed[name] = rng.choice(("", "split", "own", "packed", "given", "bool", "float99", value + ",", value + ",int8"))
     return rebuild(changed)
