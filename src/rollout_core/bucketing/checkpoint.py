@@ -135,6 +135,9 @@ class SafetensorsSource(Mapping[str, torch.Tensor]):
             tensor: torch.Tensor = file.get_tensor(stored)
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -168,7 +171,7 @@ def _files(path: Path) -> list[Path]:
     if index.is_file():
         try:
             names = json.loads(index.read_text())["weight_map"].values()
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(f"{index} is no safetensors index: {error!r}") from error
         return [path / name for name in dict.fromkeys(names)]
     files = sorted(path.glob("*.safetensors"))

@@ -93,11 +93,13 @@ class Packer:
         return self._round
 
     def _by_name(self, mapping: Mapping[str, torch.Tensor]) -> Iterator[Pair]:
-        missing = [name for name in self._names if name not in mapping]
+        keys = set(mapping)  # not "in mapping": a lazy mapping may load the tensor to answer
+        missing = [name for name in self._names if name not in keys]
         if missing:
             raise PlanMismatchError(f"the source has no tensor {missing[0]!r}, and the plan has ({len(missing)} missing)")
-        if len(mapping) != len(self._names):
-            extra = next(name for name in mapping if name not in set(self._names))
+        if len(keys) != len(self._names):
+            planned = set(self._names)
+            extra = next(name for name in mapping if name not in planned)
             raise PlanMismatchError(f"the source has a tensor {extra!r} that the plan has not; plan again with specs_of")
         return zip(self._names, map(mapping.__getitem__, self._names), strict=True)
 
