@@ -1,0 +1,180 @@
+"""HFWorker: a rollout worker on transformers, the reference that other engines are held against."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import torch
+import xxhash
+
+from rollout_core.bucketing import Bucket, BucketPlan, Packer, plan_buckets, specs_of
+from rollout_core.bucketing.placement import Order, Oversize
+from rollout_core.bucketing.sources import Source
+from rollout_core.errors import WorkerError
+from rollout_core.workers.contract import Completion, SamplingParams
+from rollout_core.workers.hf_link import Link, LocalLink, ProcessLink
+
+
+class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one ``sync_weights`` did: the new weight version, buckets and tensor bytes sent, wall seconds, and the digest of all
+    weights as read back from the worker (32 hexadecimal digits, see ``HFWorker.weights_digest``)."""
+
+    version: int
+    buckets: int
+    nbytes: int
+    seconds: float
+    digest: str
+
+
+class HFWorker:
+    """A transformers causal language model that takes weights in buckets and generates.
+
+    ``model_dir`` is a folder as ``save_pretrained`` writes it. ``dtype`` is a torch dtype's name. With ``process`` the model lives
+    in a process of its own and weights reach it through shared memory; without, in this one. ``timeout`` bounds each answer of that
+    process in seconds, ``start_timeout`` its start; ``threads`` is its number of torch threads (0: torch's own choice).
+    """
+
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        process: bool = True,
+        threads: int = 0,
+        start_timeout: float = 300.0,
+        timeout: float = 300.0,
+    ) -> None:
+        model_dir = str(model_dir)
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise WorkerError(f"dtype is {dtype!r}; it is the name of a torch dtype, for example 'float32'")
+        self._version = 0
+        self._link: Link | None = None
+        if process:
+            self._link = ProcessLink(
+                model_dir, dtype=dtype, device=device, threads=threads, start_timeout=start_timeout, timeout=timeout
+            )
+        else:
+            self._link = LocalLink(model_dir, dtype=dtype, device=device)
+
+    @property
+    def version(self) -> int:
+        """The weight version that the worker generates with; 0 for the folder's own weights."""
+        return self._version
+
+    def sync_weights(
+        self,
+        source: Source,
+        *,
+        capacity: int = 64 << 20,
+        oversize: Oversize = "split",
+        order: Order = "given",
+        readback: bool = True,
+    ) -> SyncReport:
+        """Send weights to the worker in buckets of at most ``capacity`` bytes, and read back the digest of every tensor.
+
+        ``source`` is a module, mapping or list of pairs (it is read twice: for the plan, and to be packed). Names, dtypes and
+        shapes have to be the worker's; its non-persistent buffers may be left out. If this raises, the version has not advanced:
+        before the first bucket was loaded the old weights are still in use, after it the worker refuses to generate.
+
+        Raises ``PlanMismatchError`` (the tensors are not the worker's), ``IntegrityError``, ``TransferError`` (the process ended or
+        did not answer), ``WorkerError`` (a tensor read back differs, by name), or what the source raises.
+        """
+        link = self._alive()
+        if isinstance(source, Iterator):
+            raise WorkerError("the source is an iterator, which can be read once only; pass a module, a mapping or a list of pairs")
+        start = time.perf_counter()
+        plan = plan_buckets(specs_of(source), capacity, oversize=oversize, order=order)
+        version = self._version + 1
+        link.begin(plan, version)
+        sent = SentDigests(plan)
+        try:
+            for bucket in Packer(plan, allocate=link.allocator()).pack(source, version=version):
+                sent.add(bucket)
+                link.load(bucket)
+                del bucket
+            found = link.digests() if readback else {}
+            if readback:
+                self._compare(sent.digests, found)
+            link.commit()
+        except BaseException:
+            link.abandon()
+            raise
+        self._version = version
+        seconds = time.perf_counter() - start
+        return SyncReport(
+            version=version, buckets=len(plan.buckets), nbytes=plan.nbytes, seconds=seconds, digest=combined_digest(found)
+        )
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, max_batch: int = 64) -> list[Completion]:
+        """``params.n`` completions for each prompt of token ids, grouped by prompt; ``to_batch`` pads them (clause W3)."""
+        return self._alive().generate(prompts, params, max_batch)
+
+    def weights_digest(self) -> str:
+        """32 hexadecimal digits over the name and bytes of every parameter and buffer that the worker has now."""
+        return combined_digest(self._alive().digests())
+
+    def tensor_digests(self) -> dict[str, str]:
+        """Hexadecimal xxh3-128 of the bytes of every parameter and buffer, by name, as the worker has them now."""
+        return self._alive().digests()
+
+    def read_tensor(self, name: str) -> torch.Tensor:
+        """One of the worker's parameters or buffers, as a copy on the CPU."""
+        return self._alive().read_tensor(name)
+
+    def close(self) -> None:
+        """End the worker. A second call is harmless."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+
+    def __enter__(self) -> HFWorker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _alive(self) -> Link:
+        if self._link is None:
+            raise WorkerError("the worker is closed")
+        return self._link
+
+    def _compare(self, sent: Mapping[str, str], found: Mapping[str, str]) -> None:
+        wrong = [name for name, digest in sent.items() if found.get(name) != digest]
+        if wrong:
+            raise WorkerError(
+                f"{len(wrong)} of {len(sent)} tensors read back from the worker are not what was sent, first {wrong[0]!r}: "
+                f"sent {sent[wrong[0]]}, found {found.get(wrong[0])}; the worker's weights are not the trainer's"
+            )
+
+
+class SentDigests:
+    """The digest of each tensor, taken from the buckets as they are sent."""
+
+    def __init__(self, plan: BucketPlan) -> None:
+        self._plan = plan
+        self._states: dict[str, Any] = {}
+        self.digests: dict[str, str] = {}
+
+    def add(self, bucket: Bucket) -> None:
+        for slot in self._plan.buckets[bucket.index].slots:
+            state = self._states.setdefault(slot.name, xxhash.xxh3_128())
+            state.update(bucket.buffer[slot.offset : slot.end].cpu().numpy().data)
+            if slot.is_tail:
+                digest = self._states.pop(slot.name).hexdigest()
+                for name in (slot.name, *self._plan.tied.get(slot.name, ())):
+                    self.digests[name] = digest
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """32 hexadecimal digits over names and digests, whatever their order; names are told apart by their lengths."""
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(digests):
+        raw = name.encode("utf-8", "surrogatepass")
+        state.update(len(raw).to_bytes(8, "little") + raw + bytes.fromhex(digests[name]))
+    return state.hexdigest()

@@ -1,0 +1,198 @@
+"""Rollouts from a transformers causal language model held in this process: ``generate``.
+
+The decoding loop is transformers' own; this module makes it sample from the model alone. ``model.generate`` fills every
+field left unset from the checkpoint's ``generation_config``, where a repetition penalty or suppressed tokens may stand
+that would bend the distribution a trainer believes in, and some of those fields have no value that means "off".
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from rollout_core.errors import WorkerError
+from rollout_core.workers.contract import Completion, SamplingParams
+
+
+class _Recorder:
+    """A logits processor that keeps each chosen token's log-probability and changes nothing.
+
+    It runs before temperature, top-k and top-p. Asking ``generate`` for its logits instead would keep every step's
+    (rows, vocabulary) table to the end; here one is alive at a time.
+    """
+
+    def __init__(self, first_row: int, samples: int) -> None:
+        self.columns: list[torch.Tensor] = []
+        self._table: torch.Tensor | None = None
+        self._first_row, self._samples = first_row, samples
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.settle(input_ids)
+        self._table = torch.log_softmax(scores.float(), dim=-1)
+        # A NaN or infinity among a row's logits turns the whole row NaN. Sampling from it would fail on a CPU, end the
+        # CUDA context, and greedy decoding would go on as if nothing were wrong.
+        bad = torch.isnan(self._table[:, 0])
+        if bad.any():
+            prompt = (self._first_row + int(bad.int().argmax())) // self._samples
+            raise WorkerError(
+                f"the model gave NaN or infinite logits for prompt {prompt} at response token {len(self.columns)}: "
+                "check the weights it was last given"
+            )
+        return scores
+
+    def settle(self, input_ids: torch.Tensor) -> None:
+        """Look up the token that followed the last call, now that it stands at the end of ``input_ids``."""
+        if self._table is not None:
+            self.columns.append(self._table.gather(1, input_ids[:, -1:]))
+            self._table = None
+
+
+@contextmanager
+def _plain(model: Any) -> Iterator[None]:
+    """The model in eval mode without its own generation settings; each module's mode and settings come back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    # Also below a wrapper such as an adapter, whose own attribute may only look through to the model within.
+    held = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
+    try:
+        for module, _ in held:
+            module.generation_config = GenerationConfig()
+        model.eval()
+        yield
+    finally:
+        for module, settings in held:
+            module.generation_config = settings
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Fixed generators of the CPU and the model's device within, the caller's own again after."""
+    if seed is None:
+        yield
+        return
+    if device.type not in ("cpu", "cuda"):
+        raise WorkerError(f"no seeded sampling on device type {device.type!r}: pass seed=None, or use cpu or cuda")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # Not torch.manual_seed: that reseeds every GPU in the machine, and only this model's is put back.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _check(model: Any, prompts: Sequence[Sequence[int]], response_length: int, special: dict[str, Sequence[int]]) -> None:
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise WorkerError(f"{type(model).__name__} is an encoder-decoder: pass a causal (decoder-only) language model")
+    vocabulary, limit = config.vocab_size, getattr(config, "max_position_embeddings", None)
+    for kind, ids in special.items():
+        for token in ids:
+            if type(token) is not int or not 0 <= token < vocabulary:
+                raise WorkerError(f"{kind} {token!r} is outside the model's {vocabulary} ids: pass the tokenizer's own")
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise WorkerError(f"prompt {index} is empty: give each prompt at least one token, such as BOS")
+        for position, token in enumerate(prompt):
+            if type(token) is not int or not 0 <= token < vocabulary:
+                raise WorkerError(
+                    f"prompt {index} position {position} is {token!r}, not one of the model's {vocabulary} ids: "
+                    "check that tokenizer and model belong together"
+                )
+        if limit is not None and len(prompt) + response_length > limit:
+            raise WorkerError(
+                f"prompt {index} has {len(prompt)} tokens and with response_length {response_length} passes the "
+                f"model's {limit} positions: shorten the prompt or the response"
+            )
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    *,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    weight_version: int = 0,
+    max_batch: int = 64,
+) -> list[Completion]:
+    """Sample ``params.n`` completions of each prompt with a transformers causal model, on the device it is on.
+
+    Completions are grouped by prompt: prompt 0's n samples first. A response ends with the first of ``eos_token_ids``
+    (unless ``ignore_eos``) or ``params.stop_token_ids``, status ``"stop"`` even as the last token allowed; or at
+    ``params.response_length`` tokens, status ``"length"``. Each token's logprob is ``log_softmax`` in float32 of the
+    raw logits, before temperature, top-k and top-p: what vLLM calls ``raw_logprobs``, its default. The checkpoint's
+    ``generation_config`` has no influence. Greedy decoding runs each prompt once and repeats it n times.
+
+    ``pad_token_id`` may equal an EOS id; it must be an id of the model. At most ``max_batch`` rows are decoded at once.
+    With a seed the caller's random state is left as it was and the same call gives the same samples again; which ones
+    depends on all of its arguments, ``max_batch`` and the other prompts included. Without a seed sampling draws from
+    torch's global generator. While it runs the model is in eval mode with its ``generation_config`` set aside, so one
+    model must not be used by two threads; both are put back, also after an error.
+
+    Raises:
+        WorkerError: an empty prompt, a token id outside the vocabulary, a prompt and response that together pass the
+            model's positions, NaN or infinite logits, or an argument out of range. The message names the prompt.
+    """
+    for name, value, least in (("max_batch", max_batch, 1), ("weight_version", weight_version, 0)):
+        if type(value) is not int or value < least:
+            raise WorkerError(f"{name} is {value!r}: pass a whole number of at least {least}")
+    stops = {"eos_token_ids": eos_token_ids, "stop_token_ids": params.stop_token_ids}
+    _check(model, prompts, params.response_length, {**stops, "pad_token_id": (pad_token_id,)})
+    ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
+    greedy = params.temperature == 0
+    # All three set even when off: transformers' own default for an unset top_k is 50.
+    warpers = {"temperature": float(params.temperature), "top_k": params.top_k, "top_p": float(params.top_p)}
+    settings = GenerationConfig(
+        max_new_tokens=params.response_length,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad_token_id,
+        do_sample=not greedy,
+        **({} if greedy else warpers),
+    )
+    samples = 1 if greedy else params.n
+    rows = [(index, sample) for index in range(len(prompts)) for sample in range(samples)]
+    completions: list[Completion] = []
+    with _plain(model), _seeded(None if greedy else params.seed, model.device):
+        for start in range(0, len(rows), max_batch):
+            places = rows[start : start + max_batch]
+            recorder = _Recorder(start, samples)
+            responses = _decode(model, [prompts[index] for index, _ in places], settings, recorder)
+            logprobs = torch.cat(recorder.columns, dim=1).tolist()
+            for (index, sample), response, scores in zip(places, responses, logprobs, strict=True):
+                # What follows a row's end is padding, and only its place says so: padding may be any id.
+                end = next((place for place, token in enumerate(response) if token in ends), None)
+                length = len(response) if end is None else end + 1
+                completions += [
+                    Completion(
+                        token_ids=tuple(response[:length]),
+                        logprobs=tuple(scores[:length]),
+                        status="length" if end is None else "stop",
+                        weight_version=weight_version,
+                        prompt_index=index,
+                        sample_index=copy,
+                    )
+                    for copy in (range(params.n) if greedy else (sample,))
+                ]
+    return completions
+
+
+def _decode(model: Any, prompts: list[Sequence[int]], settings: Any, recorder: _Recorder) -> list[list[int]]:
+    """One batch of responses, as many tokens for each row as the longest took; the recorder holds their logprobs."""
+    width = max(map(len, prompts))
+    ids = [[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    output = model.generate(
+        input_ids=torch.tensor(ids, device=model.device),
+        # Given, not guessed: transformers would take it from the pad id, which may stand inside a prompt. It makes
+        # the position ids from this mask, so that each prompt's first token is at position 0.
+        attention_mask=torch.tensor(mask, device=model.device),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([recorder]),
+    )
+    recorder.settle(output)
+    responses: list[list[int]] = output[:, width:].tolist()
+    return responses
