@@ -24,8 +24,7 @@ _FLOAT32_MAX: Final = torch.finfo(torch.float32).max
 
 
 def _is_whole(value: object, minimum: int) -> bool:
-    # A bool is an int to Python, but no count and no id.
-    return type(value) is int and minimum <= value <= _INT64_MAX
+    return type(value) is int and minimum <= value <= _INT64_MAX  # a bool is an int, but no count and no id
 
 
 def _whole(value: object, minimum: int, where: str, advice: str) -> None:
@@ -67,8 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise WorkerError(f"SamplingParams.top_p is {self.top_p!r}, not in (0, 1]: pass 1.0 to turn it off")
         _whole(self.top_k, 0, "SamplingParams.top_k", "pass 0 to turn it off")
-        if self.seed is not None:
-            _whole(self.seed, 0, "SamplingParams.seed", "pass None for no seed")
+        _whole(0 if self.seed is None else self.seed, 0, "SamplingParams.seed", "pass None for no seed")
         _ids(self.stop_token_ids, "SamplingParams.stop_token_ids")
         if type(self.ignore_eos) is not bool:
             raise WorkerError(f"SamplingParams.ignore_eos is {self.ignore_eos!r}: pass True or False")
@@ -117,9 +115,7 @@ class RolloutBatch:
     responses: torch.Tensor  # int64 (B, R), right-padded
     input_ids: torch.Tensor  # int64 (B, P + R), the two side by side
     attention_mask: torch.Tensor  # int64 (B, P + R): 0 on left padding, 1 through the response's first EOS, 0 after
-    # int64 (B, P + R): 0 on left padding, 0, 1, ... over the prompt and on over all R response places, padding
-    # included (verl's rule)
-    position_ids: torch.Tensor
+    position_ids: torch.Tensor  # int64 (B, P + R): 0 on left padding, then 0, 1, ... to the end, padding too (as verl)
     response_mask: torch.Tensor  # int64 (B, R), the last R columns of attention_mask
     logprobs: torch.Tensor | None  # float32 (B, R): 0.0 where response_mask is 0; None if no completion has any
 
@@ -197,8 +193,7 @@ def to_batch(
         responses=responses,
         input_ids=torch.cat([prompt_ids, responses], dim=1),
         attention_mask=torch.cat([prompt_mask, response_mask], dim=1),
-        # The column, counted from the prompt's first token; left padding falls below 0.
-        position_ids=(columns - (width - prompt_lengths)).clamp(min=0),
+        position_ids=(columns - (width - prompt_lengths)).clamp(min=0),  # left padding would fall below 0
         response_mask=response_mask,
         logprobs=None if without_logprobs else logprobs,
     )

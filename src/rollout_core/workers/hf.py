@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -75,12 +75,14 @@ class HFWorker:
         oversize: Oversize = "split",
         order: Order = "given",
         readback: bool = True,
+        inject: Callable[[Bucket], Bucket] | None = None,
     ) -> SyncReport:
         """Send weights to the worker in buckets of at most ``capacity`` bytes, and read back the digest of every tensor.
 
         ``source`` is a module, mapping or list of pairs (it is read twice: for the plan, and to be packed). Names, dtypes and
         shapes have to be the worker's; its non-persistent buffers may be left out. If this raises, the version has not advanced:
-        before the first bucket was loaded the old weights are still in use, after it the worker refuses to generate.
+        before the first bucket was loaded the old weights are still in use, after it the worker refuses to generate. ``inject``
+        is called with every bucket on its way and returns what is sent instead: a place for faults, in tests and preflight.
 
         Raises ``PlanMismatchError`` (the tensors are not the worker's), ``IntegrityError``, ``TransferError`` (the process ended or
         did not answer), ``WorkerError`` (a tensor read back differs, by name), or what the source raises.
@@ -96,7 +98,7 @@ class HFWorker:
         try:
             for bucket in Packer(plan, allocate=link.allocator()).pack(source, version=version):
                 sent.add(bucket)
-                link.load(bucket)
+                link.load(bucket if inject is None else inject(bucket))
                 del bucket
             found = link.digests() if readback else {}
             if readback:

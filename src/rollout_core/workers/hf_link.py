@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -133,14 +134,12 @@ class ProcessLink:
         self._arena.vacate()
 
     def abandon(self) -> None:
-        """Best effort: the update failed, perhaps because the worker did."""
-        try:
-            while self._unanswered:
-                self._unanswered -= 1
-                self._receive(self._timeout)
+        """Best effort: the update failed, perhaps because the worker did, and the error that led here says more."""
+        while self._unanswered:
+            with suppress(RolloutCoreError):  # buckets sent after the one that failed are refused too
+                self._settle()
+        with suppress(RolloutCoreError):
             self._ask(Abandon())
-        except (TransferError, WorkerError):
-            pass  # the error that led here says more
         self._arena.vacate()
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, max_batch: int) -> list[Completion]:
@@ -179,8 +178,8 @@ class ProcessLink:
 
     def _settle(self) -> None:
         """Take in the answer to one bucket; its slot is free again."""
+        self._unanswered -= 1  # also if the answer is an error
         answer = self._receive(self._timeout)
-        self._unanswered -= 1
         if not isinstance(answer, Loaded):
             raise WorkerError(f"the worker answered {type(answer).__name__} to a bucket")
         self._arena.release(answer.offset)

@@ -33,6 +33,9 @@ class HFModel:
 
     def __init__(self, model_dir: str, *, dtype: str = "float32", device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
         try:
             self.model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).to(device)
