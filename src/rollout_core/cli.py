@@ -14,7 +14,6 @@ except ImportError:  # pragma: no cover
 
 from rollout_core.errors import RolloutCoreError
 from rollout_core.preflight.plan_command import plan_command
-from rollout_core.preflight.plan_report import parse_size
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 app.command("plan")(plan_command)
@@ -31,6 +30,8 @@ def preflight_command(
 
     Exits with 0 only if every check holds, 1 if one does not, 2 if it could not begin.
     """
+    from rollout_core.preflight.plan_report import parse_size  # brings torch
+
     console = Console()
     if worker != "hf":
         _refuse(f"--worker is {worker!r}; this version has one kind of worker: hf")
@@ -47,6 +48,21 @@ def preflight_command(
     except ImportError as error:
         _refuse(f"{error}; pip install 'rollout-core[cli,hf]'")
     raise typer.Exit(0 if held else 1)
+
+
+@app.command("bench")
+def bench_command(
+    which: Annotated[list[str] | None, typer.Argument(help="planning, packing; none: both.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 21,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for packing.")] = 2,
+) -> None:
+    """Measure planning and packing on the CPU, each beside its baseline."""
+    from rollout_core.bench.command import BENCHES, bench
+
+    unknown = [name for name in which or () if name not in BENCHES]
+    if unknown:
+        _refuse(f"no bench is named {unknown[0]!r}; there are {', '.join(BENCHES)}")
+    bench(tuple(which or BENCHES), repeats=repeats, threads=threads, console=Console())
 
 
 def _refuse(message: str) -> None:

