@@ -26,11 +26,14 @@ class BufferPool:
     def __init__(self) -> None:
         self._buffers: list[tuple[np.ndarray[Any, Any], weakref.ref[np.ndarray[Any, Any]]]] = []
 
-    def take(self, nbytes: int, size: int) -> torch.Tensor:
-        """A buffer of ``nbytes``, with room for ``size`` bytes when it is used again. Its content is undefined."""
+    def take(self, nbytes: int, device: torch.device, *, room: int = 0) -> torch.Tensor:
+        """A buffer of ``nbytes``, with ``room`` for more bytes when it is used again. Its content is undefined. On other devices
+        than the CPU torch's own allocator is the pool."""
+        if device.type != "cpu":
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
         idle = [memory for memory, lease in self._buffers if lease() is None]
         fitting = [memory for memory in idle if memory.nbytes >= nbytes]
-        memory = fitting[0] if fitting else _aligned(max(nbytes, size))
+        memory = fitting[0] if fitting else _aligned(max(nbytes, room))
         kept = [held for held in idle if held is not memory and held.nbytes >= nbytes][: _IDLE - 1]
         # torch keeps the array object that a tensor was made from for as long as any tensor uses the storage.
         lease = memory[:nbytes]
@@ -42,13 +45,14 @@ class BufferPool:
         return torch.from_numpy(lease)
 
     def trim(self, buffer: torch.Tensor, nbytes: int) -> torch.Tensor:
-        """The first bytes of a buffer just taken, as a buffer of their own in its place. ``buffer`` must not be used after."""
+        """The first bytes of a buffer just taken, as a buffer of their own in its place. ``buffer`` must not be used after. What
+        is not from this pool is sliced: its storage keeps its size."""
         for place, (memory, _) in enumerate(self._buffers):
             if memory.ctypes.data == buffer.data_ptr():
                 lease = memory[:nbytes]
                 self._buffers[place] = (memory, weakref.ref(lease))
                 return torch.from_numpy(lease)
-        raise LookupError("the buffer is not from this pool")
+        return buffer[:nbytes]
 
 
 def _aligned(nbytes: int) -> np.ndarray[Any, Any]:

@@ -108,18 +108,18 @@ _NBYTES: Final = attrgetter("nbytes")
 
 
 def _alike(run: Run, tensors: list[torch.Tensor]) -> bool:
-    """Whether the tensors are dense CPU ones of the run's dtype and sizes. Trailing sizes are left to torch.cat, which compares
-    them with the first tensor's."""
+    """Whether the tensors are dense CPU ones of the run's dtype and sizes. Trailing sizes are left to ``_cat``."""
     spec = run.slots[0].spec
     return (
         PLAIN_TYPES.issuperset(map(type, tensors))
         and set(map(_KIND, tensors)) == {(spec.dtype, torch.strided, torch.device("cpu"))}
         and tuple(map(_NBYTES, tensors)) == run.sizes
-        and tuple(tensors[0].shape) == spec.shape
     )
 
 
 def _cat(tensors: list[torch.Tensor], out: torch.Tensor) -> bool:
+    if tensors[0].shape[1:] != out.shape[1:]:
+        return False  # torch.cat compares the tensors with the first, and would resize the output to fit it
     with torch.no_grad():  # per thread, so said here
         try:
             torch.cat(tensors, out=out)

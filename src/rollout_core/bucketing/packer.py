@@ -155,9 +155,7 @@ class Packer:
     def _new_buffer(self, nbytes: int, device: torch.device) -> torch.Tensor:
         if self._allocate is not None:
             return check_buffer(self._allocate(nbytes), nbytes)
-        if device.type == "cpu":
-            return self._pool.take(nbytes, self._largest)
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return self._pool.take(nbytes, device, room=self._largest)
 
 
 @dataclass(frozen=True, slots=True)

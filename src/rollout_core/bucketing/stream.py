@@ -149,7 +149,7 @@ class _Stream:
     def _fill(self, layout: BucketLayout, unit: list[tuple[TensorSpec, torch.Tensor]]) -> torch.Tensor:
         """The buffer of a closed bucket: the open one, or a new one with a piece (or the whole) of an oversize tensor."""
         if self._open.buffer is not None:
-            buffer, self._open = self._trim(self._open.buffer, layout.nbytes), _Open()
+            buffer, self._open = self._pool.trim(self._open.buffer, layout.nbytes), _Open()
         else:
             buffer = self._new_buffer(layout.nbytes, unit[0][1].device)
             write_slot(buffer, layout.slots[0], self._ready(unit, layout.slots[0]))
@@ -181,16 +181,7 @@ class _Stream:
     def _new_buffer(self, nbytes: int, device: torch.device) -> torch.Tensor:
         if self._allocate is not None:
             return check_buffer(self._allocate(nbytes), nbytes)
-        if device.type == "cpu":
-            return self._pool.take(nbytes, nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-    def _trim(self, buffer: torch.Tensor, nbytes: int) -> torch.Tensor:
-        if nbytes == buffer.numel():
-            return buffer
-        if self._allocate is None and buffer.device.type == "cpu":
-            return self._pool.trim(buffer, nbytes)
-        return buffer[:nbytes]
+        return self._pool.take(nbytes, device)
 
     def _bucket(self, layout: BucketLayout, buffer: torch.Tensor, *, last: bool) -> StreamBucket:
         header = encode_header(self._sent, last, self._options.align, layout, self._ties.names)

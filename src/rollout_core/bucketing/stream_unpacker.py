@@ -74,7 +74,8 @@ class StreamUnpacker:
         if self._verify:
             verify(bucket)
         self._next, self._chain, self._version = self._next + 1, chain, bucket.version
-        self._names, self._awaited, self._ended = self._names | names, awaited, header.last
+        self._awaited, self._ended = awaited, header.last
+        self._names |= names
         return self._hand_out(layout, tied, bucket.buffer)
 
     def close(self) -> None:

@@ -213,6 +213,15 @@ def test_b13_streams_find_any_changed_byte_of_header_or_payload(data):
         list(unpack_stream(buckets))
 
 
+def test_b13_a_stream_without_verification():
+    pairs = [("a", patterned(torch.float32, 4))]
+    buckets = list(pack_stream(pairs, 16, digest=None))
+    ((_, tensor),) = unpack_stream(buckets, verify=False)
+    assert torch.equal(tensor, pairs[0][1])
+    with pytest.raises(IntegrityError, match="bucket 0 carries no digest"):
+        list(unpack_stream(buckets))
+
+
 def test_b13_without_verification_nothing_is_hashed_and_bytes_still_arrive():
     pairs = [("a", patterned(torch.float32, 4))]
     plan = plan_buckets(specs_of(pairs), 16)

@@ -42,6 +42,7 @@ def test_b2_b3_b4_invariants(specs, capacity, options):
             end = slot.offset + slot.nbytes
             pieces[slot.name].append((slot.start, slot.nbytes))
         assert layout.nbytes == end, "B4: slots and padding cover the bucket"
+        assert layout.padding == end - sum(slot.nbytes for slot in layout.slots), "B4: padding is declared"
         alone = options["oversize"] == "own" and len(layout.slots) == 1 and size(layout.slots[0].spec) > capacity
         assert layout.nbytes <= capacity or alone, "B2"
         assert (layout.slots[0].name in plan.oversized) == (layout.nbytes > capacity), "B2: over capacity is reported"

@@ -298,3 +298,17 @@ def test_b8_an_allocators_memory_is_where_the_bytes_go():
     assert bytes(arena[64:96].numpy()) == bytes_of(pairs[1][1])
     given_out.clear()
     assert picture(unpack_stream(pack_stream([("a", pairs[0][1])], 64, allocate=allocate))) == picture(pairs[:1])
+
+
+def test_buffers_are_made_on_the_sources_device():
+    """Seen on the meta device, which is the other one that every machine has."""
+    from rollout_core.bucketing.buffers import BufferPool
+
+    pool = BufferPool()
+    assert pool.take(8, torch.device("meta")).device.type == "meta"
+    buffer = pool.take(8, torch.device("cpu"), room=64)
+    assert (buffer.shape, buffer.untyped_storage().nbytes()) == ((8,), 8)
+    assert pool.trim(torch.empty(8, dtype=torch.uint8), 3).shape == (3,), "what is not the pool's is sliced"
+    address = buffer.data_ptr()
+    del buffer
+    assert pool.take(64, torch.device("cpu")).data_ptr() == address, "there was room for more"

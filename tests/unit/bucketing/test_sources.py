@@ -177,6 +177,30 @@ def test_b16_what_is_no_pair_says_so(item):
         collect(apack_stream(as_async([item]), 32))
 
 
+class Rows:
+    """An async iterable that is no generator: it has nothing to close."""
+
+    def __aiter__(self):
+        return as_async(PAIRS)
+
+
+def test_b16_an_async_iterable_object():
+    assert picture(unpack_stream(collect(apack_stream(Rows(), 32)))) == picture(PAIRS)
+
+
+class Loaded(torch.Tensor):
+    """A subclass with memory of its own, as engines use for parameters with a weight loader."""
+
+
+def test_b16_tensor_subclasses_with_memory_of_their_own():
+    pairs = [(name, tensor.as_subclass(Loaded)) for name, tensor in PAIRS]
+    plan = plan_buckets(specs_of(pairs), 32)
+    for source in (pairs, iter(pairs)):
+        out = list(unpack(plan, pack(plan, source)))
+        assert picture(out) == picture(PAIRS)
+        assert {type(tensor) for _, tensor in out} == {torch.Tensor}
+
+
 # --------------------------------------------------------------------------------------------------------------- B16 errors
 
 

@@ -1,0 +1,71 @@
+"""Packing small tensors in parallel: the same bytes, and no job left behind."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from rollout_core.bucketing import Packer, copying, plan_buckets, specs_of, unpack
+from rollout_core.errors import PlanMismatchError
+from support.oracle import bytes_of
+from support.tensors import patterned
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        yield executor
+
+
+@pytest.fixture(autouse=True)
+def small_jobs(monkeypatch):
+    """Jobs of a few tensors, so that small inputs are cut too."""
+    monkeypatch.setattr(copying, "_JOB", 64)
+
+
+def test_b1_jobs_fill_every_byte(pool):
+    pairs = {f"w{i}": patterned(torch.bfloat16, i % 4 + 1, 5, seed=i) for i in range(100)}
+    plan = plan_buckets(specs_of(pairs), 700)
+    packer = Packer(plan, executor=pool)
+    for _ in range(2):
+        out = dict(unpack(plan, packer.pack(pairs)))
+        assert {name: bytes_of(tensor) for name, tensor in out.items()} == {name: bytes_of(t) for name, t in pairs.items()}
+
+
+def test_jobs_are_really_cut(pool, monkeypatch):
+    submitted = []
+    original = pool.submit
+    monkeypatch.setattr(pool, "submit", lambda *args, **kwargs: submitted.append(args) or original(*args, **kwargs))
+    pairs = {f"w{i}": patterned(torch.bfloat16, 2, 5, seed=i) for i in range(20)}
+    plan = plan_buckets(specs_of(pairs), 1 << 20)
+    list(Packer(plan, executor=pool).pack(pairs))
+    assert len(submitted) == 20 * 20 // 64
+    assert sum(len(tensors) for _, tensors, _ in submitted) == 20
+
+
+def test_large_tensors_are_left_to_torch(pool, monkeypatch):
+    monkeypatch.setattr(copying, "_SMALL", 8)
+    monkeypatch.setattr(pool, "submit", lambda *args: pytest.fail("a job was made"))
+    pairs = {f"w{i}": patterned(torch.bfloat16, 2, 5, seed=i) for i in range(20)}
+    plan = plan_buckets(specs_of(pairs), 1 << 20)
+    out = dict(unpack(plan, Packer(plan, executor=pool).pack(pairs)))
+    assert all(torch.equal(out[name].view(torch.int16), tensor.view(torch.int16)) for name, tensor in pairs.items())
+
+
+def test_parameters_that_require_grad_are_packed_in_jobs(pool):
+    """Grad mode is a thread's own, and writing into memory from a tensor that requires grad is refused where it is on."""
+    model = torch.nn.ParameterList([torch.nn.Parameter(patterned(torch.float32, 2, 3, seed=i)) for i in range(30)])
+    plan = plan_buckets(specs_of(model), 1 << 20)
+    out = dict(unpack(plan, Packer(plan, executor=pool).pack(model)))
+    assert all(torch.equal(out[name], p) for name, p in model.named_parameters())
+
+
+def test_a_wrong_tensor_in_one_job_is_named_and_no_job_outlives_it(pool):
+    pairs = {f"w{i}": patterned(torch.float32, 2, 6, seed=i) for i in range(40)}
+    plan = plan_buckets(specs_of(pairs), 1 << 20)
+    packer = Packer(plan, executor=pool)
+    with pytest.raises(PlanMismatchError, match=r"tensor 'w33' of the source is f32\[3, 4\], and of the plan f32\[2, 6\]"):
+        list(packer.pack({**pairs, "w33": torch.ones(3, 4)}))
+    assert {n: bytes_of(t) for n, t in unpack(plan, packer.pack(pairs))} == {n: bytes_of(t) for n, t in pairs.items()}
