@@ -138,9 +138,7 @@ class _Stream:
             del unit
         self._groups.finish()
         self._ties.finish()
-        for layout in self._filler.finish():
-            if finished is not None:
-                yield self._bucket(*finished, last=False)
+        for layout in self._filler.finish():  # nothing is open while a finished bucket waits
             finished = (layout, self._fill(layout, []))
         if finished is None:  # a source without tensors
             finished = (BucketLayout(0, 0, ()), self._new_buffer(0, torch.device("cpu")))

@@ -19,7 +19,19 @@ from matplotlib.ticker import MaxNLocator
 
 from rollout_core.bucketing import BucketPlan
 from rollout_core.preflight.plan_report import format_size
-from rollout_core.preflight.plan_segments import RGB, SCALE, Colour, Kind, Rows, Segment, colours_of, labels_of, plan_words, rows_of
+from rollout_core.preflight.plan_segments import (
+    RGB,
+    SCALE,
+    Colour,
+    Kind,
+    Rows,
+    Segment,
+    colours_of,
+    drawable,
+    labels_of,
+    plan_words,
+    rows_of,
+)
 
 ENDINGS: Final = (".png", ".svg", ".pdf")
 
@@ -93,7 +105,7 @@ def draw_plan(plan: BucketPlan, colour: Colour = "dtype", *, title: str = "") ->
     figure.text(
         _LEFT / _WIDTH,
         1 - 0.12 / height,
-        words.encode("ascii", "backslashreplace").decode("ascii"),
+        drawable(words),
         va="top",
         fontsize=10,
         parse_math=False,
@@ -187,7 +199,7 @@ def _label_axes(axes: Any, plan: BucketPlan, rows: Rows, row_inches: float, righ
 def _handles(plan: BucketPlan, rows: Rows, right: float, colours: dict[Kind, RGB]) -> list[Any]:
     """What the legend explains; layers have a scale of their own."""
     handles: list[Any] = [
-        Patch(color=colours[kind], label=f"{kind} ({format_size(nbytes)})")
+        Patch(color=colours[kind], label=f"{drawable(kind)} ({format_size(nbytes)})")
         for kind, nbytes in rows.nbytes.items()
         if isinstance(kind, str)
     ]

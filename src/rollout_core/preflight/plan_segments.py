@@ -216,11 +216,16 @@ def labels_of(segments: Sequence[Segment], room: Callable[[str], float]) -> list
 
 
 def short_names(slot: Slot) -> list[str]:
-    """The name of what lies in a slot and shorter ways to write it, the longest first; ASCII, as fonts lack the rest."""
-    plain = printable(slot.name).encode("ascii", "backslashreplace").decode("ascii")
+    """The name of what lies in a slot and shorter ways to write it, the longest first."""
+    plain = drawable(slot.name)
     short = plain.removesuffix(".weight")
     names = [plain, short, short.removeprefix("model."), short.rsplit(".", 1)[-1]]
     return [f"{plain} from {format_size(slot.start)}", *names] if slot.start else names
+
+
+def drawable(text: str) -> str:
+    """Text in ASCII, the rest as escapes: matplotlib warns of every glyph that its font lacks."""
+    return printable(text).encode("ascii", "backslashreplace").decode("ascii")
 
 
 def plan_words(plan: BucketPlan) -> str:
