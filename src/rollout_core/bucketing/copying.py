@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,17 +17,15 @@ from rollout_core.bucketing.specs import TensorSpec
 from rollout_core.bucketing.tensors import PLAIN_TYPES, as_bytes, check_describable, describe, materialize, resolved, same_bits_copy
 from rollout_core.errors import PlanMismatchError
 
-_SMALL: Final = 256 << 10  # below this a copy is too short for torch to share it among threads
-_JOB: Final = 8 << 20  # bytes of small tensors that are worth a job of their own
+_JOB: Final = 8 << 20  # bytes that are worth a job of their own: enough to hide its making, few enough to share the work evenly
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """Neighbouring slots. If ``alike``, whole tensors of one dtype that differ in their first size at most and lie without a gap:
-    one concatenation fills them all."""
+    one concatenation fills them all. ``sizes`` are their bytes."""
 
     slots: tuple[Slot, ...]
-    names: tuple[str, ...]
     sizes: tuple[int, ...]
     alike: bool
 
@@ -58,8 +56,7 @@ def _continues(before: Slot, slot: Slot) -> bool:
 
 
 def _run_of(slots: list[Slot]) -> Run:
-    names, sizes = tuple(slot.name for slot in slots), tuple(slot.nbytes for slot in slots)
-    return Run(tuple(slots), names, sizes, alike=len(slots) > 1)
+    return Run(tuple(slots), tuple(slot.nbytes for slot in slots), alike=len(slots) > 1)
 
 
 def write_slot(buffer: torch.Tensor, slot: Slot, tensor: torch.Tensor) -> None:
@@ -73,24 +70,49 @@ def write_slot(buffer: torch.Tensor, slot: Slot, tensor: torch.Tensor) -> None:
         same_bits_copy(target.view(tensor.dtype).view(tensor.shape), resolved(tensor))
 
 
-def zero_padding(buffer: torch.Tensor, layout: BucketLayout) -> None:
-    """Zero what lies between the slots: memory may have been used before."""
-    for offset, nbytes in layout.gaps():
+def zero_padding(buffer: torch.Tensor, gaps: Iterable[tuple[int, int]]) -> None:
+    """Zero what lies between the slots (offset, nbytes): memory may have been used before."""
+    for offset, nbytes in gaps:
         buffer[offset : offset + nbytes].zero_()
 
 
 def write_run(buffer: torch.Tensor, run: Run, tensors: list[torch.Tensor], executor: Executor | None) -> bool:
-    """Copy a whole run at once, if these are plain CPU tensors as the plan says; False leaves it to be copied one by one."""
-    if not run.alike or buffer.device.type != "cpu" or not _alike(run, tensors):
+    """Copy a whole run of like tensors at once, if these are plain CPU tensors as the plan says; False leaves it to be copied one
+    by one, which names what is wrong with them."""
+    if buffer.device.type != "cpu":
         return False
     spec = run.slots[0].spec
     typed = buffer[run.slots[0].offset : run.slots[-1].end].view(spec.dtype).view(-1, *spec.shape[1:])
     jobs = _jobs(run, spec.nbytes // spec.shape[0]) if executor else []
     if executor is None or len(jobs) < 2:
-        return _cat(tensors, typed)
-    futures = [executor.submit(_cat, tensors[a:b], typed[c:d]) for a, b, c, d in jobs]
+        return _concatenate(tensors, run.sizes, typed)
+    futures = [executor.submit(_concatenate, tensors[a:b], run.sizes[a:b], typed[c:d]) for a, b, c, d in jobs]
     wait(futures)  # all of them, whatever happens to one: none may write to the buffer later
     return False not in [future.result() for future in futures]
+
+
+_DTYPE: Final = attrgetter("dtype")
+_NBYTES: Final = attrgetter("nbytes")
+_IS_CPU: Final = attrgetter("is_cpu")
+
+
+def _concatenate(tensors: list[torch.Tensor], sizes: tuple[int, ...], out: torch.Tensor) -> bool:
+    """Fill ``out`` with tensors of its dtype and trailing sizes and these numbers of bytes. False, with ``out`` undefined, if they
+    are not that. Checks are maps over C attributes: for ten thousand small tensors Python is what costs."""
+    try:
+        fits = (
+            PLAIN_TYPES.issuperset(map(type, tensors))
+            and all(map(_IS_CPU, tensors))
+            and set(map(_DTYPE, tensors)) == {out.dtype}
+            and tuple(map(_NBYTES, tensors)) == sizes
+            and tensors[0].shape[1:] == out.shape[1:]  # torch.cat compares the rest with the first, and would resize its output
+        )
+        if fits:
+            with torch.no_grad():  # per thread, so said here
+                torch.cat(tensors, out=out)
+    except RuntimeError:
+        return False
+    return fits
 
 
 def conform(spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
@@ -103,35 +125,9 @@ def conform(spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
     return materialize(spec.name, tensor)
 
 
-_KIND: Final = attrgetter("dtype", "layout", "device")
-_NBYTES: Final = attrgetter("nbytes")
-
-
-def _alike(run: Run, tensors: list[torch.Tensor]) -> bool:
-    """Whether the tensors are dense CPU ones of the run's dtype and sizes. Trailing sizes are left to ``_cat``."""
-    spec = run.slots[0].spec
-    return (
-        PLAIN_TYPES.issuperset(map(type, tensors))
-        and set(map(_KIND, tensors)) == {(spec.dtype, torch.strided, torch.device("cpu"))}
-        and tuple(map(_NBYTES, tensors)) == run.sizes
-    )
-
-
-def _cat(tensors: list[torch.Tensor], out: torch.Tensor) -> bool:
-    if tensors[0].shape[1:] != out.shape[1:]:
-        return False  # torch.cat compares the tensors with the first, and would resize the output to fit it
-    with torch.no_grad():  # per thread, so said here
-        try:
-            torch.cat(tensors, out=out)
-        except RuntimeError:
-            return False  # copied one by one instead, which names the tensor that is wrong
-    return True
-
-
 def _jobs(run: Run, row_nbytes: int) -> list[tuple[int, int, int, int]]:
-    """Cut a run of small tensors into jobs: tensors from, to, rows from, to."""
-    total = sum(run.sizes)
-    count = max(1, total // _JOB) if total < _SMALL * len(run.sizes) else 1
+    """Cut a run into jobs: tensors from, to, rows from, to."""
+    count = max(1, min(len(run.sizes), sum(run.sizes) // _JOB))
     bounds = [i * len(run.sizes) // count for i in range(count + 1)]
     jobs, row = [], 0
     for start, end in pairwise(bounds):

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -51,8 +52,8 @@ class Packer:
     A bucket's CPU buffer is used again once nothing refers to it any more, so drop each bucket when it is sent. Nothing of a source
     is kept between rounds. Rounds are numbered from 1 unless ``version`` is given.
 
-    ``executor`` runs the copies of small tensors in parallel. torch shares one large copy among its threads but not ten thousand
-    small ones; a ``ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))`` does.
+    ``executor`` runs the copies of neighbouring like tensors as jobs. torch shares one large copy among its threads but not ten
+    thousand small ones; a ``ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))`` does.
     """
 
     def __init__(
@@ -72,60 +73,87 @@ class Packer:
         self._largest = max((layout.nbytes for layout in plan.buckets if layout.nbytes <= plan.capacity), default=0)
         self._work = _work_of(plan)
         self._names = [spec.name for spec in plan.specs]
+        self._planned = frozenset(self._names)
+        self._tied_places = [i for i, spec in enumerate(plan.specs) if spec.alias_of or spec.name in plan.tied]
         self._round = 0
 
     def pack(self, source: Source, *, version: int | None = None) -> Iterator[Bucket]:
         """One round: see the function ``pack``."""
         version = self._next_version(version)
         mapping = as_mapping(source)
-        if mapping is None:
-            return drive(self._steps(version, bulk=isinstance(source, Sequence)), named_pairs(source))
-        return drive(self._steps(version, bulk=True), self._by_name(mapping))
+        if mapping is not None:
+            return self._at_once(self._by_name(mapping), version)
+        if isinstance(source, Sequence):
+            return self._at_once(self._in_order(list(named_pairs(source))), version)
+        return drive(self._one_by_one(version), named_pairs(source))
 
     def apack(self, source: AnySource, *, version: int | None = None) -> AsyncIterator[Bucket]:
         """One round: see the function ``apack``."""
         if not isinstance(source, AsyncIterable):
             return in_loop(self.pack(source, version=version))
-        return adrive(self._steps(self._next_version(version), bulk=False), source)
+        return adrive(self._one_by_one(self._next_version(version)), source)
 
     def _next_version(self, version: int | None) -> int:
         self._round = check_version(self._round + 1 if version is None else version)
         return self._round
 
-    def _by_name(self, mapping: Mapping[str, torch.Tensor]) -> Iterator[Pair]:
+    def _by_name(self, mapping: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
         keys = set(mapping)  # not "in mapping": a lazy mapping may load the tensor to answer
-        missing = [name for name in self._names if name not in keys]
-        if missing:
-            raise PlanMismatchError(f"the source has no tensor {missing[0]!r}, and the plan has ({len(missing)} missing)")
-        if len(keys) != len(self._names):
-            planned = set(self._names)
-            extra = next(name for name in mapping if name not in planned)
+        if keys != self._planned:
+            missing = [name for name in self._names if name not in keys]
+            if missing:
+                raise PlanMismatchError(f"the source has no tensor {missing[0]!r}, and the plan has ({len(missing)} missing)")
+            extra = next(name for name in mapping if name not in self._planned)
             raise PlanMismatchError(f"the source has a tensor {extra!r} that the plan has not; plan again with specs_of")
-        return zip(self._names, map(mapping.__getitem__, self._names), strict=True)
+        return map(mapping.__getitem__, self._names)
 
-    def _steps(self, version: int, bulk: bool) -> Step[Bucket]:
-        """Fill bucket after bucket. ``bulk``: all tensors of the source live side by side, so those of a bucket may be taken at
-        once; else each is copied before the next is asked for, since the source may use one piece of memory for all."""
-        ties = _Ties(self.plan, bulk)
+    def _in_order(self, pairs: list[Pair]) -> Iterator[torch.Tensor]:
+        if pairs and self._names:
+            self._expect(pairs[: len(self._names)], 0)
+        if len(pairs) < len(self._names):
+            self._expect([], len(pairs))
+        self._expect_end(pairs[len(self._names) :])
+        return iter([tensor for _, tensor in pairs])
+
+    def _at_once(self, tensors: Iterator[torch.Tensor], version: int) -> Iterator[Bucket]:
+        """Fill bucket after bucket from a source whose tensors all live side by side, so that those of a bucket may be taken at
+        once. ``tensors`` come in the plan's order."""
+        ties = _Ties(self._tied_places, alive=True)
         held: dict[str, torch.Tensor] = {}  # taken from the source, and not yet (or not wholly) copied
         place = 0
         for work in self._work:
-            target = _Target(work.layout, self._new_buffer, self._executor)
-            if not bulk:
-                target.copy_held(held)
-            while place < work.until:
-                items = (yield (work.until - place if bulk else 1)) or []
-                self._expect(items, place)
-                for at in ties.places(place, place + len(items)):
-                    ties.see(self.plan.specs[at], items[at - place][1])
-                held.update(items)
-                if not bulk:
-                    target.take_one(items[0][0], held, self.plan.specs[place])
-                place += len(items)
-                del items
-            if bulk:
-                target.copy_runs(work.runs, held)
+            taken = list(islice(tensors, work.until - place))
+            for at in ties.places(place, work.until):
+                ties.see(self.plan.specs[at], taken[at - place])
+            target = _Target(work, self._new_buffer)
+            if work.in_order:
+                target.copy_in_order(taken, self._executor)
+            else:
+                held.update(zip(self._names[place : work.until], taken, strict=True))
+                target.copy_by_name(held)
                 held = {name: held[name] for name in work.keep}
+            place = work.until
+            del taken
+            index = work.layout.index
+            yield seal(target.close(), self._digest, index=index, plan_digest=self.plan.digest, version=version)
+
+    def _one_by_one(self, version: int) -> Step[Bucket]:
+        """Fill bucket after bucket, copying each tensor before the next is asked for: the source may use one piece of memory for
+        all of them."""
+        ties = _Ties(self._tied_places, alive=False)
+        held: dict[str, torch.Tensor] = {}
+        place = 0
+        for work in self._work:
+            target = _Target(work, self._new_buffer)
+            target.copy_held(held)
+            while place < work.until:
+                items = (yield 1) or []
+                self._expect(items, place)
+                name, held[name] = items.pop()
+                if ties.places(place, place + 1):
+                    ties.see(self.plan.specs[place], held[name])
+                target.take_one(name, held, self.plan.specs[place])
+                place += 1
             if work is self._work[-1]:
                 self._expect_end((yield 1))
             index = work.layout.index
@@ -160,18 +188,23 @@ class Packer:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What one bucket asks for: the source's tensors up to ``until``, its runs, and which names are needed again after it."""
+    """What one bucket asks for: the source's tensors up to ``until``, and which of them are needed again after it.
+
+    ``in_order``: the bucket's slots are just those tensors, whole and in the source's order.
+    """
 
     layout: BucketLayout
+    gaps: tuple[tuple[int, int], ...]
     until: int
     runs: tuple[Run, ...]
     keep: tuple[str, ...]
+    in_order: bool
 
 
 def _work_of(plan: BucketPlan) -> tuple[_Work, ...]:
     places = {spec.name: place for place, spec in enumerate(plan.specs)}
     last_bucket = {slot.name: layout.index for layout in plan.buckets for slot in layout.slots}
-    waiting: dict[str, int] = {}  # pulled by now -> index of the last bucket that needs it
+    waiting: dict[str, int] = {}  # taken by now -> index of the last bucket that needs it
     work, until = [], 0
     for layout in plan.buckets:
         start = until
@@ -182,27 +215,45 @@ def _work_of(plan: BucketPlan) -> tuple[_Work, ...]:
             if spec.alias_of is None and last_bucket[spec.name] > layout.index:
                 waiting[spec.name] = last_bucket[spec.name]
         waiting = {name: index for name, index in waiting.items() if index > layout.index}
-        work.append(_Work(layout, until, tuple(runs_of(layout)), tuple(waiting)))
+        in_order = [places[slot.name] for slot in layout.slots] == list(range(start, until))
+        in_order = in_order and not any(slot.is_piece for slot in layout.slots)
+        runs = tuple(runs_of(layout))
+        work.append(_Work(layout, tuple(layout.gaps()), until, runs, tuple(waiting), in_order))
     return tuple(work)
 
 
 class _Target:
     """One bucket being filled. Its buffer is made when the first tensor says on which device."""
 
-    def __init__(self, layout: BucketLayout, new_buffer: NewBuffer, executor: Executor | None) -> None:
-        self._layout = layout
-        self._slots = {slot.name: slot for slot in layout.slots}
+    def __init__(self, work: _Work, new_buffer: NewBuffer) -> None:
+        self._work = work
         self._new_buffer = new_buffer
-        self._executor = executor
         self._buffer: torch.Tensor | None = None
+        self._slots: dict[str, Slot] = {}
+
+    def copy_in_order(self, tensors: list[torch.Tensor], executor: Executor | None) -> None:
+        """Copy a bucket whose slots are just these tensors, runs of like ones at once."""
+        start = 0
+        for run in self._work.runs:
+            part = tensors[start : start + len(run.slots)]
+            start += len(run.slots)
+            if not (run.alike and write_run(self._at(part[0].device), run, part, executor)):
+                for slot, tensor in zip(run.slots, part, strict=True):
+                    self._copy(slot, {slot.name: tensor})
+
+    def copy_by_name(self, held: dict[str, torch.Tensor]) -> None:
+        """Copy every slot, each from the tensor of its name."""
+        for slot in self._work.layout.slots:
+            self._copy(slot, held)
 
     def copy_held(self, held: dict[str, torch.Tensor]) -> None:
         """Copy what was taken earlier and has its place, or its next piece, here."""
+        self._slots = {slot.name: slot for slot in self._work.layout.slots}
         for name in [name for name in held if name in self._slots]:
             self._copy(self._slots[name], held)
 
     def take_one(self, name: str, held: dict[str, torch.Tensor], spec: TensorSpec) -> None:
-        """Copy one tensor just taken, or keep it for the bucket that its group completes in."""
+        """Copy one tensor just taken, or keep a copy of it for the bucket that its group completes in."""
         if spec.alias_of is not None:
             del held[name]
             return
@@ -212,23 +263,15 @@ class _Target:
         else:
             held[name] = own_copy(conform(spec, held[name]))
 
-    def copy_runs(self, runs: Sequence[Run], held: dict[str, torch.Tensor]) -> None:
-        for run in runs:
-            tensors = [held[name] for name in run.names]
-            if len(tensors) > 1 and write_run(self._at(tensors[0].device), run, tensors, self._executor):
-                continue
-            for slot in run.slots:
-                self._copy(slot, held)
-
     def close(self) -> torch.Tensor:
         """The filled buffer, its padding zeroed: a buffer may have been used before."""
         assert self._buffer is not None  # a layout has a slot, and filling it made the buffer
-        zero_padding(self._buffer, self._layout)
+        zero_padding(self._buffer, self._work.gaps)
         return self._buffer
 
     def _at(self, device: torch.device) -> torch.Tensor:
         if self._buffer is None:
-            self._buffer = self._new_buffer(self._layout.nbytes, device)
+            self._buffer = self._new_buffer(self._work.layout.nbytes, device)
         return self._buffer
 
     def _copy(self, slot: Slot, held: dict[str, torch.Tensor]) -> None:
@@ -247,10 +290,9 @@ class _Ties:
     """Whether tensors that the plan ties together still are one. Memory can be used again and weights untied, so neither the plan
     nor an address proves it: the bytes are compared unless both tensors are alive and the same view."""
 
-    def __init__(self, plan: BucketPlan, bulk: bool) -> None:
-        self._tied = plan.tied
-        self._bulk = bulk
-        self._places = [i for i, spec in enumerate(plan.specs) if spec.alias_of or spec.name in plan.tied]
+    def __init__(self, places: list[int], *, alive: bool) -> None:
+        self._alive = alive  # whether the source keeps its tensors as they are while it is read
+        self._places = places
         self._roots: dict[str, tuple[weakref.ref[torch.Tensor], object, torch.device, bytes]] = {}
 
     def places(self, start: int, end: int) -> list[int]:
@@ -264,7 +306,7 @@ class _Ties:
             self._roots[spec.name] = (weakref.ref(tensor), view_key(tensor), plain.device, digest)
             return
         ref, key, device, digest = self._roots[spec.alias_of]
-        if self._bulk and ref() is not None and key is not None and key == view_key(tensor):
+        if self._alive and ref() is not None and key is not None and key == view_key(tensor):
             return
         if bytes_digest(conform(spec, tensor).to(device)) != digest:
             raise PlanMismatchError(

@@ -151,7 +151,7 @@ class _Stream:
         else:
             buffer = self._new_buffer(layout.nbytes, unit[0][1].device)
             write_slot(buffer, layout.slots[0], self._ready(unit, layout.slots[0]))
-        zero_padding(buffer, layout)
+        zero_padding(buffer, layout.gaps())
         return buffer
 
     def _fill_open(self, unit: list[tuple[TensorSpec, torch.Tensor]]) -> None:

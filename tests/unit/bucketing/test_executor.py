@@ -42,16 +42,27 @@ def test_jobs_are_really_cut(pool, monkeypatch):
     plan = plan_buckets(specs_of(pairs), 1 << 20)
     list(Packer(plan, executor=pool).pack(pairs))
     assert len(submitted) == 20 * 20 // 64
-    assert sum(len(tensors) for _, tensors, _ in submitted) == 20
+    assert sum(len(tensors) for _, tensors, _, _ in submitted) == 20
 
 
-def test_large_tensors_are_left_to_torch(pool, monkeypatch):
-    monkeypatch.setattr(copying, "_SMALL", 8)
-    monkeypatch.setattr(pool, "submit", lambda *args: pytest.fail("a job was made"))
+def test_a_buffer_elsewhere_is_filled_one_by_one(pool):
     pairs = {f"w{i}": patterned(torch.bfloat16, 2, 5, seed=i) for i in range(20)}
     plan = plan_buckets(specs_of(pairs), 1 << 20)
+    (run,) = copying.runs_of(plan.buckets[0])
+    assert copying.write_run(torch.empty(plan.nbytes, dtype=torch.uint8, device="meta"), run, list(pairs.values()), pool) is False
+
+
+def test_there_are_no_more_jobs_than_tensors(pool, monkeypatch):
+    monkeypatch.setattr(copying, "_JOB", 1)
+    pairs = {f"w{i}": patterned(torch.bfloat16, 2, 5, seed=i) for i in range(3)}
+    plan = plan_buckets(specs_of(pairs), 1 << 20)
+    assert copying._jobs(copying.Run(plan.buckets[0].slots, (20, 20, 20), alike=True), 10) == [
+        (0, 1, 0, 2),
+        (1, 2, 2, 4),
+        (2, 3, 4, 6),
+    ]
     out = dict(unpack(plan, Packer(plan, executor=pool).pack(pairs)))
-    assert all(torch.equal(out[name].view(torch.int16), tensor.view(torch.int16)) for name, tensor in pairs.items())
+    assert {name: bytes_of(tensor) for name, tensor in out.items()} == {name: bytes_of(t) for name, t in pairs.items()}
 
 
 def test_parameters_that_require_grad_are_packed_in_jobs(pool):
