@@ -11,6 +11,7 @@ from rollout_core.errors import IntegrityError
 from support.oracle import bytes_of
 from support.tensors import odd_inputs, patterned
 
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf:UserWarning")
 ODD = odd_inputs()
 
 
