@@ -1,48 +1,25 @@
-"""``rollout-core bench``: run the measurements and print them with what they ran on."""
+"""``rollout-core bench``: measurements beside their baselines. torch is imported when the command runs."""
 
 from __future__ import annotations
 
-import os
-import platform
-from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
-import torch
+import typer
 from rich.console import Console
-from rich.table import Table
-
-from rollout_core.bench.packing import bench_packing
-from rollout_core.bench.planning import bench_planning
-from rollout_core.bench.timing import Timing
 
 BENCHES: Final = ("planning", "packing")
 
 
-def bench(which: tuple[str, ...], *, repeats: int, threads: int, console: Console) -> None:
-    """Print the tables of the benches named."""
-    console.print(f"{_processor()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, torch {torch.__version__}")
-    if "planning" in which:
-        result = bench_planning(repeats)
-        sizes = (
-            f"manifest {result.manifest_nbytes / result.tensors:.2f} B a tensor, pickle {result.pickle_nbytes / result.tensors:.1f}"
-        )
-        console.print(_table(f"planning {result.tensors} tensors; {sizes}", result.timings, "pickle loads"))
-    if "packing" in which:
-        for name, timings in bench_packing(repeats, threads).items():
-            console.print(_table(f"packing {name}, {threads} threads", timings, "plain copy"))
+def bench_command(
+    which: Annotated[list[str] | None, typer.Argument(help="planning, packing; none: both.", show_default=False)] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 21,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for packing.")] = 2,
+) -> None:
+    """Measure planning and packing on the CPU, each beside its baseline."""
+    unknown = [name for name in which or () if name not in BENCHES]
+    if unknown:
+        Console(stderr=True).print(f"no bench is named {unknown[0]!r}; there are {', '.join(BENCHES)}", style="bold red")
+        raise typer.Exit(2)
+    from rollout_core.bench.report import bench
 
-
-def _table(title: str, timings: dict[str, Timing], baseline: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("", "median ms", "min", "max", f"speed against {baseline}"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, timing in timings.items():
-        speed = f"{100 * timings[baseline].median / timing.median:.0f}%"
-        table.add_row(name, f"{timing.median:.2f}", f"{timing.low:.2f}", f"{timing.high:.2f}", speed)
-    return table
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    bench(tuple(which or BENCHES), repeats=repeats, threads=threads, console=Console())
