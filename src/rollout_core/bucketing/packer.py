@@ -129,9 +129,9 @@ class Packer:
             if work.in_order:
                 target.copy_in_order(taken, self._executor)
             else:
-                held.update(zip(self._names[place : work.until], taken, strict=True))
+                specs = self.plan.specs[place : work.until]
+                held.update((spec.name, t) for spec, t in zip(specs, taken, strict=True) if spec.alias_of is None)
                 target.copy_by_name(held)
-                held = {name: held[name] for name in work.keep}
             place = work.until
             del taken
             index = work.layout.index
@@ -188,7 +188,7 @@ class Packer:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What one bucket asks for: the source's tensors up to ``until``, and which of them are needed again after it.
+    """What one bucket asks for: the source's tensors up to ``until``.
 
     ``in_order``: the bucket's slots are just those tensors, whole and in the source's order.
     """
@@ -197,28 +197,20 @@ class _Work:
     gaps: tuple[tuple[int, int], ...]
     until: int
     runs: tuple[Run, ...]
-    keep: tuple[str, ...]
     in_order: bool
 
 
 def _work_of(plan: BucketPlan) -> tuple[_Work, ...]:
     places = {spec.name: place for place, spec in enumerate(plan.specs)}
-    last_bucket = {slot.name: layout.index for layout in plan.buckets for slot in layout.slots}
-    waiting: dict[str, int] = {}  # taken by now -> index of the last bucket that needs it
     work, until = [], 0
     for layout in plan.buckets:
         start = until
         until = max(until, *(places[slot.name] + 1 for slot in layout.slots))
         if layout is plan.buckets[-1]:
             until = len(plan.specs)
-        for spec in plan.specs[start:until]:
-            if spec.alias_of is None and last_bucket[spec.name] > layout.index:
-                waiting[spec.name] = last_bucket[spec.name]
-        waiting = {name: index for name, index in waiting.items() if index > layout.index}
         in_order = [places[slot.name] for slot in layout.slots] == list(range(start, until))
         in_order = in_order and not any(slot.is_piece for slot in layout.slots)
-        runs = tuple(runs_of(layout))
-        work.append(_Work(layout, tuple(layout.gaps()), until, runs, tuple(waiting), in_order))
+        work.append(_Work(layout, tuple(layout.gaps()), until, tuple(runs_of(layout)), in_order))
     return tuple(work)
 
 

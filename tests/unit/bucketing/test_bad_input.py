@@ -76,6 +76,14 @@ def test_a_meta_tensor_can_be_planned_and_not_packed():
             list(packed)
 
 
+def test_like_meta_tensors_are_refused_too():
+    """Concatenating meta tensors into real memory does nothing, and says nothing."""
+    pairs = [(f"w{i}", torch.ones(2, 3, device="meta")) for i in range(5)]
+    plan = plan_buckets(specs_of(pairs), 1 << 10)
+    with pytest.raises(SourceError, match="tensor 'w0' is on the meta device"):
+        list(pack(plan, pairs))
+
+
 def test_tied_meta_tensors_are_found():
     weight = torch.nn.Parameter(torch.ones(2, device="meta"))
     specs = specs_of([("a", weight), ("b", weight), ("c", torch.ones(2, device="meta"))])

@@ -352,6 +352,22 @@ def test_b11_a_tied_name_stands_for_its_tensor_in_a_group():
     assert plan_buckets(specs_of(pairs), 16, groups=[["a", "b"]]).groups == (), "one tensor is no group"
 
 
+@pytest.mark.parametrize("kind", ["plan", "stream"])
+def test_b11_members_that_wait_are_copies(kind):
+    """A source that uses one piece of memory for all its tensors overwrites what its group still waits for."""
+    groups = [["q", "k", "v"]]
+
+    def scratch():
+        memory = torch.empty(2)
+        for name, tensor in QKV:
+            memory.copy_(tensor)
+            yield name, memory
+
+    plan = plan_buckets(specs_of(QKV), 24, groups=groups)
+    out = unpack(plan, pack(plan, scratch())) if kind == "plan" else unpack_stream(pack_stream(scratch(), 24, groups=groups))
+    assert {n: r for n, *r in picture(out)} == {n: r for n, *r in picture(QKV)}
+
+
 def test_b11_groups_and_pieces_in_a_later_round():
     pairs = [("q", patterned(torch.float32, 2)), ("big", patterned(torch.uint8, 100)), ("k", patterned(torch.float32, 2, seed=9))]
     plan = plan_buckets(specs_of(pairs), 16, groups=[["q", "k"]])
