@@ -357,6 +357,14 @@ def test_like_tensors_of_which_one_differs_are_named():
         list(pack(plan, all_wrong))
 
 
+def test_like_tensors_whose_sizes_make_up_for_each_other_are_named():
+    """Their bytes would fill the run exactly, each in the other's place."""
+    pairs = [("a", patterned(torch.float32, 1, 5)), ("b", patterned(torch.float32, 2, 5))]
+    plan = plan_buckets(specs_of(pairs), 1 << 10)
+    with pytest.raises(PlanMismatchError, match=r"tensor 'a' of the source is f32\[2, 5\], and of the plan f32\[1, 5\]"):
+        list(pack(plan, [("a", pairs[1][1]), ("b", pairs[0][1])]))
+
+
 # ------------------------------------------------------------------------------------------------------------------ B12 end
 
 
