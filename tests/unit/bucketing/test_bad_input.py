@@ -77,7 +77,7 @@ def test_a_meta_tensor_can_be_planned_and_not_packed():
 
 
 def test_like_meta_tensors_are_refused_too():
-    """Concatenating meta tensors into real memory does nothing, and says nothing."""
+    """On the way that copies like tensors at once as well."""
     pairs = [(f"w{i}", torch.ones(2, 3, device="meta")) for i in range(5)]
     plan = plan_buckets(specs_of(pairs), 1 << 10)
     with pytest.raises(SourceError, match="tensor 'w0' is on the meta device"):
