@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 try:
     import typer
@@ -12,11 +13,13 @@ try:
 except ImportError:  # pragma: no cover
     sys.exit("the command line needs its extra: pip install 'rollout-core[cli,hf]'")
 
+from rollout_core.bench.command import bench_command
 from rollout_core.errors import RolloutCoreError
 from rollout_core.preflight.plan_command import plan_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 app.command("plan")(plan_command)
+app.command("bench")(bench_command)
 
 
 @app.command("preflight")
@@ -33,40 +36,33 @@ def preflight_command(
     from rollout_core.preflight.plan_report import parse_size  # brings torch
 
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160  # in a file or pipe nothing has to fit 80 columns
     if worker != "hf":
         _refuse(f"--worker is {worker!r}; this version has one kind of worker: hf")
     if model is not None and not (model / "config.json").is_file():
         _refuse(f"--model: {model} has no config.json; pass a folder as save_pretrained writes it")
+    if json is not None and (json.is_dir() or not json.parent.is_dir()):
+        _refuse(f"--json: {json} cannot be written; pass a file in a folder that exists")
     try:
         nbytes = parse_size(capacity)
-    except (RolloutCoreError, ValueError) as error:
+    except RolloutCoreError as error:
         _refuse(f"--capacity: {error}")
+    if nbytes == 0:
+        _refuse("--capacity is 0; give a number of bytes, for example 64MiB")
     try:
         from rollout_core.preflight.command import preflight
 
         held = preflight(model, capacity=nbytes, json_file=json, console=console)
     except ImportError as error:
         _refuse(f"{error}; pip install 'rollout-core[cli,hf]'")
+    except OSError as error:
+        _refuse(str(error))
     raise typer.Exit(0 if held else 1)
 
 
-@app.command("bench")
-def bench_command(
-    which: Annotated[list[str] | None, typer.Argument(help="planning, packing; none: both.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 21,
-    threads: Annotated[int, typer.Option(min=1, help="Threads for packing.")] = 2,
-) -> None:
-    """Measure planning and packing on the CPU, each beside its baseline."""
-    from rollout_core.bench.command import BENCHES, bench
-
-    unknown = [name for name in which or () if name not in BENCHES]
-    if unknown:
-        _refuse(f"no bench is named {unknown[0]!r}; there are {', '.join(BENCHES)}")
-    bench(tuple(which or BENCHES), repeats=repeats, threads=threads, console=Console())
-
-
-def _refuse(message: str) -> None:
-    Console(stderr=True).print(message, style="bold red", markup=False)
+def _refuse(message: str) -> NoReturn:
+    Console(stderr=True).print(message, style="bold red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(2)
 
 

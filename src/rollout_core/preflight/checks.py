@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -36,7 +38,8 @@ class Context:
     trainer: Any = None
     worker: HFWorker | None = None
     prompts: list[list[int]] = field(default_factory=list)
-    before: dict[str, str] = field(default_factory=dict)  # the worker's digests before the first sync
+    first_tokens: list[tuple[int, ...]] = field(default_factory=list)  # the worker's, greedy, before the first sync
+    existing: set[str] = field(default_factory=set)  # what ``_resources`` gave before the worker started
 
     def running(self) -> HFWorker:
         if self.worker is None:
@@ -63,6 +66,7 @@ def plan_agrees(context: Context) -> str:
 
 
 def worker_starts(context: Context) -> str:
+    context.existing = set(_resources())
     context.worker = context.make_worker(context.folder)
     config = context.trainer.config.get_text_config()
     limit = min(int(config.vocab_size), 1000)
@@ -77,19 +81,30 @@ def worker_starts(context: Context) -> str:
 
 def starts_equal(context: Context) -> str:
     """Before any sync the worker holds what the folder holds."""
-    context.before = context.running().tensor_digests()
-    return _compare(context, context.before)
+    return _compare(context, context.running().tensor_digests())
 
 
 def weights_arrive(context: Context) -> str:
-    """Every parameter and buffer of the changed trainer, read back from the worker, bit for bit."""
+    """Every parameter and buffer of the changed trainer, read back from the worker, bit for bit, as a newer version."""
+    worker = context.running()
+    version, before = worker.version, worker.tensor_digests()
+    with suppress(Exception):  # a worker that cannot generate fails the checks of that
+        context.first_tokens = [completion.token_ids for completion in _greedy(context)]
     changed = perturb(context.trainer, context.perturbation)
-    report = context.running().sync_weights(context.trainer, capacity=context.capacity)
-    after = context.running().tensor_digests()
+    report = worker.sync_weights(context.trainer, capacity=context.capacity)
+    after = worker.tensor_digests()
     figure = _compare(context, after)
-    stale = [name for name in changed if after[name] == context.before[name]]
+    stale = [name for name in changed if after[name] == before.get(name)]
     _expect(not stale, f"{len(stale)} tensors were changed by the trainer and not in the worker, first {stale[:1]}")
+    _expect(
+        version < report.version == worker.version,
+        f"the version was {version} before the sync; after it the report says {report.version} and the worker {worker.version}",
+    )
     return f"{figure}, {report.buckets} buckets, {report.nbytes / report.seconds / 1e9:.2f} GB/s with readback"
+
+
+def _greedy(context: Context) -> list[Completion]:
+    return context.running().generate(context.prompts, SamplingParams(response_length=context.response_length))
 
 
 def _compare(context: Context, found: dict[str, str]) -> str:
@@ -119,7 +134,7 @@ def _difference(context: Context, name: str, expected: torch.Tensor) -> str:
     if not len(places):
         return f"{name!r}: its digest differed and its bytes do not any more"
     at = int(places[0])
-    index = [int(i) for i in torch.unravel_index(torch.tensor(at), expected.shape)]
+    index = [int(i) for i in torch.unravel_index(torch.tensor(at), expected.shape)] if expected.dim() else []
     return (
         f"{name!r}: {len(places)} of {expected.numel()} elements differ, first at {index}: "
         f"sent {expected.reshape(-1)[at].item()!r} ({bytes(mine[at].numpy()).hex()}), "
@@ -130,39 +145,73 @@ def _difference(context: Context, name: str, expected: torch.Tensor) -> str:
 def greedy_equals(context: Context) -> str:
     """The worker's greedy tokens are those of the trainer's model, one unpadded forward pass at a time."""
     eos = eos_token_ids(context.trainer)
-    completions = context.running().generate(context.prompts, SamplingParams(response_length=context.response_length))
+    completions = _greedy(context)
+    _check_places(context, completions, 1)
     nearest = float("inf")
     for prompt, completion in zip(context.prompts, completions, strict=True):
         expected, gap = greedy_reference(context.trainer, prompt, context.response_length, eos)
         nearest = min(nearest, gap)
-        if list(completion.token_ids) != expected:
-            pairs = enumerate(zip(completion.token_ids, expected, strict=False))
-            at = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(completion.token_ids)))
+        found = list(completion.token_ids)
+        if found != expected:
+            at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+            mine, theirs = (str(tokens[at]) if at < len(tokens) else "missing" for tokens in (expected, found))
             raise CheckFailed(
-                f"prompt {completion.prompt_index}: token {at} is {list(completion.token_ids)[at : at + 1]} from the worker and "
-                f"{expected[at : at + 1]} from the trainer's model; nearest tie on the way {gap:.2g}"
+                f"prompt {completion.prompt_index} ({len(prompt)} tokens): response token {at} is {theirs} from the worker and "
+                f"{mine} from the trainer's model; nearest tie on the way {gap:.2g}"
             )
-        _expect(completion.weight_version == context.running().version, f"weight version {completion.weight_version} on the tokens")
     count = sum(len(completion.token_ids) for completion in completions)
-    return f"{count} tokens of {len(context.prompts)} prompts equal, nearest tie {nearest:.2g}"
+    figure = f"{count} tokens of {len(context.prompts)} prompts equal, nearest tie {nearest:.2g}"
+    if not context.first_tokens:
+        return figure
+    changed = sum(completion.token_ids != first for completion, first in zip(completions, context.first_tokens, strict=True))
+    _expect(changed > 0, "the changed weights change the tokens of no prompt, so tokens of the old weights would look the same")
+    return f"{figure}, {changed} changed with the weights"
 
 
 def batch_holds(context: Context) -> str:
-    """The batch contract on sampled output: two samples a prompt, two response lengths."""
+    """The batch contract on sampled output: several samples a prompt, two response lengths, and a stop id that is met."""
     eos = eos_token_ids(context.trainer)
-    rows = 0
+    samples, rows, ended = 4, 0, 0
     for length in (1, context.response_length):
-        params = SamplingParams(response_length=length, n=2, temperature=1.0, seed=7)
-        completions = context.running().generate(context.prompts, params)
-        again = context.running().generate(context.prompts, params)
-        _expect(completions == again, "the same seed gave other samples")
-        batch = to_batch(context.prompts, completions, response_length=length, pad_token_id=0)
-        width = max(map(len, context.prompts))
-        for row, completion in enumerate(completions):
-            _expect((completion.prompt_index, completion.sample_index) == divmod(row, 2), f"row {row} is {completion.place}")
-            _check_row(completion, context.prompts[row // 2], width, length, eos, _row(batch, row))
-            rows += 1
-    return f"{rows} rows hold"
+        params = SamplingParams(response_length=length, n=samples, temperature=1.0, seed=7)
+        completions = _check_rows(context, params, eos)
+        _expect(completions == context.running().generate(context.prompts, params), "the same seed gave other samples")
+        rows += len(completions)
+        ended += sum(completion.status == "stop" for completion in completions)
+    longest = max(completions, key=lambda completion: len(completion.token_ids))
+    tokens = longest.token_ids
+    stop = tokens[len(tokens) // 2]
+    params = SamplingParams(response_length=length, n=samples, temperature=1.0, seed=7, stop_token_ids=(stop,))
+    stopped = _check_rows(context, params, eos | {stop})
+    cut = next(c.token_ids for c in stopped if (c.prompt_index, c.sample_index) == (longest.prompt_index, longest.sample_index))
+    expected = tokens[: tokens.index(stop) + 1]
+    _expect(cut == expected, f"{longest.place}: with stop id {stop} it is {list(cut)}, expected {list(expected)}")
+    return f"{rows + len(stopped)} rows hold, {ended} ended by an EOS, and one by a stop id"
+
+
+def _check_rows(context: Context, params: SamplingParams, ends: set[int]) -> list[Completion]:
+    """Clause W3 for one call; returns its completions."""
+    completions = context.running().generate(context.prompts, params)
+    _check_places(context, completions, params.n)
+    batch = to_batch(context.prompts, completions, response_length=params.response_length, pad_token_id=0, n=params.n)
+    width = max(map(len, context.prompts))
+    for row, completion in enumerate(completions):
+        _check_row(completion, context.prompts[completion.prompt_index], width, params.response_length, ends, _row(batch, row))
+    return completions
+
+
+def _check_places(context: Context, completions: list[Completion], samples: int) -> None:
+    """One completion for each sample of each prompt, in order, all of the worker's version."""
+    rows = len(context.prompts) * samples
+    _expect(len(completions) == rows, f"{len(completions)} completions for {len(context.prompts)} prompts of {samples} samples")
+    version = context.running().version
+    for row, completion in enumerate(completions):
+        place = (completion.prompt_index, completion.sample_index)
+        _expect(place == divmod(row, samples), f"completion {row} is of {completion.place}, expected prompt {row // samples}")
+        _expect(
+            completion.weight_version == version,
+            f"{completion.place}: its tokens are of weight version {completion.weight_version}, and the worker says {version}",
+        )
 
 
 def _row(batch: Any, row: int) -> dict[str, list[int]]:
@@ -171,15 +220,17 @@ def _row(batch: Any, row: int) -> dict[str, list[int]]:
 
 
 def _check_row(
-    completion: Completion, prompt: list[int], width: int, length: int, eos: set[int], row: dict[str, list[int]]
+    completion: Completion, prompt: list[int], width: int, length: int, stops: set[int], row: dict[str, list[int]]
 ) -> None:
     """Clause W3 for one row, in plain lists."""
     where, tokens = completion.place, list(completion.token_ids)
     pad = width - len(prompt)
-    ends = [i for i, token in enumerate(tokens) if token in eos]
+    ends = [i for i, token in enumerate(tokens) if token in stops]
     _expect(0 < len(tokens) <= length, f"{where}: {len(tokens)} tokens for a response length of {length}")
-    _expect(ends in ([], [len(tokens) - 1]), f"{where}: tokens go on after an EOS")
-    _expect(completion.status == ("stop" if ends else "length"), f"{where}: status {completion.status} with EOS at {ends}")
+    _expect(ends in ([], [len(tokens) - 1]), f"{where}: tokens go on after an EOS or stop id: {tokens}")
+    _expect(
+        completion.status == ("stop" if ends else "length"), f"{where}: status {completion.status} with an EOS or stop id at {ends}"
+    )
     _expect(bool(ends) or len(tokens) == length, f"{where}: stopped at {len(tokens)} tokens without an EOS")
     _expect(completion.logprobs is not None and max(completion.logprobs) <= 0, f"{where}: logprobs {completion.logprobs}")
     _expect(row["input_ids"][pad : width + len(tokens)] == prompt + tokens, f"{where}: ids are not prompt and response")
@@ -205,66 +256,102 @@ def damage_is_refused(context: Context) -> str:
         worker.sync_weights(context.trainer, capacity=context.capacity, inject=flip)
     except IntegrityError as error:
         refusal = str(error).split(":")[0]
+    except WorkerError as error:
+        raise CheckFailed(f"a flipped bit in bucket {flipped} got past the bucket's digest: {error}") from error
     else:
         raise CheckFailed(f"a flipped bit in bucket {flipped} was not noticed")
-    _expect(worker.version == version, f"the version went from {version} to {worker.version} in an update that failed")
+    _same_version(worker, version)
     report = worker.sync_weights(context.trainer, capacity=context.capacity)
     _compare(context, worker.tensor_digests())
     return f"{refusal!r}; recovered as version {report.version}"
 
 
+def _same_version(worker: HFWorker, version: int) -> None:
+    _expect(worker.version == version, f"the version went from {version} to {worker.version} in an update that failed")
+
+
+class _Failing(Mapping[str, torch.Tensor]):
+    """Weights of which one can be read once, for the plan, and fails when it is to be sent."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], name: str) -> None:
+        self._weights, self._name, self._reads = weights, name, 0
+        self.error = ArithmeticError("planted by preflight")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self._reads += name == self._name
+        if name == self._name and self._reads > 1:
+            raise self.error
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
 def half_an_update_is_no_update(context: Context) -> str:
     """A source that fails halfway: its error comes out unchanged, and half-loaded weights are never sampled from."""
     worker = context.running()
+    version = worker.version
     weights = named_weights(context.trainer)
-    capacity = max(1, sum(t.numel() * t.dtype.itemsize for t in weights.values()) // 4)
-    seen = 0
+    specs = specs_of(weights)
+    capacity = max(16, plan_buckets(specs, context.capacity).nbytes // 4)
+    plan = plan_buckets(specs, capacity)
+    late = [slot.name for layout in plan.buckets[1:] for slot in layout.slots if slot.start == 0]
+    _expect(bool(late), "the model has one tensor, and half an update cannot be made of it")
+    source = _Failing(weights, late[-1])
+    sent: list[int] = []
 
-    def fail_later(bucket: Bucket) -> Bucket:
-        nonlocal seen
-        seen += 1
-        if seen == 3:
-            raise ArithmeticError("planted by preflight")
+    def count(bucket: Bucket) -> Bucket:
+        sent.append(bucket.index)
         return bucket
 
     try:
-        worker.sync_weights(weights, capacity=capacity, inject=fail_later)
-    except ArithmeticError:
-        pass
+        worker.sync_weights(source, capacity=capacity, inject=count)
+    except Exception as error:
+        if error is not source.error:
+            raise CheckFailed(f"the source failed with {source.error!r}, and what came out is {error!r}") from error
     else:
-        raise CheckFailed("the planted error did not come out")
+        raise CheckFailed(f"the source failed at {late[-1]!r}, and no error came out")
+    _same_version(worker, version)
     try:
         worker.generate(context.prompts[:1], SamplingParams(response_length=1))
     except WorkerError as error:
         refusal = str(error)
     else:
-        raise CheckFailed("the worker generated with half an update loaded")
-    _expect("unusable" in refusal, f"the worker refused for another reason: {refusal}")
+        raise CheckFailed(f"the worker generated with {len(sent)} of {len(plan.buckets)} buckets of an update loaded")
+    _expect("unusable" in refusal, f"the worker refused to generate for another reason: {refusal}")
     worker.sync_weights(weights, capacity=capacity)
     _compare(context, worker.tensor_digests())
-    return f"stopped after {seen - 1} buckets; generation refused until the next sync"
+    return f"stopped after {len(sent)} of {len(plan.buckets)} buckets; generation refused until the next sync"
 
 
 def nothing_is_left(context: Context) -> str:
-    """After close no process of the worker, and no shared memory, is left."""
+    """After close there is no process, shared memory or socket that was not there before the worker."""
     context.running().close()
-    left = [link for link in map(_link_target, _open_files()) if "rollout-core" in link]
-    _expect(not left, f"shared memory still open: {left}")
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children.read_text().split()] if children.exists() else []
-    _expect(not any(b"rollout_core.workers" in name for name in names), "the worker's process is still there")
-    return "no process, no shared memory"
+    gc.collect()  # errors of earlier checks hold the frames they came through, and buckets within
+    left = [words for resource, words in _resources().items() if resource not in context.existing]
+    _expect(not left, f"left behind: {', '.join(left)}")
+    return "no process, shared memory or socket"
 
 
-def _open_files() -> list[str]:
-    return [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
-
-
-def _link_target(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""
+def _resources() -> dict[str, str]:
+    """This process's children, ended ones that nobody waited for included, shared memory and sockets, each with its words."""
+    found: dict[str, str] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended while we looked
+            state, parent, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(parent) == os.getpid():
+                command = (stat.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                pid = stat.parent.name
+                found[f"process {pid}"] = f"process {pid} ({command[:80] or 'ended, not waited for'}, state {state})"
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            target = os.readlink(link)
+            if target.startswith(("/memfd:", "socket:")):
+                found[f"{link.name} {target}"] = f"file descriptor {link.name} ({target})"
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, Group
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -15,7 +16,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rollout_core.preflight.runner import Report
 
-_COLOURS = {"pass": "green", "fail": "bold red", "skip": "yellow"}
+_COLOURS: Final = {"pass": "green", "fail": "bold red", "skip": "yellow"}
+#: Columns of a terminal in which a figure has room beside the rest.
+_WIDE: Final = 110
 
 
 def preflight(model: Path | None, *, capacity: int, json_file: Path | None, console: Console) -> bool:
@@ -48,30 +51,46 @@ def preflight(model: Path | None, *, capacity: int, json_file: Path | None, cons
             context = Context(folder, lambda path: HFWorker(str(path), threads=threads), capacity)
             words = str(model) if model else "small random Qwen2"
             report = run_checks(context, worker="hf", model=words, progress=show)
-        console.print(table_of(report))
+        console.print(table_of(report, console.width))
         for outcome in report.checks:
             if outcome.trace:
-                console.print(Text(outcome.trace, style="dim"))
-        failed = sum(outcome.result != "pass" for outcome in report.checks)
-        verdict = f"all {len(report.checks)} checks hold" if report.ok else f"{failed} of {len(report.checks)} checks do not hold"
-        console.print(f"[{'green' if report.ok else 'bold red'}]{verdict}[/] in {report.seconds:.1f} s")
+                console.print(Text(f"{outcome.id}\n{outcome.trace}", style="dim"))
+        console.print(Text(verdict_of(report), style="green" if report.ok else "bold red"))
         if json_file is not None:
             json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     return report.ok
 
 
-def table_of(report: Report) -> Table:
-    """The report as a table: check, clause, result, time, figure."""
+def verdict_of(report: Report) -> str:
+    """The report in one line."""
+    total, seconds = len(report.checks), f"in {report.seconds:.1f} s"
+    if report.ok:
+        return f"all {total} checks hold {seconds}"
+    failed = sum(outcome.result == "fail" for outcome in report.checks)
+    skipped = sum(outcome.result == "skip" for outcome in report.checks)
+    return f"{failed} of {total} checks do not hold{f', {skipped} could not be judged' if skipped else ''} {seconds}"
+
+
+def table_of(report: Report, width: int) -> Table:
+    """The report as a table: check, clause, result, time, figure. Where ``width`` leaves no room for a column of figures, each
+    stands under its check."""
     environment = report.environment
     title = f"worker {report.worker}, {report.model}, torch {environment['torch']}, transformers {environment['transformers']}"
-    table = Table(title=title, title_justify="left", expand=False)
-    for name in ("check", "clause", "result"):
+    wide = width >= _WIDE
+    table = Table(title=Text(title), title_justify="left", expand=False)  # Text: a folder's name may look like markup
+    table.add_column("check" if wide else "check, figure", overflow="fold", no_wrap=wide)
+    for name in ("clause", "result"):
         table.add_column(name, no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
-    table.add_column("figure", overflow="fold")
+    if wide:
+        table.add_column("figure", overflow="fold")
     for outcome in report.checks:
-        result = Text(outcome.result, style=_COLOURS[outcome.result])
-        table.add_row(outcome.id, outcome.clause, result, f"{outcome.seconds:.2f} s", Text(outcome.figure))
+        result, seconds = Text(outcome.result, style=_COLOURS[outcome.result]), f"{outcome.seconds:.2f} s"
+        figure = Text(outcome.figure, style="" if outcome.result == "fail" else "dim")
+        if wide:
+            table.add_row(outcome.id, outcome.clause, result, seconds, figure)
+        else:
+            table.add_row(Group(outcome.id, Padding(figure, (0, 0, 0, 2))), outcome.clause, result, seconds)
     return table
 
 

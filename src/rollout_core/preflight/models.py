@@ -12,11 +12,12 @@ from rollout_core.workers.hf_model import named_weights
 
 
 def make_small_model(folder: Path) -> None:
-    """Write a random Qwen2 of about 0.7 million float32 parameters: tied embeddings, biases, two EOS ids, odd sizes."""
+    """Write a random Qwen2 of about 0.4 million float32 parameters: tied embeddings, biases, odd sizes, and a vocabulary so small
+    that its four EOS ids are met."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        vocab_size=1021,
+        vocab_size=251,
         hidden_size=120,
         intermediate_size=250,
         num_hidden_layers=3,
@@ -25,7 +26,7 @@ def make_small_model(folder: Path) -> None:
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=1,
-        eos_token_id=[2, 7],
+        eos_token_id=[2, 7, 100, 200],
         pad_token_id=0,
         initializer_range=0.2,
     )
@@ -40,14 +41,17 @@ def load_trainer(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises many kinds; what the operator needs is the folder and the cause
         raise WorkerError(f"the model in {folder} could not be loaded: {type(error).__name__}: {error}") from error
+    return model.eval()
 
 
 def perturb(model: torch.nn.Module, scale: float, seed: int = 0) -> list[str]:
-    """Change every floating-point parameter and buffer by noise of ``scale`` times its root mean square (taken as 0.01 at least), as
-    a training step would. Returns the names of what was changed; a tied tensor is changed once."""
+    """Change every floating-point parameter and buffer by noise of ``scale`` times its root mean square (taken as 0.01 at least),
+    as a training step would. Returns the names of what was changed; a tied tensor is changed once."""
     generator = torch.Generator().manual_seed(seed)
     changed: list[str] = []
     seen: set[int] = set()
@@ -83,5 +87,8 @@ def greedy_reference(model: Any, prompt: list[int], length: int, eos: set[int]) 
 
 
 def eos_token_ids(model: Any) -> set[int]:
-    eos = model.generation_config.eos_token_id
-    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return {eos} if isinstance(eos, int) else set(eos)
+    return set()

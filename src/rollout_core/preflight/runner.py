@@ -17,11 +17,12 @@ from rollout_core.preflight.checks import CHECKS, EXPECTED, Check, Context
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of one check: its result, wall seconds, its figure if it passed and what was wrong if not."""
+    """What came of one check: its result, wall seconds, its figure if it passed and what was wrong if not, and the traceback of an
+    error that no check expects, or that a worker's process sent."""
 
     id: str
     clause: str
-    result: Literal["pass", "fail", "skip"]
+    result: Literal["pass", "fail", "skip"]  # skip: not judged, as what it needs does not hold
     seconds: float
     figure: str
     trace: str = ""
@@ -47,7 +48,7 @@ def run_checks(
     progress: Callable[[Check, Outcome | None], None] = lambda check, outcome: None,
 ) -> Report:
     """Run every check that can be judged; ``progress`` is called before (with None) and after each. The worker is closed in any
-    case."""
+    case; an error in that is a line of its own."""
     start = time.perf_counter()
     outcomes: dict[str, Outcome] = {}
     try:
@@ -61,8 +62,9 @@ def run_checks(
             outcomes[check.id] = outcome
             progress(check, outcome)
     finally:
-        if context.worker is not None:
-            context.worker.close()
+        closing = _run(Check("worker closes", "T3", _close), context)
+    if closing.result != "pass":
+        outcomes[closing.id] = closing
     return Report(
         ok=all(outcome.result == "pass" for outcome in outcomes.values()),
         worker=worker,
@@ -73,6 +75,12 @@ def run_checks(
     )
 
 
+def _close(context: Context) -> str:
+    if context.worker is not None:
+        context.worker.close()
+    return ""
+
+
 def _run(check: Check, context: Context) -> Outcome:
     start = time.perf_counter()
     trace = ""
@@ -80,7 +88,7 @@ def _run(check: Check, context: Context) -> Outcome:
         result: Literal["pass", "fail"] = "pass"
         figure = check.run(context)
     except EXPECTED as error:
-        result, figure = "fail", str(error)
+        result, figure, trace = "fail", str(error), "\n".join(getattr(error, "__notes__", ()))
     except Exception as error:  # a check that falls over is a failed check, not the end of the report
         result, figure, trace = "fail", f"{type(error).__name__}: {error}", traceback.format_exc()
     return Outcome(id=check.id, clause=check.clause, result=result, seconds=time.perf_counter() - start, figure=figure, trace=trace)

@@ -20,26 +20,31 @@ class Arena:
     """
 
     def __init__(self, fd: int | None = None) -> None:
-        self.fd = os.memfd_create("rollout-core-arena") if fd is None else fd
+        self.fd = -1  # in case making it fails
         self._map: mmap.mmap | None = None
-        self._slot_nbytes = 0
         self._free: list[int] = []
+        self._leased: set[int] = set()
+        self.fd = os.memfd_create("rollout-core-arena") if fd is None else fd
 
     def resize(self, slots: int, slot_nbytes: int) -> int:
         """Make room for ``slots`` slots of at least ``slot_nbytes`` bytes; all are free. Returns the size in bytes."""
-        self._slot_nbytes = max(1, -(-slot_nbytes // _SLOT_ALIGN)) * _SLOT_ALIGN
-        total = slots * self._slot_nbytes
-        self._map = None
-        # Never made smaller: a tensor that somebody still holds would fault when read.
-        os.ftruncate(self.fd, max(total, os.fstat(self.fd).st_size))
-        self._map = mmap.mmap(self.fd, total)
-        self._free = [slot * self._slot_nbytes for slot in reversed(range(slots))]
-        return total
+        if slots < 1 or slot_nbytes < 0:
+            raise TransferError(f"{slots} slots of {slot_nbytes} bytes were asked for; at least one slot is needed")
+        size = max(1, -(-slot_nbytes // _SLOT_ALIGN)) * _SLOT_ALIGN
+        self.detach()
+        try:
+            # Never made smaller: a tensor that somebody still holds would fault when read.
+            os.ftruncate(self.fd, max(slots * size, os.fstat(self.fd).st_size))
+            self._map = mmap.mmap(self.fd, slots * size)
+        except (OSError, OverflowError) as error:
+            raise TransferError(f"{slots * size} bytes of shared memory cannot be had: {error}") from error
+        self._free = [slot * size for slot in reversed(range(slots))]
+        return slots * size
 
     def attach(self, nbytes: int) -> None:
         """Map what the owner made, on the other side."""
         actual = os.fstat(self.fd).st_size
-        if actual < nbytes:
+        if not 0 < nbytes <= actual:
             raise TransferError(f"the shared memory has {actual} bytes, and the sender says {nbytes}")
         self._map = mmap.mmap(self.fd, nbytes)
 
@@ -56,24 +61,40 @@ class Arena:
         return bool(self._free)
 
     def lease(self) -> int:
-        """The offset of a free slot, no longer free."""
-        return self._free.pop()
+        """The offset of a free slot, no longer free. ``TransferError`` if there is none."""
+        if not self._free:
+            raise TransferError(f"all {len(self._leased)} slots of the shared memory are in use")
+        offset = self._free.pop()
+        self._leased.add(offset)
+        return offset
 
     def release(self, offset: int) -> None:
+        """Take a slot back. ``TransferError`` if it is not leased: freed twice, it could be handed out twice."""
+        if offset not in self._leased:
+            raise TransferError(f"offset {offset} of the shared memory is not a slot in use, and cannot be released")
+        self._leased.remove(offset)
         self._free.append(offset)
 
     def vacate(self) -> None:
-        """Give the memory back to the system; views that are left read zeros."""
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_REMOVE)
-        self._map = None
+        """Give all of the memory back to the system; views that are left read zeros."""
+        self.detach()
+        if self.fd >= 0 and os.fstat(self.fd).st_size:
+            # Of the whole file: an earlier, larger size may have left pages behind the slots.
+            with mmap.mmap(self.fd, 0) as whole:
+                whole.madvise(mmap.MADV_REMOVE)
 
     def detach(self) -> None:
-        """Let go of the mapping, on the other side."""
+        """Let go of the mapping and its slots; views that are left stay readable."""
         self._map = None
+        self._free.clear()
+        self._leased.clear()
 
     def close(self) -> None:
-        self._map = None
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Let go of everything. A second call is harmless."""
+        self.detach()
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,21 +1,25 @@
-"""A worker process: started by HFWorker as ``python -m rollout_core.workers.hf_process``, never by hand."""
+"""A worker process: started by HFWorker, never by hand."""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import traceback
 from typing import assert_never
+
+import torch
 
 from rollout_core.bucketing import Bucket, BucketPlan
 from rollout_core.bucketing.dtypes import WIRE_NAMES
 from rollout_core.bucketing.tensors import as_bytes
-from rollout_core.errors import TransferError
 from rollout_core.transfer.arena import Arena
-from rollout_core.transfer.channel import Channel
+from rollout_core.transfer.channel import Channel, PeerGone
 from rollout_core.workers.hf_model import HFModel
 from rollout_core.workers.messages import (
     Abandon,
     Answer,
+    Answered,
+    Asked,
     Begin,
     Close,
     Commit,
@@ -25,7 +29,6 @@ from rollout_core.workers.messages import (
     Failed,
     Generate,
     Load,
-    Loaded,
     ReadDigests,
     ReadTensor,
     Request,
@@ -34,44 +37,46 @@ from rollout_core.workers.messages import (
 
 
 def main() -> None:
+    # Ctrl-C reaches every process of the terminal; whether this one ends is for the trainer to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parser = argparse.ArgumentParser()
     for name in ("model", "dtype", "device"):
         parser.add_argument(f"--{name}", required=True)
     for name in ("channel", "arena", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     arguments = parser.parse_args()
-    channel: Channel[Request] = Channel(arguments.channel, Request)
+    channel: Channel[Asked] = Channel(arguments.channel, Asked)
     arena = Arena(arguments.arena)
     try:
         try:
             if arguments.threads:
-                import torch
-
                 torch.set_num_threads(arguments.threads)
             model = HFModel(arguments.model, dtype=arguments.dtype, device=arguments.device)
         except Exception as error:
-            channel.send(_failure(error))
+            channel.send(Answered(0, _failure(error)))
             return
-        channel.send(Done())
+        channel.send(Answered(0, Done()))
         serve(channel, arena, model)
-    except TransferError:
+    except PeerGone:
         pass  # the trainer is gone: nobody is left to tell
     finally:
         arena.close()
 
 
-def serve(channel: Channel[Request], arena: Arena, model: HFModel) -> None:
+def serve(channel: Channel[Asked], arena: Arena, model: HFModel) -> None:
     """Carry out requests until told to close or the other side is gone."""
     while True:
-        request = channel.receive(None)
-        if isinstance(request, Close):
-            channel.send(Done())
-            return
+        asked = channel.receive(None)
         try:
-            answer = carry_out(request, arena, model)
+            answer = carry_out(asked.request, arena, model)
         except Exception as error:
             answer = _failure(error)
-        channel.send(answer)
+        try:
+            channel.send(Answered(asked.number, answer))
+        except (TypeError, ValueError, OverflowError) as error:  # not encodable: larger than MessagePack can say, for one
+            channel.send(Answered(asked.number, _failure(error)))
+        if isinstance(asked.request, Close):
+            return
 
 
 def carry_out(request: Request, arena: Arena, model: HFModel) -> Answer:
@@ -90,13 +95,13 @@ def carry_out(request: Request, arena: Arena, model: HFModel) -> Answer:
                 digest=request.digest,
             )
             model.load(bucket)
-            return Loaded(request.offset)
+            return Done()
         case Commit():
             model.commit()
             arena.detach()
             return Done()
         case Abandon():
-            model.abandon()
+            model.abandon(request.version)
             arena.detach()
             return Done()
         case Generate():
@@ -112,8 +117,7 @@ def carry_out(request: Request, arena: Arena, model: HFModel) -> Answer:
 
 
 def _failure(error: Exception) -> Failed:
-    return Failed(type(error).__name__, str(error), "".join(traceback.format_exception(error)))
-
-
-if __name__ == "__main__":
-    main()
+    texts = (str(error), "".join(traceback.format_exception(error)))
+    # A name out of a manifest may hold what UTF-8 cannot.
+    message, trace = (text.encode("utf-8", "backslashreplace").decode() for text in texts)
+    return Failed(type(error).__name__, message, trace)

@@ -1,4 +1,8 @@
-"""What a worker in a process of its own is told, and what it answers. Tensor bytes go through shared memory, not through these."""
+"""What a worker in a process of its own is told, and what it answers. Tensor bytes go through shared memory, not through these.
+
+Requests are numbered, and answered in their order under the same number: an answer whose caller was interrupted while it waited
+is not taken for the answer to the next request.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,9 @@ class Commit(msgspec.Struct, tag=True, frozen=True):
 
 
 class Abandon(msgspec.Struct, tag=True, frozen=True):
-    """The update will not be completed."""
+    """The update to this version will not be completed, or nobody heard that it was."""
+
+    version: int
 
 
 class Generate(msgspec.Struct, tag=True, frozen=True):
@@ -63,14 +69,13 @@ class Close(msgspec.Struct, tag=True, frozen=True):
 Request: TypeAlias = Begin | Load | Commit | Abandon | Generate | ReadDigests | ReadTensor | Close
 
 
+class Asked(msgspec.Struct, frozen=True):
+    number: int
+    request: Request
+
+
 class Done(msgspec.Struct, tag=True, frozen=True):
-    """The request was carried out."""
-
-
-class Loaded(msgspec.Struct, tag=True, frozen=True):
-    """The bucket at this offset was used up; its memory is free."""
-
-    offset: int
+    """The request was carried out; the memory of a bucket is free again."""
 
 
 class Completions(msgspec.Struct, tag=True, frozen=True):
@@ -97,4 +102,11 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     trace: str
 
 
-Answer: TypeAlias = Done | Loaded | Completions | Digests | TensorBytes | Failed
+Answer: TypeAlias = Done | Completions | Digests | TensorBytes | Failed
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """The start of the worker is answered too, as number 0."""
+
+    number: int
+    answer: Answer
