@@ -68,5 +68,12 @@ def check_version(version: object) -> int:
     return version
 
 
+def check_sealed(bucket: Bucket) -> None:
+    """Raise ``IntegrityError`` unless index and version are numbers that a bucket can have."""
+    for name, value in (("index", bucket.index), ("version", bucket.version)):
+        if type(value) is not int or not 0 <= value <= MAX_VERSION:
+            raise IntegrityError(f"a bucket has {name} {value!r}, which is no whole number from 0 to 2**63 - 1")
+
+
 def _context(plan_digest: bytes, index: int, version: int) -> bytes:
     return plan_digest + index.to_bytes(8, "little") + version.to_bytes(8, "little")

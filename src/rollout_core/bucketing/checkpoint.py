@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -60,9 +61,11 @@ def save_buckets(plan: BucketPlan, buckets: Iterable[Bucket], path: str | os.Pat
     header, starts = _header(plan)
     unpacker = Unpacker(plan, verify=verify)
     target = Path(path)
-    part = target.with_name(target.name + f".part{os.getpid()}")
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    part = Path(name)
     try:
-        with part.open("wb") as file:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
             file.write(header)
             for bucket in buckets:
                 unpacker.feed(bucket)
@@ -74,6 +77,13 @@ def save_buckets(plan: BucketPlan, buckets: Iterable[Bucket], path: str | os.Pat
         part.unlink(missing_ok=True)
 
 
+def _umask() -> int:
+    """mkstemp makes private files; an update is as readable as any other file of this process."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _write_slot(file: Any, position: int, slot: Slot, buffer: torch.Tensor) -> None:
     file.seek(position)
     file.write(buffer[slot.offset : slot.end].cpu().numpy().data)
@@ -83,6 +93,9 @@ def _header(plan: BucketPlan) -> tuple[bytes, dict[str, int]]:
     """The file's header, and where each tensor starts in its data: by descending itemsize, so that every tensor is aligned in a
     file without a gap, which is all that the format allows."""
     travelling = [spec for spec in plan.specs if spec.alias_of is None]
+    for spec in plan.specs:
+        if spec.name == "__metadata__" or not spec.name.isprintable() or (spec.alias_of and spec.name == "format"):
+            raise SourceError(f"tensor {spec.name!r} has a name that safetensors cannot hold")
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **{s.name: s.alias_of for s in plan.specs if s.alias_of}}}
     starts: dict[str, int] = {}
     end = 0
@@ -90,8 +103,6 @@ def _header(plan: BucketPlan) -> tuple[bytes, dict[str, int]]:
         code = _TO_FORMAT.get(spec.dtype)
         if code is None:
             raise SourceError(f"tensor {spec.name!r} ({spec}) has a dtype that safetensors cannot hold")
-        if spec.name == "__metadata__" or not spec.name.isprintable():
-            raise SourceError(f"tensor {spec.name!r} has a name that safetensors cannot hold")
         starts[spec.name] = end
         entries[spec.name] = {"dtype": code, "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
         end += spec.nbytes
@@ -115,24 +126,25 @@ class SafetensorsSource(Mapping[str, torch.Tensor]):
         self._safe_open = safe_open
         self._home: dict[str, Path] = {}
         self._specs: list[TensorSpec] = []
-        for file in _files(Path(path)):
-            for spec, tied in self._read_header(file):
+        for file, wanted in _files(Path(path)):
+            for spec in self._read_header(file, wanted):
                 if spec.name in self._home:
                     raise DuplicateNameError(f"name {spec.name!r} stands in {self._home[spec.name]} and in {file}")
                 self._home[spec.name] = file
                 self._specs.append(spec)
-                for name in tied:
-                    self._specs.append(TensorSpec(name, spec.dtype, spec.shape, spec.name))
         self._names = {spec.name: spec.alias_of or spec.name for spec in self._specs}
 
-    def tensor_specs(self) -> list[TensorSpec]:
+    def __tensor_specs__(self) -> list[TensorSpec]:
         """The specs in file order, from the headers alone."""
         return list(self._specs)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         stored = self._names[name]
-        with self._safe_open(self._home[stored], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(stored)
+        try:
+            with self._safe_open(self._home[stored], framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(stored)
+        except OSError as error:
+            raise SourceError(f"tensor {name!r} cannot be read: {error}") from error
         return tensor
 
     def __contains__(self, name: object) -> bool:
@@ -144,37 +156,51 @@ class SafetensorsSource(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def _read_header(self, path: Path) -> Iterator[tuple[TensorSpec, list[str]]]:
+    def _read_header(self, path: Path, wanted: set[str] | None) -> Iterator[TensorSpec]:
+        """The specs of one file, tied names after their tensors; only the wanted ones if an index says which."""
         try:
             with self._safe_open(path, framework="pt") as file:
                 names = list(file.offset_keys())
                 tied: dict[str, list[str]] = {}
                 for name, root in (file.metadata() or {}).items():
-                    if root in names and name not in names:
+                    if root in names and name not in names and name != "format":
                         tied.setdefault(root, []).append(name)
+                if wanted is not None:
+                    missing = sorted(wanted.difference(names))
+                    if missing:
+                        raise SourceError(f"the index says that {missing[0]!r} is in {path}, and it is not")
+                    names = [name for name in names if name in wanted]
                 for name in names:
                     part = file.get_slice(name)
                     code = part.get_dtype()
                     if code not in _FROM_FORMAT:
                         raise SourceError(f"tensor {name!r} in {path} has dtype {code}, which does not travel")
-                    yield TensorSpec(name, _FROM_FORMAT[code], tuple(part.get_shape())), tied.get(name, [])
+                    spec = TensorSpec(name, _FROM_FORMAT[code], tuple(part.get_shape()))
+                    yield spec
+                    yield from (TensorSpec(other, spec.dtype, spec.shape, name) for other in tied.get(name, ()))
         except SourceError:
             raise
         except Exception as error:  # safetensors has an error class of its own, and raises others too
             raise SourceError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path) -> list[tuple[Path, set[str] | None]]:
+    """The files to read, each with the names to take from it (None: all)."""
     if path.is_file():
-        return [path]
+        return [(path, None)]
     index = path / _INDEX
     if index.is_file():
         try:
-            names = json.loads(index.read_text())["weight_map"].values()
+            weight_map = json.loads(index.read_text())["weight_map"]
+            wanted: dict[str, set[str]] = {}
+            for name, file in weight_map.items():
+                if Path(file).name != file:
+                    raise ValueError(f"{file!r} is not the name of a file beside it")
+                wanted.setdefault(file, set()).add(name)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(f"{index} is no safetensors index: {error!r}") from error
-        return [path / name for name in dict.fromkeys(names)]
+        return [(path / file, names) for file, names in wanted.items()]
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise SourceError(f"{path} is no safetensors file, and no folder with one in it")
-    return files
+    return [(file, None) for file in files]

@@ -97,13 +97,14 @@ _NBYTES: Final = attrgetter("nbytes")
 
 def _concatenate(tensors: list[torch.Tensor], sizes: tuple[int, ...], out: torch.Tensor) -> bool:
     """Fill ``out`` with tensors of its dtype and trailing sizes and these numbers of bytes. False, with ``out`` undefined, if they
-    are not that. Checks are maps over C attributes: for ten thousand small tensors Python is what costs. Tensors that are not dense or
-    not on the CPU make torch.cat raise."""
+    are not that. Checks are maps over C attributes: for ten thousand small tensors Python is what costs. Tensors that are not
+    dense or not on the CPU make torch.cat raise."""
     try:
         fits = (
             PLAIN_TYPES.issuperset(map(type, tensors))
             and set(map(_DTYPE, tensors)) == {out.dtype}
             and tuple(map(_NBYTES, tensors)) == sizes
+            and not any(map(torch.is_neg, tensors))  # torch.cat resolves them in float registers
             and tensors[0].shape[1:] == out.shape[1:]  # torch.cat compares the rest with the first, and would resize its output
         )
         if fits:

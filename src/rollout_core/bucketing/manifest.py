@@ -18,13 +18,12 @@ import numpy.typing as npt
 
 from rollout_core.bucketing.dtypes import DTYPES, ITEMSIZES, WIRE_NAMES, is_known_name
 from rollout_core.bucketing.placement import BucketLayout, Options, Order, Oversize, Slot, alignment
-from rollout_core.bucketing.plan import BucketPlan, Groups, check_aliases
-from rollout_core.bucketing.specs import MAX_NBYTES, TensorSpec
+from rollout_core.bucketing.plan import BucketPlan, Groups, check_aliases, units
+from rollout_core.bucketing.specs import MAX_DIMS, MAX_NBYTES, TensorSpec
 from rollout_core.errors import ManifestError, RolloutCoreError
 
 FORMAT: Final = "rollout-core/plan"
 VERSION: Final = 1
-_MAX_DIMS: Final = 64  # torch's own bound
 _MAX_KINDS_DTYPES: Final = 64
 
 Column = npt.NDArray[Any]
@@ -124,7 +123,7 @@ def decode(data: bytes, *, max_tensors: int, max_nbytes: int) -> BucketPlan:
         specs = _specs(body)
         check_aliases(specs)
         groups = _groups(body, specs)
-        layouts = _layouts(body, specs, options, max_tensors)
+        layouts = _layouts(body, specs, groups, options, max_tensors)
         _check_groups(groups, layouts)
     except ManifestError:
         raise
@@ -154,7 +153,7 @@ def _open(data: bytes, max_nbytes: int) -> _Body:
         _require(len(raw) == size and inflater.eof, f"its body does not inflate to the declared {size} bytes")
         _require(not inflater.unused_data, f"{len(inflater.unused_data)} bytes follow its body")
         return _BODY.decode(raw)
-    except (msgspec.MsgspecError, zlib.error, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, zlib.error, UnicodeDecodeError, RecursionError, BufferError) as error:
         raise ManifestError(f"invalid manifest: {error}") from error
 
 
@@ -177,7 +176,7 @@ def _specs(body: _Body) -> tuple[TensorSpec, ...]:
     kind_dtype = _read(body.kind_dtype, "u1", "kind_dtype")
     _below(kind_dtype, len(names), "kind_dtype")
     kind_ndim = _read(body.kind_ndim, "u1", "kind_ndim", len(kind_dtype))
-    _below(kind_ndim, _MAX_DIMS + 1, "kind_ndim")
+    _below(kind_ndim, MAX_DIMS + 1, "kind_ndim")
     kind_sizes = _read(body.kind_sizes, "<i8", "kind_sizes", int(kind_ndim.sum(dtype=np.int64)))
     tensor_kind = _read(body.tensor_kind, "<u4", "tensor_kind", body.tensors)
     _below(tensor_kind, len(kind_dtype), "tensor_kind")
@@ -238,7 +237,9 @@ def _groups(body: _Body, specs: Sequence[TensorSpec]) -> Groups:
     return tuple(tuple(specs[place].name for place in group) for group in groups)
 
 
-def _layouts(body: _Body, specs: Sequence[TensorSpec], options: Options, max_slots: int) -> tuple[BucketLayout, ...]:
+def _layouts(
+    body: _Body, specs: Sequence[TensorSpec], groups: Groups, options: Options, max_slots: int
+) -> tuple[BucketLayout, ...]:
     """The buckets, each slot placed right after the one before as alignment allows."""
     steps = _read(body.slot_tensor, "<u4", "slot_tensor")
     _require(len(steps) <= max_slots, f"it declares {len(steps)} slots; the bound is {max_slots}")
@@ -271,6 +272,8 @@ def _layouts(body: _Body, specs: Sequence[TensorSpec], options: Options, max_slo
         _require(end <= (MAX_NBYTES if own else options.capacity), f"bucket {index} exceeds its capacity")
         layouts.append(BucketLayout(index, end, tuple(slots)))
     _check_arrivals(slot_tensor, pieces, specs)
+    _check_pieces(pieces, slot_tensor, bucket_slots, specs, options)
+    _check_order(slot_tensor, bucket_slots, groups, specs, options.order)
     if options.order == "packed":
         _check_packed(slot_tensor, bucket_slots, specs)
     return tuple(layouts)
@@ -313,6 +316,37 @@ def _check_arrivals(slot_tensor: Column, pieces: dict[int, tuple[int, int]], spe
         raise ManifestError(f"invalid manifest: tensor {spec.name!r} has {count} places, not {int(spec.alias_of is None)}")
 
 
+def _check_pieces(
+    pieces: dict[int, tuple[int, int]], slot_tensor: Column, bucket_slots: Column, specs: Sequence[TensorSpec], options: Options
+) -> None:
+    """A split tensor fills buckets of its own and ends in the one after them, as packers expect."""
+    bucket_of = np.repeat(np.arange(len(bucket_slots)), bucket_slots)
+    before: dict[int, int] = {}
+    for place, (start, nbytes) in pieces.items():
+        tensor, bucket = int(slot_tensor[place]), int(bucket_of[place])
+        spec = specs[tensor]
+        itemsize = spec.dtype.itemsize
+        full = nbytes == options.capacity // itemsize * itemsize and bucket_slots[bucket] == 1
+        tail = start + nbytes == spec.nbytes
+        _require(options.oversize == "split" and (tail or full), f"a piece of {spec.name!r} does not fill bucket {bucket}")
+        _require(not start or before[tensor] == bucket - 1, f"the pieces of {spec.name!r} do not follow each other")
+        before[tensor] = bucket
+
+
+def _check_order(slot_tensor: Column, bucket_slots: Column, groups: Groups, specs: Sequence[TensorSpec], order: Order) -> None:
+    """Slots lie in the order in which tensors are placed; in packed order that holds from bucket to bucket."""
+    ranks = slot_tensor.astype(np.int64)
+    if groups:
+        rank = {spec.name: place for place, spec in enumerate(spec for unit in units(specs, groups) for spec in unit)}
+        ranks = np.array([rank.get(spec.name, 0) for spec in specs], dtype=np.int64)[slot_tensor]
+    if order == "packed" and len(ranks):
+        starts = np.cumsum(bucket_slots, dtype=np.int64) - bucket_slots
+        ordered = np.minimum.reduceat(ranks, starts)[1:] >= np.maximum.reduceat(ranks, starts)[:-1]
+    else:
+        ordered = np.diff(ranks) >= 0
+    _require(bool(ordered.all()), "its slots are not in the order of its tensors")
+
+
 def _check_packed(slot_tensor: Column, bucket_slots: Column, specs: Sequence[TensorSpec]) -> None:
     widths = np.fromiter((ITEMSIZES[spec.dtype] for spec in specs), dtype=np.int64, count=len(specs))[slot_tensor]
     rises = np.diff(widths) > 0
@@ -323,6 +357,9 @@ def _check_packed(slot_tensor: Column, bucket_slots: Column, specs: Sequence[Ten
 def _check_groups(groups: Groups, layouts: Sequence[BucketLayout]) -> None:
     if not groups:
         return
-    home = {slot.name: layout.index for layout in layouts for slot in layout.slots}
+    home: dict[str, set[int]] = {}
+    for layout in layouts:
+        for slot in layout.slots:
+            home.setdefault(slot.name, set()).add(layout.index)
     for group in groups:
-        _require(len({home[name] for name in group}) == 1, f"the group of {group[0]!r} is in two buckets")
+        _require(len(set[int]().union(*(home[name] for name in group))) == 1, f"the group of {group[0]!r} is in two buckets")

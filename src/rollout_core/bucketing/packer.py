@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +19,7 @@ from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.plan import BucketPlan
 from rollout_core.bucketing.sources import AnySource, Pair, Source, Step, adrive, as_mapping, drive, in_loop, named_pairs
 from rollout_core.bucketing.specs import TensorSpec
-from rollout_core.bucketing.tensors import as_bytes, bytes_digest, own_copy, view_key
+from rollout_core.bucketing.tensors import as_bytes, bytes_digest, check_describable, own_copy, view_key
 from rollout_core.errors import PlanMismatchError
 
 NewBuffer = Callable[[int, torch.device], torch.Tensor]
@@ -30,7 +31,8 @@ def pack(
     """The buckets of ``plan`` filled from ``source``, one after the other.
 
     A source that is an iterator gives its tensors in the plan's order, and each is copied before the next is asked for; mappings
-    and modules are read by name. ``version`` (0 to 2**63 - 1) is the round of weights that the buckets are sealed with.
+    and modules are read by name. The tensors of a dict, list or module are taken a bucket at a time, so they must not be one piece
+    of memory that changes. ``version`` (0 to 2**63 - 1) is the round of weights that the buckets are sealed with.
     ``digest`` is an algorithm, ``"auto"`` by device, or None. ``allocate`` gives the buffers, for example in shared memory.
 
     Raises ``PlanMismatchError`` (the source's names, dtypes or shapes are not the plan's, or tied tensors no longer are),
@@ -50,7 +52,7 @@ class Packer:
     """``pack`` for many rounds of one plan: buffers and everything derived from the plan are kept.
 
     A bucket's CPU buffer is used again once nothing refers to it any more, so drop each bucket when it is sent. Nothing of a source
-    is kept between rounds. Rounds are numbered from 1 unless ``version`` is given.
+    is kept between rounds. Rounds are numbered from 1 unless ``version`` is given. One Packer serves one thread at a time.
 
     ``executor`` runs the copies of neighbouring like tensors as jobs. torch shares one large copy among its threads but not ten
     thousand small ones; a ``ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))`` does.
@@ -82,8 +84,12 @@ class Packer:
         version = self._next_version(version)
         mapping = as_mapping(source)
         if mapping is not None:
-            return self._at_once(self._by_name(mapping), version)
-        if isinstance(source, Sequence):
+            tensors = self._by_name(mapping)
+            if isinstance(mapping, dict):
+                return self._at_once(tensors, version)
+            # Any other mapping may make each tensor when asked for it, and in the same memory.
+            return drive(self._one_by_one(version), zip(self._names, tensors, strict=True))
+        if isinstance(source, list | tuple):
             return self._at_once(self._in_order(list(named_pairs(source))), version)
         return drive(self._one_by_one(version), named_pairs(source))
 
@@ -229,6 +235,7 @@ class _Target:
         for run in self._work.runs:
             part = tensors[start : start + len(run.slots)]
             start += len(run.slots)
+            check_describable(run.slots[0].name, part[0])
             if not (run.alike and write_run(self._at(part[0].device), run, part, executor)):
                 for slot, tensor in zip(run.slots, part, strict=True):
                     self._copy(slot, {slot.name: tensor})
@@ -289,7 +296,7 @@ class _Ties:
 
     def places(self, start: int, end: int) -> list[int]:
         """The places in this part of the source that take part in a tie."""
-        return [place for place in self._places if start <= place < end] if self._places else []
+        return self._places[bisect_left(self._places, start) : bisect_left(self._places, end)]
 
     def see(self, spec: TensorSpec, tensor: torch.Tensor) -> None:
         if spec.alias_of is None:

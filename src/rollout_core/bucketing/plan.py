@@ -54,11 +54,11 @@ class BucketPlan:
     @cached_property
     def tied(self) -> dict[str, tuple[str, ...]]:
         """For each tensor that has other names, those names."""
-        tied: dict[str, tuple[str, ...]] = {}
+        tied: dict[str, list[str]] = {}
         for spec in self.specs:
             if spec.alias_of is not None:
-                tied[spec.alias_of] = (*tied.get(spec.alias_of, ()), spec.name)
-        return tied
+                tied.setdefault(spec.alias_of, []).append(spec.name)
+        return {name: tuple(others) for name, others in tied.items()}
 
     @cached_property
     def arrival(self) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: No tensor is larger than what a signed 64-bit offset can address.
 MAX_NBYTES = 2**63 - 1
+#: More dimensions than any tensor in use has; products of sizes stay cheap however hostile they are.
+MAX_DIMS = 64
 
 
 class TensorSpec(msgspec.Struct, frozen=True, gc=False):
@@ -40,9 +42,16 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
         itemsize = ITEMSIZES.get(self.dtype)
         if itemsize is None:
             raise SourceError(f"tensor {self.name!r} has dtype {self.dtype}, which does not travel")
-        if type(self.shape) is not tuple or not all(type(size) is int and size >= 0 for size in self.shape):
+        if not isinstance(self.shape, tuple):
             raise SourceError(f"tensor {self.name!r} has shape {self.shape!r}, which is no tuple of sizes >= 0")
-        if math.prod(self.shape) * itemsize > MAX_NBYTES:
+        if len(self.shape) > MAX_DIMS:
+            raise SourceError(f"tensor {self.name!r} has {len(self.shape)} dimensions; at most {MAX_DIMS} travel")
+        extent = itemsize
+        for size in self.shape:
+            if type(size) is not int or size < 0:
+                raise SourceError(f"tensor {self.name!r} has shape {tuple(self.shape)!r}, which is no tuple of sizes >= 0")
+            extent *= size or 1  # torch counts an empty dimension as one when it makes strides
+        if extent > MAX_NBYTES:
             raise CapacityError(f"tensor {self.name!r} ({self}) is larger than 2**63 - 1 bytes")
 
     @property
@@ -69,9 +78,10 @@ def specs_of(source: Source, *, aliases: bool = True) -> list[TensorSpec]:
     """
     if isinstance(source, str | os.PathLike):
         source = open_checkpoint(source)
-    headers = getattr(source, "tensor_specs", None)
+    headers = getattr(type(source), "__tensor_specs__", None)
     if headers is not None:  # a file read lazily knows its specs without its data
-        return list(headers())
+        known: list[TensorSpec] = headers(source)
+        return known if aliases else [TensorSpec(spec.name, spec.dtype, spec.shape) for spec in known]
     specs = [
         TensorSpec(name, tensor.dtype, tuple(tensor.shape), alias_of if aliases else None)
         for name, tensor, alias_of in _with_aliases(named_pairs(source))

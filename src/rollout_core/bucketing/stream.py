@@ -7,7 +7,7 @@ moves, and its buckets carry no layout.
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -86,7 +86,7 @@ class _Open:
     """The bucket being filled."""
 
     buffer: torch.Tensor | None = None
-    slots: list[Slot] = field(default_factory=list)
+    filled: int = 0  # slots that were copied
 
 
 class _Stream:
@@ -122,6 +122,9 @@ class _Stream:
             spec = next_spec(name, tensor, self._places)
             if self._ties.is_alias(spec, tensor):
                 continue
+            if spec.name in self._ties.names:
+                tensor = conform(spec, tensor)
+                self._ties.sent(spec, tensor)
             unit = self._groups.collect(spec, tensor)
             del tensor
             if not unit:
@@ -157,12 +160,12 @@ class _Stream:
     def _fill_open(self, unit: list[tuple[TensorSpec, torch.Tensor]]) -> None:
         """Copy into the open bucket what the filler placed there."""
         slots = self._filler.open_slots
-        for slot in slots[len(self._open.slots) :]:
+        for slot in slots[self._open.filled :]:
             tensor = self._ready(unit, slot)
             if self._open.buffer is None:
                 self._open.buffer = self._new_buffer(self._options.capacity, tensor.device)
             write_slot(self._open.buffer, slot, tensor)
-        self._open.slots = list(slots)
+        self._open.filled = len(slots)
 
     def _ready(self, unit: list[tuple[TensorSpec, torch.Tensor]], slot: Slot) -> torch.Tensor:
         """The tensor of a slot as plain memory; for a piece its bytes, made once and kept in its place in the unit."""
@@ -170,7 +173,6 @@ class _Stream:
         tensor = unit[place][1]
         if slot.start == 0:
             tensor = conform(slot.spec, tensor)
-            self._ties.sent(slot.spec, tensor)
             if slot.is_piece:
                 tensor = as_bytes(tensor)
             unit[place] = (slot.spec, tensor)
@@ -238,9 +240,9 @@ class _DeclaredTies:
             self.names.setdefault(name, []).append(alias)
 
     def sent(self, spec: TensorSpec, plain: torch.Tensor) -> None:
-        if spec.name in self.names:
-            self._digests[spec.name] = (plain.device, bytes_digest(plain))
-            self._specs[spec.name] = spec
+        """Note a tensor that others are tied to."""
+        self._digests[spec.name] = (plain.device, bytes_digest(plain))
+        self._specs[spec.name] = spec
 
     def is_alias(self, spec: TensorSpec, tensor: torch.Tensor) -> bool:
         """Whether this tensor has travelled already under another name; ``PlanMismatchError`` if it is not that tensor."""

@@ -12,6 +12,7 @@ import msgspec
 from rollout_core.bucketing.bucket import Bucket
 from rollout_core.bucketing.dtypes import DTYPES, WIRE_NAMES
 from rollout_core.bucketing.placement import BucketLayout, Options, Slot, align_up, alignment
+from rollout_core.bucketing.sources import check_name
 from rollout_core.bucketing.specs import TensorSpec
 from rollout_core.errors import ManifestError, RolloutCoreError
 
@@ -84,6 +85,8 @@ def decode_header(data: bytes, index: int, max_nbytes: int) -> tuple[_WireHeader
         for wire in header.slots:
             names = [name.decode("utf-8", "surrogatepass") for name in wire.names]
             require(bool(names), "a slot has no name")
+            for name in names:
+                check_name(name)
             require(wire.dtype in DTYPES, f"this torch has no dtype {wire.dtype[:40]!r}")
             spec = TensorSpec(names[0], DTYPES[wire.dtype], wire.shape)
             whole = wire.start == 0 and wire.nbytes == spec.nbytes

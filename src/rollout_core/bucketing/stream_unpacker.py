@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from rollout_core.bucketing.bucket import verify
+from rollout_core.bucketing.bucket import check_sealed, check_version, verify
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.sources import Pair
 from rollout_core.bucketing.stream_header import StreamBucket, chain_digest, decode_header, require
 from rollout_core.bucketing.tensors import own_copy
-from rollout_core.bucketing.unpacker import Views, check_payload, contiguous_strides, join_piece
+from rollout_core.bucketing.unpacker import Views, check_payload, contiguous_strides, drop_joined, join_piece
 from rollout_core.errors import DuplicateNameError, IncompleteStreamError, IntegrityError, PlanMismatchError
 
 
@@ -43,7 +43,7 @@ class StreamUnpacker:
     ) -> None:
         self._verify = verify
         self._copy = copy
-        self._version = version
+        self._version = None if version is None else check_version(version)
         self._max_header_nbytes = max_header_nbytes
         self._max_tensor_nbytes = max_tensor_nbytes
         self._next = 0
@@ -51,11 +51,16 @@ class StreamUnpacker:
         self._chain = b""
         self._names: set[str] = set()
         self._joins: dict[str, torch.Tensor] = {}
+        self._awaited_names: list[str] = []  # those tied to it
         self._awaited: Slot | None = None  # the last piece of a tensor that is not whole yet
 
     def feed(self, bucket: StreamBucket) -> list[Pair]:
-        """The tensors that this bucket completes. Raises ``ManifestError`` (bad header), ``IncompleteStreamError`` (order, repeats,
-        after the end), ``PlanMismatchError`` (another stream) or ``IntegrityError``; then nothing of the bucket was used."""
+        """The tensors that this bucket completes.
+
+        Raises ``ManifestError`` (bad header), ``IncompleteStreamError`` (order, repeats, after the end), ``DuplicateNameError``,
+        ``PlanMismatchError`` (another stream) or ``IntegrityError``; then nothing of the bucket was used.
+        """
+        check_sealed(bucket)
         if self._ended:
             raise IncompleteStreamError(f"bucket {bucket.index} came after the stream's last bucket")
         if bucket.index != self._next:
@@ -73,10 +78,12 @@ class StreamUnpacker:
         check_payload(bucket, layout.nbytes)
         if self._verify:
             verify(bucket)
+        pairs = self._hand_out(layout, tied, bucket.buffer)
         self._next, self._chain, self._version = self._next + 1, chain, bucket.version
         self._awaited, self._ended = awaited, header.last
         self._names |= names
-        return self._hand_out(layout, tied, bucket.buffer)
+        drop_joined(self._joins, layout)
+        return pairs
 
     def close(self) -> None:
         """Raise ``IncompleteStreamError`` unless the stream's last bucket was fed."""
@@ -90,7 +97,8 @@ class StreamUnpacker:
         awaited = self._awaited
         for slot in layout.slots:
             if awaited is not None:
-                continues = slot.spec == awaited.spec and slot.start == awaited.start + awaited.nbytes
+                same = slot.spec == awaited.spec and tied.get(slot.name, []) == self._awaited_names
+                continues = same and slot.start == awaited.start + awaited.nbytes
                 require(continues, f"slot {slot.name!r} stands where tensor {awaited.name!r} has to continue")
             else:
                 require(slot.start == 0, f"a piece of {slot.name!r} starts at byte {slot.start}, and nothing came before it")
@@ -102,6 +110,7 @@ class StreamUnpacker:
                 fits = slot.spec.nbytes <= self._max_tensor_nbytes
                 require(fits, f"split tensor {slot.name!r} has {slot.spec.nbytes} bytes; the bound is {self._max_tensor_nbytes}")
             awaited = None if slot.is_tail else slot
+            self._awaited_names = tied.get(slot.name, [])
         require(not (last and awaited is not None), f"the stream's last bucket leaves {awaited and awaited.name!r} incomplete")
         return names, awaited
 

@@ -38,6 +38,8 @@ def check_describable(name: str, tensor: Any) -> None:
         )
     if tensor.dtype not in ITEMSIZES:
         raise SourceError(f"tensor {name!r} has dtype {tensor.dtype}, which does not travel")
+    if torch.nn.parameter.is_lazy(tensor):
+        raise SourceError(f"tensor {name!r} is not initialized yet; run the module once, so that it knows its shapes")
     if type(tensor) in PLAIN_TYPES or is_sharded(tensor):
         return
     # FakeTensor, functorch wrappers and tensors made of other tensors have no bytes of their own to view.
@@ -64,6 +66,8 @@ def resolved(tensor: torch.Tensor) -> torch.Tensor:
     conj, neg = tensor.is_conj(), tensor.is_neg()
     if not conj and not neg:
         return tensor
+    if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
+        return tensor.resolve_neg()  # integers have no sign bit to flip, and none to lose
     tensor = tensor.conj() if conj else tensor
     copied = own_copy(torch._neg_view(tensor) if neg else tensor)
     width = tensor.dtype.itemsize // (2 if tensor.dtype.is_complex else 1)

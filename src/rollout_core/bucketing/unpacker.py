@@ -8,7 +8,7 @@ from operator import mul
 
 import torch
 
-from rollout_core.bucketing.bucket import Bucket, check_version, verify
+from rollout_core.bucketing.bucket import Bucket, check_sealed, check_version, verify
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.plan import BucketPlan
 from rollout_core.bucketing.sources import Pair
@@ -42,7 +42,7 @@ class Unpacker:
         self.restart(version=version)
 
     def restart(self, *, version: int | None = None) -> None:
-        """Begin a round, the next or the same again: whatever a round in progress has is dropped."""
+        """Begin a round, the next, or the same again if it was not completed: what a round in progress has is dropped."""
         self._next = 0
         self._version = None if version is None else check_version(version)
         self._joins: dict[str, torch.Tensor] = {}
@@ -61,11 +61,13 @@ class Unpacker:
         layout = self._accept(bucket)
         if self._verify:
             verify(bucket)
+        pairs = self._hand_out(layout, bucket.buffer)
         self._version = bucket.version
         self._next += 1
         if self._next == len(self.plan.buckets):
             self._last_version = bucket.version
-        return self._hand_out(layout, bucket.buffer)
+        drop_joined(self._joins, layout)
+        return pairs
 
     def close(self) -> None:
         """Raise ``IncompleteStreamError`` if a bucket of this round is missing."""
@@ -88,6 +90,7 @@ class Unpacker:
                 f"bucket {bucket.index} is of plan {bytes(bucket.plan_digest).hex()}, and this side has plan "
                 f"{self.plan.digest.hex()}; exchange manifests and call require_same to see the first difference"
             )
+        check_sealed(bucket)
         count = len(self.plan.buckets)
         if self._next == count:
             raise IncompleteStreamError(
@@ -169,7 +172,15 @@ class Views:
 def join_piece(joins: dict[str, torch.Tensor], slot: Slot, buffer: torch.Tensor) -> torch.Tensor | None:
     """Copy a piece of a split tensor into memory of its own; the tensor, once whole."""
     if slot.start == 0:
-        joins[slot.name] = torch.empty(slot.spec.nbytes, dtype=torch.uint8, device=buffer.device)
+        with torch.inference_mode(False):  # later pieces may come outside of it
+            joins[slot.name] = torch.empty(slot.spec.nbytes, dtype=torch.uint8, device=buffer.device)
     joined = joins[slot.name]
     joined[slot.start : slot.start + slot.nbytes].copy_(buffer[slot.offset : slot.end])
-    return joins.pop(slot.name).view(slot.spec.dtype).view(slot.spec.shape) if slot.is_tail else None
+    return joined.view(slot.spec.dtype).view(slot.spec.shape) if slot.is_tail else None
+
+
+def drop_joined(joins: dict[str, torch.Tensor], layout: BucketLayout) -> None:
+    """Forget the tensors that this bucket completed, once all of it was handed out: until then it may be fed again."""
+    for slot in layout.slots:
+        if slot.is_piece and slot.is_tail:
+            del joins[slot.name]

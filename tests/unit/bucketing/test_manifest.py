@@ -199,7 +199,7 @@ LIES = [
     ({"group_sizes": u32(3)}, "column group_members has 2 entries, not 3"),
     ({"group_members": u32(3, 1)}, "a group is not in order"),
     ({"group_members": u32(1, 5)}, "a group names a tied tensor"),
-    ({"group_members": u32(0, 1)}, "the group of 'embed.weight' is in two buckets"),
+    ({"group_members": u32(0, 1)}, "its slots are not in the order of its tensors"),
     ({"group_sizes": u32(2, 2), "group_members": u32(1, 3, 1, 3)}, "a tensor is in two groups"),
     ({"group_sizes": u32(9), "group_members": u32(*range(8), 1)}, "a tensor is in two groups"),
     ({"group_sizes": u32(2, 2), "group_members": u32(6, 7, 1, 3)}, "its groups are not in order"),
