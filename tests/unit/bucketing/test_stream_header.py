@@ -129,6 +129,6 @@ def test_b9_b10_a_streams_tied_names_are_checked_on_every_piece():
     first = header(([b"a", b"lost"], "uint8", [2], 0, 1), last=False)
     second = header(([b"a", b"x"], "uint8", [2], 1, 1), index=1)
     with pytest.raises(ManifestError, match="stands where tensor 'a' has to continue"):
-        list(unpack_stream(forged(first, second, buckets=[1, 1])))
+        list(unpack_stream(forged(first, second, buffers=[1, 1])))
     with pytest.raises(ManifestError, match="names are non-empty str"):
-        list(unpack_stream(forged(header(([b"a", b""], "uint8", [1], 0, 1)), buckets=[1])))
+        list(unpack_stream(forged(header(([b"a", b""], "uint8", [1], 0, 1)), buffers=[1])))
