@@ -21,6 +21,7 @@ import pytest
 import torch
 import xxhash
 
+from rollout_core.bucketing import plan_buckets, specs_of
 from rollout_core.errors import (
     CapacityError,
     DuplicateNameError,
@@ -314,18 +315,20 @@ def test_every_form_of_source_arrives(place, form):
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_neither_capacity_nor_policy_nor_order_changes_what_arrives(place, capacity, oversize, order):
     trainer = place.changed(capacity)
-    sizes = []
+    sizes, plans = [], set()
 
     def note(bucket):
         sizes.append(bucket.nbytes)
+        plans.add(bucket.plan_digest)
         return bucket
 
     report = place.worker.sync_weights(trainer, capacity=capacity, oversize=oversize, order=order, inject=note)
     assert_has(place.worker, trainer)
     largest = 61 * 16 * 4
-    assert max(sizes) <= (capacity if oversize == "split" else max(capacity, largest))
+    assert max(sizes) == largest if oversize == "own" and capacity < largest else max(sizes) <= capacity
     assert (len(sizes) > 1) == (capacity < 4 * CAPACITY), "small buckets are many"
     assert report.buckets == len(sizes)
+    assert plans == {plan_buckets(specs_of(trainer), capacity, oversize=oversize, order=order).digest}
 
 
 @on_every_kind
@@ -429,16 +432,21 @@ def test_the_response_length_is_of_the_call(place, length):
     assert_in_step(place.worker, place.trainer)
 
 
-@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json", "config.json, and the other has none"])
 def test_every_eos_of_the_folder_ends_a_response(folders, originals, tmp_path, where):
     trainer = originals["qwen2 tied"]
     free = expected_greedy(trainer)
     eos = [free[0][2], free[1][3], free[2][4]]
     folder = tmp_path / "model"
     shutil.copytree(folders["qwen2 tied"], folder)
-    (folder / "generation_config.json").unlink()
-    settings = json.loads((folder / where).read_text()) if where == "config.json" else {}
-    (folder / where).write_text(json.dumps({**settings, "eos_token_id": eos}))
+    settings, generation = folder / "config.json", folder / "generation_config.json"
+    generation.unlink()
+    if where == "generation_config.json":
+        generation.write_text(json.dumps({"eos_token_id": eos}))
+    else:
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token_id": eos}))
+    if "other" in where:
+        generation.write_text("{}")
     with HFWorker(folder, process=False) as worker:
         completions = worker.generate(PROMPTS, GREEDY)
         assert [list(c.token_ids) for c in completions] == [argmax_loop(trainer, prompt, STEPS, eos) for prompt in PROMPTS]
@@ -738,6 +746,32 @@ def test_interrupted_at_the_very_end_an_update_has_failed_on_both_sides(place, m
     trainer = place.changed(4)
     assert place.worker.sync_weights(trainer).version == place.before + 1
     assert_in_step(place.worker, trainer)
+
+
+def test_interrupted_after_the_very_end_too(folders, originals):
+    """Once both sides have counted on, and before the caller hears of it."""
+
+    class Interrupted(HFWorker):
+        armed = False
+
+        @property
+        def _version(self):
+            return self.counted
+
+        @_version.setter
+        def _version(self, value):
+            self.counted = value
+            if self.armed:
+                self.armed = False
+                raise KeyboardInterrupt
+
+    with Interrupted(str(folders["qwen2 tied"]), process=False) as worker:
+        worker.armed = True
+        with pytest.raises(KeyboardInterrupt):
+            worker.sync_weights(originals["qwen2 tied"])
+        assert_unusable(worker, 0)
+        assert worker.sync_weights(originals["qwen2 tied"]).version == 1
+        assert_in_step(worker, originals["qwen2 tied"])
 
 
 def test_what_half_an_update_changed_has_to_be_sent_again(place):
@@ -1100,6 +1134,8 @@ def test_a_folder_without_a_model_is_named(tmp_path, folders, nothing_left, monk
         with within(5), pytest.raises(WorkerError) as raised:
             HFWorker(folder, process=False)
         assert str(folder) in str(raised.value), name
+        if name in ("missing", "a file"):
+            assert "is no folder" in str(raised.value), "not for transformers to look up in its cache"
 
 
 def test_a_process_that_cannot_load_its_model_says_why_and_is_gone(tmp_path, folders, nothing_left):

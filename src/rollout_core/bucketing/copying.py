@@ -17,6 +17,7 @@ from rollout_core.bucketing.specs import TensorSpec
 from rollout_core.bucketing.tensors import PLAIN_TYPES, as_bytes, check_describable, describe, materialize, resolved, same_bits_copy
 from rollout_core.errors import PlanMismatchError
 
+_SMALL: Final = 256 << 10  # below this a copy is too short for torch to share it among threads
 _JOB: Final = 8 << 20  # bytes that are worth a job of their own: enough to hide its making, few enough to share the work evenly
 
 
@@ -104,7 +105,7 @@ def _concatenate(tensors: list[torch.Tensor], sizes: tuple[int, ...], out: torch
             PLAIN_TYPES.issuperset(map(type, tensors))
             and set(map(_DTYPE, tensors)) == {out.dtype}
             and tuple(map(_NBYTES, tensors)) == sizes
-            and not any(map(torch.is_neg, tensors))  # torch.cat resolves them in float registers
+            and not any(map(torch.Tensor.is_neg, tensors))  # torch.cat resolves them in float registers
             and tensors[0].shape[1:] == out.shape[1:]  # torch.cat compares the rest with the first, and would resize its output
         )
         if fits:
@@ -126,8 +127,9 @@ def conform(spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _jobs(run: Run, row_nbytes: int) -> list[tuple[int, int, int, int]]:
-    """Cut a run into jobs: tensors from, to, rows from, to."""
-    count = max(1, min(len(run.sizes), sum(run.sizes) // _JOB))
+    """Cut a run of small tensors into jobs: tensors from, to, rows from, to. Large ones torch shares among its threads itself."""
+    total = sum(run.sizes)
+    count = max(1, min(len(run.sizes), total // _JOB)) if total < _SMALL * len(run.sizes) else 1
     bounds = [i * len(run.sizes) // count for i in range(count + 1)]
     jobs, row = [], 0
     for start, end in pairwise(bounds):

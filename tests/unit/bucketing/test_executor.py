@@ -52,6 +52,15 @@ def test_a_buffer_elsewhere_is_filled_one_by_one(pool):
     assert copying.write_run(torch.empty(plan.nbytes, dtype=torch.uint8, device="meta"), run, list(pairs.values()), pool) is False
 
 
+def test_large_tensors_are_left_to_torch(pool, monkeypatch):
+    monkeypatch.setattr(copying, "_SMALL", 8)
+    monkeypatch.setattr(pool, "submit", lambda *args: pytest.fail("a job was made"))
+    pairs = {f"w{i}": patterned(torch.bfloat16, 2, 5, seed=i) for i in range(20)}
+    plan = plan_buckets(specs_of(pairs), 1 << 20)
+    out = dict(unpack(plan, Packer(plan, executor=pool).pack(pairs)))
+    assert {name: bytes_of(tensor) for name, tensor in out.items()} == {name: bytes_of(t) for name, t in pairs.items()}
+
+
 def test_there_are_no_more_jobs_than_tensors(pool, monkeypatch):
     monkeypatch.setattr(copying, "_JOB", 1)
     pairs = {f"w{i}": patterned(torch.bfloat16, 2, 5, seed=i) for i in range(3)}
