@@ -44,7 +44,7 @@ def unit(session: nox.Session) -> None:
     """The pure tests, with every branch of bucketing covered."""
     install(session, "test", extras="[hf,cli,testing]")
     session.run(
-        *("pytest", "tests/unit", "--cov=rollout_core.bucketing", "--cov-report=term-missing", "--cov-fail-under=100"),
+        *("pytest", "tests/unit", "--cov", "--cov-report=term-missing", "--cov-fail-under=100"),
         *session.posargs,
         env=QUIET,
     )
