@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from rollout_core.preflight.models import perturb
 from rollout_core.workers import HFWorker, SamplingParams
+from rollout_core.workers.hf_model import named_weights
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTIONS = ("Name three colors.", "What is the capital of France?")
@@ -74,7 +75,8 @@ def main() -> int:
             for q in QUESTIONS
         ]
         params = SamplingParams(response_length=40)
-        original = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
+        # Not state_dict(): it leaves out the rotary frequencies, which are changed too and would stay so in the worker.
+        original = {name: tensor.detach().clone() for name, tensor in named_weights(trainer).items()}
         with HFWorker(str(folder)) as worker:
 
             def show(what: str) -> list[str]:
@@ -88,7 +90,6 @@ def main() -> int:
             perturb(trainer, 0.3)
             print(worker.sync_weights(trainer))
             changed = show("after a sync of changed weights")
-            trainer.load_state_dict(original)
             print(worker.sync_weights(original))
             after = show("after a sync of the first weights again")
     if changed == before or after != before:
