@@ -128,6 +128,8 @@ def start(folders, kind, process, **options):
 @pytest.fixture(scope="module")
 def workers(folders):
     """One worker of each kind and place, started when first asked for; every test leaves it with weights that it can use."""
+    # A shell's background job ignores Ctrl-C, and so would all that it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     running: dict[tuple[str, bool], HFWorker] = {}
 
     def get(kind, process):
@@ -138,6 +140,7 @@ def workers(folders):
     yield get
     for worker in running.values():
         worker.close()
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(params=["process", "here"])
@@ -678,10 +681,16 @@ def test_a_bucket_fed_twice_is_refused(place):
 
 
 def test_a_bucket_may_lie_in_other_memory(place):
-    """Every bucket replaced by an equal one, in an update of more buckets than there are slots."""
+    """Every bucket moved elsewhere, in an update of more buckets than there are slots."""
     trainer = place.changed(3)
+
+    def move(bucket):
+        moved = replace(bucket, buffer=bucket.buffer.clone())
+        bucket.buffer.zero_()
+        return moved
+
     with within(5):
-        place.worker.sync_weights(trainer, capacity=1000, inject=lambda b: replace(b, buffer=b.buffer.clone()))
+        place.worker.sync_weights(trainer, capacity=1000, inject=move)
     assert_has(place.worker, trainer)
 
 
@@ -895,6 +904,43 @@ def test_an_update_interrupted_while_it_waits(place, alarm, at):
 
 
 @only_process
+def test_a_refusal_that_comes_late_is_the_error_of_the_update(place):
+    """The answer to the last bucket arrives when the digests are waited for already."""
+    pid = pid_of(place.worker)
+
+    def inject(bucket):
+        if bucket.index == LAST:
+            stop(pid)
+            threading.Timer(0.1, os.kill, (pid, signal.SIGCONT)).start()
+            return flipped(bucket)
+        return bucket
+
+    with pytest.raises(IntegrityError, match=f"bucket {LAST} .* is damaged"):
+        place.worker.sync_weights(place.changed(3), capacity=CAPACITY, inject=inject)
+    assert_unusable(place.worker, place.before)
+
+
+def test_a_source_may_ask_the_worker_while_it_is_read(place, process):
+    """It belongs to the same thread, and every slot is in use by then."""
+
+    class Asking(Failing):
+        def __getitem__(self, name):
+            place.worker.read_tensor(name)
+            return self.weights[name]
+
+    def slow_down(bucket):
+        if process and bucket.index in (2, 4, 6):  # still loading when the source asks
+            stop(pid_of(place.worker))
+            threading.Timer(0.05, os.kill, (pid_of(place.worker), signal.SIGCONT)).start()
+        return bucket
+
+    trainer = place.changed(3)
+    with within(5):
+        place.worker.sync_weights(Asking(tensors_of(trainer), "", None), capacity=1000, inject=slow_down)
+    assert_in_step(place.worker, trainer)
+
+
+@only_process
 def test_ctrl_c_in_the_terminal_does_not_end_the_worker(place):
     os.kill(pid_of(place.worker), signal.SIGINT)
     assert_in_step(place.worker, place.trainer)
@@ -965,7 +1011,9 @@ def fresh(folders, nothing_left):
     made.clear()
 
 
-@pytest.mark.parametrize("step", ["before begin", "middle", "last bucket", "generate", "digests", "stopped and killed"])
+@pytest.mark.parametrize(
+    "step", ["before begin", "middle", "last bucket", "generate", "digests", "stopped and killed", "source fails too"]
+)
 def test_a_killed_worker_is_reported_and_not_waited_for(fresh, originals, step):
     worker, pid = fresh()
     trainer = originals["qwen2 tied"]
@@ -984,6 +1032,18 @@ def test_a_killed_worker_is_reported_and_not_waited_for(fresh, originals, step):
 
         with within(3), pytest.raises(TransferError, match=DEAD):
             worker.sync_weights(trainer, capacity=CAPACITY, inject=kill)
+    elif step == "source fails too":
+        planted = OSError("the source's own")
+
+        def kill_and_fail(bucket):
+            killed(pid)
+            raise planted
+
+        with within(3), pytest.raises(OSError, match="the source's own") as raised:
+            worker.sync_weights(trainer, inject=kill_and_fail)
+        assert raised.value is planted
+        del raised
+        planted.__traceback__ = None
     elif step == "stopped and killed":  # while this side waits for a slot
 
         def halt(bucket):
@@ -1138,9 +1198,11 @@ def test_a_folder_without_a_model_is_named(tmp_path, folders, nothing_left, monk
             assert "is no folder" in str(raised.value), "not for transformers to look up in its cache"
 
 
-def test_a_process_that_cannot_load_its_model_says_why_and_is_gone(tmp_path, folders, nothing_left):
-    folder = dict(broken_folders(tmp_path, folders))["config"]
-    with pytest.raises(WorkerError, match=f"the model in {folder} could not be loaded") as raised:
+def test_a_process_that_cannot_load_its_model_says_why_and_is_gone(tmp_path, nothing_left):
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/not \xff utf-8"))
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    with pytest.raises(WorkerError, match=r"the model in .*/not \\udcff utf-8 could not be loaded") as raised:
         HFWorker(folder, threads=1)
     assert "in the worker process:\nTraceback" in "".join(raised.value.__notes__)
     del raised
