@@ -262,7 +262,9 @@ class GoesOnAfterTheEnd(Completes):
 class StopsEarly(Completes):
     def tamper(self, completions, params):
         return [
-            msgspec.structs.replace(c, token_ids=c.token_ids[:3], logprobs=c.logprobs[:3]) if params.temperature else c
+            msgspec.structs.replace(c, token_ids=c.token_ids[:3], logprobs=c.logprobs[:3])
+            if params.temperature and c.status == "length"
+            else c
             for c in completions
         ]
 
@@ -295,6 +297,14 @@ class IgnoresEos(Local):
 class IgnoresStopIds(Local):
     def generate(self, prompts, params, **options):
         return super().generate(prompts, msgspec.structs.replace(params, stop_token_ids=()), **options)
+
+
+class SamplesAnewWithStopIds(Local):
+    """What it returns holds in itself."""
+
+    def generate(self, prompts, params, **options):
+        params = msgspec.structs.replace(params, seed=8) if params.stop_token_ids else params
+        return super().generate(prompts, params, **options)
 
 
 class StartsWithOtherWeights(Local):
@@ -383,7 +393,7 @@ FAULTS = {
     SwapsTwoPrompts: ({GREEDY: PROMPT_0}, set()),
     LosesOne: ({GREEDY: "3 completions for 4 prompts of 1 samples", SHAPES: "15 completions for 4 prompts of 4 samples"}, set()),
     GoesOnAfterTheEnd: ({SHAPES: r"prompt \d sample \d: tokens go on after an EOS or stop id"}, set()),
-    StopsEarly: ({SHAPES: "prompt 0 sample 0: (stopped at 3 tokens without|status stop with) an EOS"}, set()),
+    StopsEarly: ({SHAPES: r"prompt \d sample \d: stopped at 3 tokens without an EOS"}, set()),
     CallsEverythingLength: ({SHAPES: r"prompt \d sample \d: status length with an EOS or stop id at \[\d+\]"}, set()),
     ProbabilitiesForLogprobs: ({SHAPES: r"prompt 0 sample 0: logprobs \("}, set()),
     SaysTheOldVersion: (
@@ -393,6 +403,7 @@ FAULTS = {
     IgnoresTheSeed: ({SHAPES: "the same seed gave other samples"}, set()),
     IgnoresEos: ({SHAPES: r"prompt \d sample \d: tokens go on after an EOS"}, set()),
     IgnoresStopIds: ({SHAPES: r"prompt \d sample \d: tokens go on after an EOS or stop id"}, set()),
+    SamplesAnewWithStopIds: ({SHAPES: r"prompt \d sample \d: with stop id \d+ it is \[.*\], expected \[.*\]"}, set()),
     StartsWithOtherWeights: ({EQUAL: rf"1 of 41 tensors differ, first '{NORM}': 1 of 120 elements differ, first at \[3\]"}, set()),
     InBfloat16: (
         {
@@ -491,7 +502,8 @@ def test_a_folder_without_weights_is_the_one_failure(tmp_path):
     (tmp_path / "config.json").write_text("{")
     outcomes = run(tmp_path, lambda path: pytest.fail("there is nothing to start a worker with"))
     assert results(outcomes, "fail") == {PLAN}
-    assert str(tmp_path) in outcomes[PLAN].figure
+    assert f"the model in {tmp_path} could not be loaded: " in outcomes[PLAN].figure
+    assert not outcomes[PLAN].trace
     assert results(outcomes, "pass") == set()
 
 
@@ -617,6 +629,7 @@ def test_a_difference_is_shown_with_its_place_and_bits(case):
 
 
 def test_the_small_model_is_the_same_each_time_and_met_by_every_rule(folder, tmp_path):
+    torch.manual_seed(123)
     state = torch.random.get_rng_state()
     models.make_small_model(tmp_path / "again")
     assert torch.equal(state, torch.random.get_rng_state())
@@ -644,7 +657,9 @@ def test_the_reference_stops_at_an_eos_and_knows_its_nearest_tie(folder):
     trainer = models.load_trainer(folder)
     tokens, gap = models.greedy_reference(trainer, [5, 6], 8, set())
     assert len(tokens) == 8
-    assert gap > 0
+    with torch.no_grad():
+        logits = trainer(torch.tensor([[5, 6, *tokens[:-1]]])).logits[0, 1:].sort().values
+    assert gap == pytest.approx(float((logits[:, -1] - logits[:, -2]).min()), abs=1e-4)
     assert models.greedy_reference(trainer, [5, 6], 8, {tokens[3]})[0] == tokens[: tokens.index(tokens[3]) + 1]
     with torch.no_grad():
         trainer.model.embed_tokens.weight[10] = trainer.model.embed_tokens.weight[11]

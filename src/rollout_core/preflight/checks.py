@@ -134,7 +134,7 @@ def _difference(context: Context, name: str, expected: torch.Tensor) -> str:
     if not len(places):
         return f"{name!r}: its digest differed and its bytes do not any more"
     at = int(places[0])
-    index = [int(i) for i in torch.unravel_index(torch.tensor(at), expected.shape)] if expected.dim() else []
+    index = [int(i) for i in torch.unravel_index(torch.tensor(at), expected.shape)]
     return (
         f"{name!r}: {len(places)} of {expected.numel()} elements differ, first at {index}: "
         f"sent {expected.reshape(-1)[at].item()!r} ({bytes(mine[at].numpy()).hex()}), "
