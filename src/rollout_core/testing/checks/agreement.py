@@ -1,0 +1,89 @@
+"""B7: two sides whose plans differ."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from rollout_core.testing.cases import PackerCase
+from rollout_core.testing.checks.base import packer_check, plain_cases, require_same
+from rollout_core.testing.oracles import picture
+from rollout_core.testing.packers import PackerUnderTest, SpecRow
+from rollout_core.testing.registry import Violation
+
+_SPECS = """
+specs = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named]
+buckets = list(packer.pack(named, capacity))
+"""
+
+
+@packer_check(
+    "packer/B7-same",
+    "a receiver that plans for itself from the same specs gets the tensors",
+    cases=plain_cases(),
+    needs=["receive"],
+    script=_SPECS + """
+for (name, sent), (other, got) in zip(named, packer.receive(specs, capacity, buckets), strict=True):
+    assert name == other and raw(sent) == raw(got), (name, other, sent, got)
+""",
+)  # fmt: skip
+def same(packer: PackerUnderTest, case: PackerCase) -> None:
+    named = case.make(packer.device)
+    model = picture(named)
+    require_same(model, packer.receive(_specs(case), case.capacity, packer.pack(named, case.capacity)))
+
+
+#: Ways in which the receiver's idea of the model may differ.
+_WAYS: Final = ("name", "dtype", "shape", "order", "missing", "extra", "capacity")
+
+
+@packer_check(
+    "packer/B7-different",
+    "a receiver whose specs or capacity differ is refused, before it takes one tensor for another",
+    cases=plain_cases(min_size=1, max_size=4, places=1),
+    needs=["receive"],
+    script="",
+)
+def different(packer: PackerUnderTest, case: PackerCase) -> None:
+    named = case.make(packer.device)
+    model = picture(named)
+    buckets = packer.pack(named, case.capacity)
+    specs, capacity = _specs(case), case.capacity
+    name, dtype, shape = specs[-1]
+    way = _WAYS[case.at[0] % len(_WAYS)]
+    match way:
+        case "name":
+            specs[-1] = (name + "x", dtype, shape)
+        case "dtype":
+            specs[-1] = (name, torch.int32, shape)
+        case "shape":
+            specs[-1] = (name, dtype, (1, *shape))
+        case "order":
+            if len({spec[1:] for spec in specs}) < 2 and len(specs) < 2:
+                return
+            specs.reverse()
+        case "missing":
+            del specs[-1]
+        case "extra":
+            specs.append(("more", dtype, shape))
+        case "capacity":
+            capacity = 2 * capacity + 16
+    got = None
+
+    def receive() -> None:
+        nonlocal got
+        got = packer.receive(specs, capacity, buckets)
+
+    if packer.refusal(receive) is None and (way != "capacity" or picture(got or []) != model):
+        raise Violation(f"the receiver's {way} differs ({_words(way, specs, capacity)}), and no error was raised")
+
+
+def _specs(case: PackerCase) -> list[SpecRow]:
+    return [(tensor.name, tensor.torch_dtype, tensor.shape) for tensor in case.all_tensors()]
+
+
+def _words(way: str, specs: list[SpecRow], capacity: int) -> str:
+    if way == "capacity":
+        return f"it expects {capacity} bytes"
+    return "it expects " + ", ".join(f"{n!r} {str(d).removeprefix('torch.')}{list(s)}" for n, d, s in specs)

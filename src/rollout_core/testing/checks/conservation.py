@@ -1,0 +1,147 @@
+"""B1 and B5: what comes out equals what went in, whatever the capacity."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+
+from rollout_core.testing import strategies
+from rollout_core.testing.cases import PackerCase
+from rollout_core.testing.checks.base import FLOATS, packer_check, plain, plain_cases, round_trip
+from rollout_core.testing.oracles import difference, picture
+from rollout_core.testing.packers import PackerUnderTest
+from rollout_core.testing.registry import Violation
+from rollout_core.testing.strategies import packer_cases, shapes
+
+_VIEWS = ["contiguous", "strided", "transposed", "expanded", "one element, odd stride"]
+
+
+@packer_check("packer/B1-order", "plain tensors come out under their names, in their order", cases=plain_cases())
+def order(packer: PackerUnderTest, case: PackerCase) -> None:
+    round_trip(packer, case)
+
+
+@packer_check(
+    "packer/B1-dtypes",
+    "every dtype keeps its bytes and stays what it is",
+    cases=packer_cases(tensors=plain(max_size=3, dtypes=strategies.dtypes())),
+)
+def dtypes(packer: PackerUnderTest, case: PackerCase) -> None:
+    round_trip(packer, case)
+
+
+@packer_check(
+    "packer/B1-bits",
+    "NaN payloads and negative zeros survive: bytes move, not values",
+    cases=packer_cases(tensors=plain(max_size=3, dtypes=FLOATS, fills=st.just("special"))),
+)
+def bits(packer: PackerUnderTest, case: PackerCase) -> None:
+    round_trip(packer, case)
+
+
+@packer_check(
+    "packer/B1-zero-size",
+    "a tensor without elements keeps its place, name, dtype and shape",
+    cases=packer_cases(tensors=plain(max_size=4, shapes=st.sampled_from([(1,), (0,), (2, 0), (0, 3), (2, 0, 3)]))),
+)
+def zero_size(packer: PackerUnderTest, case: PackerCase) -> None:
+    round_trip(packer, case)
+
+
+@packer_check(
+    "packer/B1-scalars",
+    "a tensor of no dimensions arrives as one",
+    cases=packer_cases(tensors=plain(max_size=4, shapes=st.sampled_from([(1,), ()]))),
+)
+def scalars(packer: PackerUnderTest, case: PackerCase) -> None:
+    round_trip(packer, case)
+
+
+@packer_check(
+    "packer/B1-strided",
+    "strided, transposed and expanded tensors arrive as the values that a reader of them sees",
+    cases=packer_cases(
+        tensors=plain(max_size=3, shapes=shapes(min_dims=1, min_side=1, max_side=3), layouts=st.sampled_from(_VIEWS))
+    ),
+)
+def strided(packer: PackerUnderTest, case: PackerCase) -> None:
+    round_trip(packer, case)
+
+
+@packer_check(
+    "packer/B1-offset",
+    "a slice that begins later than its storage arrives as that slice",
+    cases=packer_cases(tensors=plain(max_size=3, layouts=st.sampled_from(["contiguous", "sliced", "detached slice"]))),
+)
+def offset(packer: PackerUnderTest, case: PackerCase) -> None:
+    round_trip(packer, case)
+
+
+@packer_check(
+    "packer/B1-conj",
+    "conjugate views arrive conjugated",
+    cases=packer_cases(tensors=plain(max_size=2, dtypes=st.just(torch.complex64), layouts=st.just("conj"))),
+)
+def conj(packer: PackerUnderTest, case: PackerCase) -> None:
+    round_trip(packer, case)
+
+
+@packer_check(
+    "packer/B1-neg",
+    "negative views (the imaginary part of a conjugate) arrive negated",
+    cases=packer_cases(tensors=plain(max_size=2, layouts=st.just("neg"))),
+)
+def neg(packer: PackerUnderTest, case: PackerCase) -> None:
+    round_trip(packer, case)
+
+
+@packer_check(
+    "packer/B1-shared",
+    "views that share a storage and are not the same view arrive each as itself",
+    cases=packer_cases(
+        tensors=plain(
+            min_size=2,
+            max_size=4,
+            shapes=shapes(min_dims=1, max_dims=2, min_side=1),
+            relations=st.sampled_from([None, "head", "tail"]),
+        )
+    ),
+)
+def shared(packer: PackerUnderTest, case: PackerCase) -> None:
+    round_trip(packer, case)
+
+
+@packer_check(
+    "packer/B1-many",
+    "thousands of tiny tensors all arrive",
+    cases=packer_cases(tensors=plain(min_size=0, max_size=2, dtypes=st.just(torch.uint8)), tiny=st.integers(0, 3000)).map(
+        lambda case: PackerCase(tensors=case.tensors, tiny=case.tiny, capacity=max(case.capacity, case.tiny // 20, 1))
+    ),
+    cost=5,
+)
+def many(packer: PackerUnderTest, case: PackerCase) -> None:
+    round_trip(packer, case)
+
+
+_CAPACITIES_SCRIPT = """
+def arrived(capacity):
+    return [(name, t.dtype, t.shape, raw(t)) for name, t in packer.unpack(list(packer.pack(named, capacity)))]
+
+for other in {others}:
+    assert arrived(other) == arrived(capacity), (other, capacity)
+"""
+
+
+@packer_check(
+    "packer/B5-capacity",
+    "the result does not depend on the capacity",
+    cases=lambda capabilities: plain_cases(other_capacities=True, oversize=bool({"oversize=split", "oversize=own"} & capabilities)),
+    script=_CAPACITIES_SCRIPT,
+)
+def capacity(packer: PackerUnderTest, case: PackerCase) -> None:
+    first = picture(packer.unpack(packer.pack(case.make(packer.device), case.capacity)))
+    for other in case.others:
+        again = picture(packer.unpack(packer.pack(case.make(packer.device), other)))
+        problem = difference(first, again)
+        if problem is not None:
+            raise Violation(f"with capacity {other} the result is another than with {case.capacity}: {problem}")

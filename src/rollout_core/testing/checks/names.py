@@ -1,0 +1,159 @@
+"""B9, B10 and B11: names, tied tensors and groups."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from rollout_core.testing import strategies
+from rollout_core.testing.cases import PackerCase, TensorCase
+from rollout_core.testing.checks.base import (
+    must_raise,
+    packer_check,
+    plain,
+    plain_cases,
+    require_none,
+    require_refusal,
+    round_trip,
+)
+from rollout_core.testing.oracles import difference, picture
+from rollout_core.testing.packers import PackerUnderTest, error_words
+from rollout_core.testing.registry import Violation
+from rollout_core.testing.strategies import packer_cases
+
+
+@packer_check(
+    "packer/B9-names",
+    "any non-empty str is a name, and arrives as it is",
+    cases=packer_cases(tensors=plain(max_size=4, names=strategies.names())),
+)
+def any_name(packer: PackerUnderTest, case: PackerCase) -> None:
+    round_trip(packer, case)
+
+
+@st.composite
+def _with_duplicate(draw: st.DrawFn) -> PackerCase:
+    case = draw(plain_cases(min_size=2, max_size=4))
+    first, second = sorted(draw(st.permutations(range(len(case.tensors))))[:2])
+    twice = case.tensors[first].name
+    tensors = [TensorCase(twice, t.dtype, t.shape) if place == second else t for place, t in enumerate(case.tensors)]
+    return PackerCase(tensors=tuple(tensors), capacity=case.capacity)
+
+
+@packer_check(
+    "packer/B9-duplicate",
+    "a name that comes twice is an error that names it",
+    cases=_with_duplicate(),
+    script=must_raise("packer.unpack(list(packer.pack(named, capacity)))"),
+)
+def duplicate(packer: PackerUnderTest, case: PackerCase) -> None:
+    names = [tensor.name for tensor in case.tensors]
+    twice = next(name for name in names if names.count(name) > 1)
+    arrived: list[str] = []
+
+    def send() -> None:
+        arrived[:] = [name for name, _ in packer.unpack(packer.pack(case.make(packer.device), case.capacity))]
+
+    error = packer.refusal(send)
+    if error is None:
+        raise Violation(f"two tensors are called {twice!r}, and no error was raised (sent: {names}, arrived: {arrived})")
+    if repr(twice) not in str(error) and f" {twice} " not in f" {error} " and f'"{twice}"' not in str(error):
+        raise Violation(f"two tensors are called {twice!r}, and the error does not say so: {error_words(error)}")
+
+
+_TIED = plain(min_size=2, max_size=4, relations=st.sampled_from(["tied", "same view", None]))
+
+
+@packer_check("packer/B10-arrive", "a tied tensor arrives under every one of its names", cases=packer_cases(tensors=_TIED))
+def tied_arrive(packer: PackerUnderTest, case: PackerCase) -> None:
+    named = case.make(packer.device)
+    model = picture(named)
+    result = picture(packer.unpack(packer.pack(named, case.capacity)))
+    # B10 does not say at which place a tied name arrives.
+    require_none(difference(sorted(model, key=lambda p: p.name), sorted(result, key=lambda p: p.name)))
+
+
+@packer_check(
+    "packer/B10-once",
+    "a tied tensor travels once",
+    cases=packer_cases(tensors=_TIED),
+    script="""
+distinct = {(t.data_ptr(), t.shape, t.stride()): t.numel() * t.element_size() for _, t in named}
+buckets = list(packer.pack(named, capacity))
+def nbytes(bucket):
+    if hasattr(packer, "bucket_nbytes"):
+        return packer.bucket_nbytes(bucket)
+    tensors = [bucket] if isinstance(bucket, torch.Tensor) else [t for _, t in bucket]
+    return sum(t.numel() * t.element_size() for t in tensors)
+assert sum(map(nbytes, buckets)) <= sum(distinct.values()), [nbytes(b) for b in buckets]
+""",
+)
+def tied_once(packer: PackerUnderTest, case: PackerCase) -> None:
+    sent = sum(packer.nbytes(bucket) for bucket in packer.pack(case.make(packer.device), case.capacity))
+    distinct = sum(tensor.nbytes for tensor in case.tensors if tensor.of is None)
+    if sent > distinct:
+        raise Violation(f"{sent} bytes travel for {distinct} bytes of distinct tensors")
+
+
+@st.composite
+def _grouped(draw: st.DrawFn) -> PackerCase:
+    """Two names that share a bucket, which the capacity lets them, with others before, between and after."""
+    case = draw(plain_cases(min_size=2, max_size=6))
+    places = sorted(draw(st.permutations(range(len(case.tensors))))[:2])
+    group = tuple(case.tensors[place].name for place in places)
+    together = sum(case.tensors[place].nbytes for place in places)
+    return PackerCase(tensors=case.tensors, capacity=max(case.capacity, together), groups=(group,))
+
+
+@packer_check(
+    "packer/B11-together",
+    "the names of a group lie in one bucket, in their order",
+    cases=_grouped(),
+    needs=["groups"],
+    script="""
+result = {}
+for bucket in packer.pack(named, capacity, groups={groups}):
+    inside = [name for name, _, _ in packer.slots(bucket)] if hasattr(packer, "slots") else [name for name, _ in bucket]
+    for group in {groups}:
+        assert len(set(inside) & set(group)) in (0, len(group)), (inside, group)
+        assert [name for name in inside if name in group] in ([], group), (inside, group)
+""",
+)
+def group_together(packer: PackerUnderTest, case: PackerCase) -> None:
+    named = case.make(packer.device)
+    model = picture(named)
+    groups = [list(group) for group in case.groups]
+    buckets = packer.pack(named, case.capacity, groups=groups)
+    for index, bucket in enumerate(buckets):
+        names = _names_in(packer, bucket)
+        for group in groups:
+            inside = [name for name in names if name in group]
+            if inside and inside != group:
+                raise Violation(f"bucket {index} holds {inside} of the group {group}")
+    result = picture(packer.unpack(buckets))
+    require_none(difference(sorted(model, key=lambda p: p.name), sorted(result, key=lambda p: p.name)))
+
+
+@packer_check(
+    "packer/B11-incomplete",
+    "a group that never completes is an error",
+    cases=plain_cases(min_size=1, max_size=4).map(
+        lambda case: PackerCase(tensors=case.tensors, capacity=1 << 20, groups=((case.tensors[0].name, "missing"),))
+    ),
+    needs=["groups"],
+    script=must_raise("list(packer.pack(named, capacity, groups={groups}))"),
+)
+def group_incomplete(packer: PackerUnderTest, case: PackerCase) -> None:
+    groups = [list(group) for group in case.groups]
+    require_refusal(
+        packer,
+        lambda: packer.pack(case.make(packer.device), case.capacity, groups=groups),
+        f"the group {groups[0]} was accepted, and no tensor is called 'missing'",
+    )
+
+
+def _names_in(packer: PackerUnderTest, bucket: object) -> list[str]:
+    if "slots" in packer.capabilities:
+        return [name for name, _offset, _nbytes in packer.slots(bucket)]
+    if isinstance(bucket, list | tuple):
+        return [name for name, _ in bucket]
+    raise Violation("a packer with groups needs slots(bucket), or buckets that are lists of (name, tensor)")

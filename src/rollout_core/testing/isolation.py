@@ -1,0 +1,286 @@
+"""Running cases in a process of their own: a packer that hangs or kills its process is a failure and not the end of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import mmap
+import os
+import signal
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import Any, Final, Literal, NoReturn, Protocol, TypeAlias
+
+import msgspec
+
+from rollout_core.errors import RolloutCoreError, TransferError
+from rollout_core.testing.registry import Check, Skipped, Violation, get_check
+from rollout_core.transfer.channel import Channel, PeerGone
+from rollout_core.transfer.lifetime import end_with_parent
+
+_PHASE_BYTES: Final = 64
+#: Seconds for a process to load the packer: torch and an engine's modules may be imported on the way.
+_START_TIMEOUT: Final = 120.0
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """What a process says once it has the subject, or why it has not."""
+
+    capabilities: list[str]
+    error: str = ""
+
+
+class Request(msgspec.Struct, tag=True, frozen=True):
+    number: int
+    check: str
+    case: bytes
+
+
+class Outcome(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """What came of one case. ``fatal``: the process hung or died. ``value``: what the check returned, for twins."""
+
+    number: int = 0
+    result: Literal["pass", "violation", "skip"]
+    text: str = ""
+    value: str = ""
+    fatal: bool = False
+
+
+class SubjectError(RolloutCoreError, TypeError):
+    """What is to be checked cannot be loaded or is no subject of this kind."""
+
+
+class Subject(Protocol):
+    """A subject under test, wrapped for the checks of its kind."""
+
+    capabilities: frozenset[str]
+    phase: Any
+
+
+#: Makes the subject, noting in the given phase what it is doing.
+Start: TypeAlias = Callable[[Any], Subject]
+
+
+def run_case(subject: Any, check: Check, case: bytes, number: int = 0) -> Outcome:
+    """Run one case here, in this process."""
+    decoded = msgspec.json.decode(case, type=check.case_type)
+    try:
+        value = check.run(subject, decoded)
+    except Skipped as reason:
+        return Outcome(number=number, result="skip", text=str(reason))
+    except Violation as violation:
+        return Outcome(number=number, result="violation", text=str(violation))
+    except Exception as error:
+        from rollout_core.testing.packers import error_words
+
+        return Outcome(number=number, result="violation", text=f"the check met {error_words(error)}")
+    return Outcome(number=number, result="pass", value=value if isinstance(value, str) else "")
+
+
+class Here:
+    """Runs cases in this process: for debuggers, and for packers on a device that a fork cannot share."""
+
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        try:
+            self.hello = Hello(sorted(start(_NoPhase()).capabilities))
+        except (RolloutCoreError, TypeError) as error:
+            raise SubjectError(str(error)) from error
+
+    def run(self, check: Check, case: bytes, timeout: float) -> Outcome:
+        return run_case(self._start(_NoPhase()), check, case)
+
+    def close(self) -> None:
+        pass
+
+
+class Isolated:
+    """Runs cases in a child process, started again after each that it does not survive.
+
+    A fork of this process, so that the subject need not be importable; or with ``hash_seed`` a new interpreter, which loads the
+    subject by its ``target`` name.
+    """
+
+    def __init__(self, start: Start, *, target: str = "", hash_seed: int | None = None) -> None:
+        self._start = start
+        self._target = target
+        self._hash_seed = hash_seed
+        self._pid = 0
+        self._channel: Channel[Hello | Outcome] | None = None
+        self._phase = mmap.mmap(-1, _PHASE_BYTES)
+        self._number = 0
+        self._printed = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
+        try:
+            self.hello = self._launch()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, check: Check, case: bytes, timeout: float) -> Outcome:
+        """What came of one case; a hang of ``timeout`` seconds and the end of the process are violations."""
+        if self._channel is None:
+            self._launch()
+        assert self._channel is not None
+        self._number += 1
+        try:
+            self._channel.send(Request(self._number, check.id, case), timeout)
+            answer = self._channel.receive(timeout)
+        except PeerGone:
+            return self._died()
+        except TransferError:
+            doing = self._doing()
+            self._kill()
+            return Outcome(result="violation", text=f"{doing} did not end within {timeout:g} s", fatal=True)
+        except BaseException:  # Ctrl-C: what the child sends later answers no question any more
+            self._kill()
+            raise
+        assert isinstance(answer, Outcome)
+        assert answer.number == self._number
+        return answer
+
+    def close(self) -> None:
+        self._kill()
+        self._printed.close()
+
+    def _launch(self) -> Hello:
+        ours, theirs = socket.socketpair()
+        self._printed.seek(0)
+        self._printed.truncate()
+        self._phase[:] = bytes(_PHASE_BYTES)
+        parent = os.getpid()
+        if self._hash_seed is None:
+            with warnings.catch_warnings():
+                # Python warns of forks in processes with threads. The child runs no code that waits for one of them:
+                # torch is told to use one thread, as in its own DataLoader workers.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pid = os.fork()
+            if pid == 0:
+                ours.close()
+                _child(theirs, self._start, self._printed.fileno(), self._phase, parent)
+        else:
+            program = "import sys; from rollout_core.testing.isolation import twin; twin(*sys.argv[1:])"
+            command = [sys.executable, "-c", program, str(theirs.fileno()), self._target, str(parent), os.pathsep.join(sys.path)]
+            environment = {**os.environ, "PYTHONHASHSEED": str(self._hash_seed)}
+            output = self._printed.fileno()
+            theirs.set_inheritable(True)
+            actions = [(os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)]
+            pid = os.posix_spawn(sys.executable, command, environment, file_actions=actions)
+        theirs.close()
+        self._pid = pid
+        self._channel = Channel(ours.detach(), Hello | Outcome)
+        try:
+            hello = self._channel.receive(_START_TIMEOUT)
+        except PeerGone:
+            raise SubjectError(f"loading it {self._died().text}") from None
+        except TransferError:
+            raise SubjectError(f"loading it took more than {_START_TIMEOUT:g} s") from None
+        assert isinstance(hello, Hello)
+        if hello.error:
+            raise SubjectError(hello.error)
+        return hello
+
+    def _doing(self) -> str:
+        return self._phase[:].rstrip(b"\0").decode() or "the check"
+
+    def _died(self) -> Outcome:
+        """The violation of a process that ended by itself."""
+        doing = self._doing()
+        status = self._reap()
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+        self._printed.seek(0)
+        last = self._printed.read()[-2000:].decode(errors="replace").strip().splitlines()[-3:]
+        words = f"; it printed last: {' | '.join(line.strip() for line in last)}" if last else ""
+        return Outcome(result="violation", text=f"{doing} ended its process with {how}{words}", fatal=True)
+
+    def _kill(self) -> None:
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            self._reap()
+
+    def _reap(self) -> int:
+        """Close the channel and wait for the child; its exit code, negative for a signal."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        pid, self._pid = self._pid, 0
+        try:
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        except ChildProcessError:  # somebody else has waited for it
+            return 0
+
+
+class _NoPhase:
+    def set(self, method: str) -> None:
+        pass
+
+
+class _SharedPhase:
+    """What the child is doing, in memory that its parent reads when it no longer answers."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+
+    def set(self, method: str) -> None:
+        self._memory[:] = method.encode()[:_PHASE_BYTES].ljust(_PHASE_BYTES, b"\0")
+
+
+def _child(connection: socket.socket, start: Start, output: int, phase: mmap.mmap, parent: int) -> NoReturn:
+    """The forked child: serve until the parent closes the channel, and leave without running anything of the parent's."""
+    code = 1
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        end_with_parent(parent)
+        _serve(connection, start, _SharedPhase(phase))
+        code = 0
+    except BaseException:
+        import traceback
+
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def twin(fd: str, target: str, parent: str, path: str) -> None:
+    """The new interpreter of a twin."""
+    sys.path[:] = path.split(os.pathsep)
+    end_with_parent(int(parent))
+    import rollout_core.testing.checks  # noqa: F401 - registers the checks
+    from rollout_core.testing.targets import load_target, wrap
+
+    _serve(socket.socket(fileno=int(fd)), lambda phase: wrap("packer", load_target(target), phase), _NoPhase())
+
+
+def _serve(connection: socket.socket, start: Start, phase: Any) -> None:
+    import torch
+
+    gc.freeze()  # what is here already is nothing that the subject makes: looking for live tensors need not look at it
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # the kit judges results; a packer may warn
+    channel: Channel[Request] = Channel(connection.detach(), Request)
+    try:
+        subject = start(phase)
+    except Exception as error:
+        from rollout_core.testing.packers import error_words
+
+        known = isinstance(error, RolloutCoreError | TypeError)
+        channel.send(Hello([], str(error) if known else error_words(error)))
+        return
+    channel.send(Hello(sorted(subject.capabilities)))
+    while True:
+        try:
+            request = channel.receive(None)
+        except PeerGone:
+            return
+        # A class or factory gives a new subject for every case, as a reproduction script will.
+        channel.send(run_case(start(phase), get_check(request.check), request.case, request.number))

@@ -1,0 +1,218 @@
+"""check_packer: run every check on a packer and report what came of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import msgspec
+
+import rollout_core.testing.checks  # noqa: F401 - registers the checks
+from rollout_core.testing.isolation import Here, Isolated, Outcome, Start
+from rollout_core.testing.packers import CAPABILITIES, name_of
+from rollout_core.testing.registry import LEVELS, Check, SubjectKind, get_check, select_checks
+from rollout_core.testing.report import Report, Result, versions
+from rollout_core.testing.scripts import reproduction, target_of
+from rollout_core.testing.search import Finding, search
+from rollout_core.testing.targets import load_target, wrap
+
+#: Called before each check with None, and after it with its result.
+Progress: TypeAlias = Callable[[Check, Result | None], None]
+_HASH_SEEDS = (1, 2)
+
+
+def check_packer(
+    packer: Any,
+    *,
+    level: str = LEVELS[-1],
+    only: Iterable[str] = (),
+    expected_failures: Mapping[str, str] | None = None,
+    max_examples: int = 100,
+    seed: int = 0,
+    timeout: float = 10.0,
+    isolate: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Run the checks of a level on a packer and report every clause that it violates, with the smallest counterexample of each.
+
+    ``packer``: an object with ``pack`` and ``unpack`` (``rollout_core.testing.packers`` says what else it may have), a class or
+    factory that makes one (then every case gets a new one), or a name such as ``"mytrainer.sync:packer"``. ``only``: check ids, or
+    clauses. ``expected_failures``: check id -> reason; one that passes, or is skipped, is reported as stale. ``max_examples``:
+    cases tried per check. The same ``seed`` tries the same cases. ``timeout``: seconds that a case may take.
+
+    With ``isolate`` the packer runs in a forked process, so that a hang or a crash is a failed check. A process that has used CUDA
+    cannot be forked: pass ``isolate=False`` there, or use ``rollout-core check``.
+
+    Raises ``SubjectError`` if this is no packer and ``ValueError`` for an unknown id or level.
+    """
+    return _run("packer", packer, level, only, expected_failures or {}, max_examples, seed, timeout, isolate, progress)
+
+
+def replay(packer: Any, report: Report, *, timeout: float = 10.0, isolate: bool = True) -> Report:
+    """Run the counterexamples of a saved report again, and nothing else."""
+    started = time.monotonic()
+    saved = [result for result in report.results if bytes(result.case) != b"null"]
+    with _Executor("packer", packer, timeout, isolate) as execute:
+        results = []
+        for old in saved:
+            check = get_check(old.id)
+            begun = time.monotonic()
+            outcome = execute(check, bytes(old.case))
+            finding = Finding(
+                examples=1,
+                case=bytes(old.case) if outcome.result == "violation" else None,
+                outcome=outcome,
+                skip=outcome.text if outcome.result == "skip" else "",
+            )
+            results.append(_result(check, finding, time.monotonic() - begun, old.reason if old.status == "xfail" else None, packer))
+    return msgspec.structs.replace(
+        report,
+        target=target_of(packer).words,
+        max_examples=1,
+        seconds=time.monotonic() - started,
+        versions=versions(),
+        results=results,
+    )
+
+
+def _run(
+    kind: SubjectKind,
+    target: Any,
+    level: str,
+    only: Iterable[str],
+    expected: Mapping[str, str],
+    max_examples: int,
+    seed: int,
+    timeout: float,
+    isolate: bool,
+    progress: Progress | None,
+) -> Report:
+    started = time.monotonic()
+    checks = select_checks(kind, level=level, only=only)
+    for id in expected:
+        get_check(id)
+    results = []
+    with _Executor(kind, target, timeout, isolate) as execute:
+        for check in checks:
+            if progress:
+                progress(check, None)
+            begun = time.monotonic()
+            finding = _find(check, execute, max_examples, seed)
+            result = _result(check, finding, time.monotonic() - begun, expected.get(check.id), target)
+            results.append(result)
+            if progress:
+                progress(check, result)
+    return Report(
+        target=target_of(target).words,
+        level=level,
+        seed=seed,
+        max_examples=max_examples,
+        seconds=time.monotonic() - started,
+        versions=versions(),
+        results=results,
+    )
+
+
+def _find(check: Check, execute: _Executor, max_examples: int, seed: int) -> Finding:
+    missing = sorted(check.needs - execute.capabilities)
+    if missing:
+        return Finding(examples=0, skip=f"needs {missing[0]!r}: {CAPABILITIES.get(missing[0], 'not declared')}")
+    if check.twins and not execute.importable:
+        return Finding(examples=0, skip="needs a packer that a new interpreter can import: pass package.module:attribute")
+    examples = max(1, max_examples // check.cost)
+    return search(check.cases(execute.capabilities), partial(execute, check), max_examples=examples, random_seed=seed)
+
+
+def _result(check: Check, finding: Finding, seconds: float, reason: str | None, target: Any) -> Result:
+    """The result of a check, given what was found and why it was expected to fail, if it was."""
+    fields: dict[str, Any] = {"id": check.id, "title": check.title, "examples": finding.examples, "seconds": round(seconds, 3)}
+    if finding.skip:
+        if reason is not None:
+            return Result(**fields, status="stale", reason=reason, text=f"it was skipped: {finding.skip}")
+        return Result(**fields, status="skip", reason=finding.skip)
+    if finding.case is None or finding.outcome is None:
+        if reason is not None:
+            return Result(**fields, status="stale", reason=reason, text="it passed")
+        return Result(**fields, status="pass")
+    case = msgspec.json.decode(finding.case, type=check.case_type)
+    return Result(
+        **fields,
+        status="fail" if reason is None else "xfail",
+        reason=reason or "",
+        text=finding.outcome.text,
+        words=str(case),
+        case=msgspec.Raw(finding.case),
+        script=reproduction(check, case, target, finding.outcome.text),
+    )
+
+
+class _Executor:
+    """Runs cases of checks on a subject; the processes that this takes end with it."""
+
+    def __init__(self, kind: SubjectKind, target: Any, timeout: float, isolate: bool) -> None:
+        self._timeout = timeout
+        self._isolate = isolate
+        self._start = _starter(kind, target)
+        self._target = target_of(target)
+        self._twins: list[Isolated] = []
+        self._hung = False
+        if isolate:
+            _refuse_cuda()
+        self._runner = Isolated(self._start) if isolate else Here(self._start)
+        self.capabilities = frozenset(self._runner.hello.capabilities)
+        self.importable = isolate and self._target.importable
+
+    def __enter__(self) -> _Executor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for runner in (self._runner, *self._twins):
+            runner.close()
+
+    def __call__(self, check: Check, case: bytes) -> Outcome:
+        if check.twins:
+            return self._run_twins(check, case)
+        outcome = self._runner.run(check, case, self._timeout)
+        if outcome.fatal and self._timeout > 2.0:
+            self._timeout = max(2.0, self._timeout / 4)  # it hangs: the smaller cases need not be given as long
+        return outcome
+
+    def _run_twins(self, check: Check, case: bytes) -> Outcome:
+        if not self._twins:
+            self._twins = [Isolated(self._start, target=self._target.name, hash_seed=seed) for seed in _HASH_SEEDS]
+        one, other = (runner.run(check, case, self._timeout) for runner in self._twins)
+        for outcome in (one, other):
+            if outcome.result != "pass":
+                return outcome
+        if one.value != other.value:
+            text = (
+                f"two processes with the same input lay it out differently (PYTHONHASHSEED={_HASH_SEEDS[0]}: {one.value}; "
+                f"PYTHONHASHSEED={_HASH_SEEDS[1]}: {other.value})"
+            )
+            return Outcome(result="violation", text=text)
+        return one
+
+
+def _starter(kind: SubjectKind, target: Any) -> Start:
+    if isinstance(target, str):
+        return lambda phase: wrap(kind, load_target(target), phase)
+    return lambda phase: wrap(kind, target, phase)
+
+
+def _refuse_cuda() -> None:
+    import torch
+
+    if torch.cuda.is_initialized():
+        raise RuntimeError(
+            "this process has used CUDA, which a forked process cannot use; pass isolate=False, or use `rollout-core check`, "
+            "which loads the packer in a process of its own"
+        )
+
+
+def results_by_id(results: Sequence[Result]) -> dict[str, Result]:
+    return {result.id: result for result in results}
+
+
+__all__ = ["Progress", "check_packer", "name_of", "replay"]

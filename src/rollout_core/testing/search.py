@@ -1,0 +1,99 @@
+"""Searching one check's cases for a violation, and shrinking what is found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis.strategies import SearchStrategy
+
+from rollout_core.testing.isolation import Outcome
+
+#: Seconds for shrinking one failure.
+SHRINK_SECONDS: Final = 10.0
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """What a search found: the smallest failing case as JSON and its outcome, or none. ``skip``: why nothing could be judged."""
+
+    examples: int
+    case: bytes | None = None
+    outcome: Outcome | None = None
+    skip: str = ""
+
+
+class _Found(Exception):
+    pass
+
+
+class _CannotJudge(Exception):
+    pass
+
+
+def search(
+    strategy: SearchStrategy[msgspec.Struct],
+    execute: Callable[[bytes], Outcome],
+    *,
+    max_examples: int,
+    random_seed: int,
+    shrink_seconds: float = SHRINK_SECONDS,
+) -> Finding:
+    """Try up to ``max_examples`` cases; on a violation shrink it for at most ``shrink_seconds``. The same seed gives the same
+    cases.
+
+    Outcomes are kept by case, so that a subject that answers differently the second time does not confuse the search; it is run
+    once more at the end, and a second answer is told.
+    """
+    known: dict[bytes, Outcome] = {}
+    last: list[tuple[bytes, Outcome]] = []
+    deadline: list[float] = []
+    examples = 0
+
+    @seed(random_seed)
+    @settings(
+        max_examples=max_examples,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        print_blob=False,
+        report_multiple_bugs=False,
+        verbosity=Verbosity.quiet,
+        phases=(Phase.generate, Phase.shrink),
+        # The subject's time counts as drawing time does; how long it may take is the timeout's to say.
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.nested_given],
+    )
+    @given(strategy)
+    def attempt(case: msgspec.Struct) -> None:
+        nonlocal examples
+        data = msgspec.json.encode(case)
+        outcome = known.get(data)
+        if outcome is None:
+            if deadline and time.monotonic() > deadline[0]:
+                return  # what was found is small enough
+            examples += 1
+            outcome = known[data] = execute(data)
+        if outcome.result == "skip":
+            last[:] = [(data, outcome)]
+            raise _CannotJudge
+        if outcome.result == "violation":
+            last[:] = [(data, outcome)]
+            if not deadline:
+                deadline.append(time.monotonic() + shrink_seconds)
+            raise _Found
+
+    try:
+        attempt()
+    except _CannotJudge:
+        return Finding(examples=examples, skip=last[0][1].text)
+    except _Found:
+        data, outcome = last[0]
+        again = execute(data) if not outcome.fatal else outcome
+        if again.result != "violation":
+            outcome = msgspec.structs.replace(
+                outcome, text=f"{outcome.text} (a second run of the same case passed: it does not depend on the case alone)"
+            )
+        return Finding(examples=examples, case=data, outcome=outcome)
+    return Finding(examples=examples)

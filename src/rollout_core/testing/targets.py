@@ -1,0 +1,63 @@
+"""What is to be checked, by name: ``package.module:attribute``, or the short name of a shipped adapter."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any, Final
+
+from rollout_core.testing.isolation import Subject, SubjectError
+from rollout_core.testing.packers import PackerUnderTest, resolve
+from rollout_core.testing.peers import PEERS
+from rollout_core.testing.registry import SubjectKind
+
+#: This project's own packers.
+OWN: Final = {
+    "rollout_core": "rollout_core.testing.own:PlannedPacker",
+    "rollout_core-stream": "rollout_core.testing.own:StreamPacker",
+    "rollout_core-grouping": "rollout_core.testing.own:GroupingPacker",
+    "reference": "rollout_core.testing.reference:ReferencePacker",
+}
+
+
+def full_name(target: str) -> str:
+    """``package.module:attribute`` for a short name; what is no short name comes back as it is. ``SubjectError`` for neither."""
+    if target in OWN:
+        return OWN[target]
+    if target in PEERS:
+        return PEERS[target].target
+    module, colon, attribute = target.partition(":")
+    if not (module and colon and attribute):
+        shipped = ", ".join([*OWN, *PEERS])
+        raise SubjectError(f"{target!r} is neither package.module:attribute nor a shipped adapter ({shipped})")
+    return target
+
+
+def load_target(target: str) -> Any:
+    """The object of a name. Modules in the working directory are found too. ``SubjectError`` says what of the name is wrong."""
+    module_name, _, path = full_name(target).partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise SubjectError(
+                f"{target}: there is no module {error.name!r} (searched the working directory and sys.path)"
+            ) from error
+        raise SubjectError(f"{target}: importing {module_name} failed: {error}") from error
+    except ImportError as error:
+        raise SubjectError(f"{target}: importing {module_name} failed: {error}") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise SubjectError(f"{target}: {module_name} has no {path!r}")
+        found = getattr(found, part)
+    return found
+
+
+def wrap(kind: SubjectKind, target: Any, phase: Any) -> Subject:
+    """A target as the checks of its kind call it. ``TypeError`` if it is no such subject."""
+    if kind == "packer":
+        return PackerUnderTest(resolve(target), phase)
+    raise TypeError(f"there are no checks for a {kind} yet")
