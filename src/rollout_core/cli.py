@@ -1,4 +1,4 @@
-"""The command line: ``rollout-core preflight | plan | bench``. Heavy imports wait until a command needs them."""
+"""The command line: ``rollout-core preflight | check | plan | bench``. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ except ImportError:  # pragma: no cover
 from rollout_core.bench.command import bench_command
 from rollout_core.errors import RolloutCoreError
 from rollout_core.preflight.plan_command import plan_command
+from rollout_core.testing.command import check_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app.command("check")(check_command)
 app.command("plan")(plan_command)
 app.command("bench")(bench_command)
 

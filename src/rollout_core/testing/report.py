@@ -94,10 +94,21 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             return f"{len(failed)} of {len(self.results)} checks failed: {', '.join(failed)}; {words}"
         return f"no check failed: {words}"
 
+    def skipped(self) -> dict[str, list[str]]:
+        """Reason -> ids of the checks that were skipped for it."""
+        reasons: dict[str, list[str]] = {}
+        for result in self.results:
+            if result.status == "skip":
+                reasons.setdefault(result.reason, []).append(result.id)
+        return reasons
+
     def __str__(self) -> str:
         lines = [f"{self.target}: level {self.level}, seed {self.seed}, up to {self.max_examples} cases a check", ""]
-        for result in sorted(self.results, key=lambda r: ("fail", "stale", "xfail", "skip", "pass").index(r.status)):
-            lines += result_lines(result)
+        for result in sorted(self.results, key=lambda r: ("fail", "stale", "xfail", "pass", "skip").index(r.status)):
+            if result.status != "skip":
+                lines += result_lines(result)
+        for reason, ids in self.skipped().items():
+            lines += [f"skip  {', '.join(ids)}", f"      {reason}"]
         return "\n".join([*lines, "", self.summary()])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -11,15 +11,15 @@ import msgspec
 
 import rollout_core.testing.checks  # noqa: F401 - registers the checks
 from rollout_core.testing.isolation import Here, Isolated, Outcome, Start
-from rollout_core.testing.packers import CAPABILITIES, name_of
+from rollout_core.testing.packers import CAPABILITIES
 from rollout_core.testing.registry import LEVELS, Check, SubjectKind, get_check, select_checks
 from rollout_core.testing.report import Report, Result, versions
 from rollout_core.testing.scripts import reproduction, target_of
 from rollout_core.testing.search import Finding, search
 from rollout_core.testing.targets import load_target, wrap
 
-#: Called before each check with None, and after it with its result.
-Progress: TypeAlias = Callable[[Check, Result | None], None]
+#: Called before each check with None, and after it with its result; and with the number of checks.
+Progress: TypeAlias = Callable[[Check, Result | None, int], None]
 _HASH_SEEDS = (1, 2)
 
 
@@ -90,20 +90,18 @@ def _run(
     progress: Progress | None,
 ) -> Report:
     started = time.monotonic()
-    checks = select_checks(kind, level=level, only=only)
-    for id in expected:
-        get_check(id)
+    checks = checks_of(kind, level, only, expected)
     results = []
     with _Executor(kind, target, timeout, isolate) as execute:
         for check in checks:
             if progress:
-                progress(check, None)
+                progress(check, None, len(checks))
             begun = time.monotonic()
             finding = _find(check, execute, max_examples, seed)
             result = _result(check, finding, time.monotonic() - begun, expected.get(check.id), target)
             results.append(result)
             if progress:
-                progress(check, result)
+                progress(check, result, len(checks))
     return Report(
         target=target_of(target).words,
         level=level,
@@ -113,6 +111,13 @@ def _run(
         versions=versions(),
         results=results,
     )
+
+
+def checks_of(kind: SubjectKind, level: str, only: Iterable[str], expected: Mapping[str, str]) -> list[Check]:
+    """The checks to run. ``ValueError`` for an unknown id, also among those that are expected to fail."""
+    for id in expected:
+        get_check(id)
+    return select_checks(kind, level=level, only=only)
 
 
 def _find(check: Check, execute: _Executor, max_examples: int, seed: int) -> Finding:
@@ -209,10 +214,3 @@ def _refuse_cuda() -> None:
             "this process has used CUDA, which a forked process cannot use; pass isolate=False, or use `rollout-core check`, "
             "which loads the packer in a process of its own"
         )
-
-
-def results_by_id(results: Sequence[Result]) -> dict[str, Result]:
-    return {result.id: result for result in results}
-
-
-__all__ = ["Progress", "check_packer", "name_of", "replay"]

@@ -19,6 +19,7 @@ from hypothesis.errors import InvalidArgument
 
 from rollout_core.bucketing import BucketPlan, StreamBucket, TensorSpec, pack_stream, plan_buckets
 from rollout_core.bucketing.dtypes import DTYPES, WIRE_NAMES
+from rollout_core.bucketing.placement import Order, Oversize
 from rollout_core.testing.cases import LAYOUTS, Fill, Layout, PackerCase, Relation, TensorCase, make_tensors, related_case
 
 __all__ = [
@@ -186,7 +187,7 @@ def named_tensors(
     return make_tensors(cases, device)
 
 
-def capacities(specs: Sequence[TensorSpec], *, oversize: bool = False) -> st.SearchStrategy[int]:
+def capacities(specs: Sequence[Any], *, oversize: bool = False) -> st.SearchStrategy[int]:
     """Capacities in bytes at which packing these specs is most likely to go wrong: all in one bucket, the largest tensor alone,
     every exact fit, one byte more and one byte less. ``oversize``: smaller than the largest tensor too, down to one element of the
     widest dtype (which ``split`` can serve)."""
@@ -233,12 +234,13 @@ def plans(draw: st.DrawFn, *, specs: st.SearchStrategy[Sequence[TensorSpec]] | N
     """A BucketPlan of any specs, capacity, oversize policy, order and alignment."""
     several = st.lists(tensor_specs(), max_size=6, unique_by=lambda spec: spec.name)
     drawn = draw(_strategy(specs, "specs", "st.just(specs_of(model))", several))
-    oversize = draw(st.sampled_from(("split", "own")))
+    policies: tuple[Oversize, ...] = ("split", "own")
+    orders: tuple[Order, ...] = ("given", "packed")
     return plan_buckets(
         drawn,
         draw(capacities(drawn, oversize=True)),
-        oversize=oversize,
-        order=draw(st.sampled_from(("given", "packed"))),
+        oversize=draw(st.sampled_from(policies)),
+        order=draw(st.sampled_from(orders)),
         align=draw(st.sampled_from((1, 2, 16, 256))),
     )
 
@@ -282,8 +284,6 @@ _FILLS: Final = fills()
 _RELATIONS: Final = relations()
 _TENSOR_CASES: Final = tensor_cases()
 _MANIFESTS: Final = manifests()
-st.register_type_strategy(TensorSpec, tensor_specs())
-st.register_type_strategy(BucketPlan, plans())
 
 
 def _capacities(

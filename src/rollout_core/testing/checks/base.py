@@ -125,7 +125,7 @@ _COMMON: Final = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 def plain(**options: Any) -> SearchStrategy[tuple[TensorCase, ...]]:
-    """Contiguous tensors with elements, of one common dtype, so that nothing needs padding: only what ``options`` add can go wrong."""
+    """Contiguous tensors with elements, of one common dtype, so that no padding is needed: only ``options`` make it odd."""
     return strategies.tensor_cases(**{"min_size": 1, "dtypes": _COMMON, "shapes": SHAPES, "same_dtype": True, **options})
 
 
@@ -136,8 +136,6 @@ def plain_cases(*, min_size: int = 1, max_size: int = 6, **options: Any) -> Sear
 
 #: As vLLM, SGLang and trainers meet them side by side: mixed widths, in any order.
 MIXED_DTYPES: Final = st.sampled_from(
-    [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float8_e4m3fn, torch.complex128]
-)
     [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float8_e4m3fn, torch.complex128]
 )
 FLOATS: Final = st.sampled_from(

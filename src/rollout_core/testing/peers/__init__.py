@@ -40,7 +40,7 @@ _ALL = (
         "0.5.23",
         f"{_HERE}.sglang:FlattenedTensorBuckets",
         "sglang/srt/weight_sync/tensor_bucket.py: FlattenedTensorBucket",
-        MappingProxyType({"packer/B1-conservation": "https://github.com/sgl-project/sglang/pull/39535"}),
+        MappingProxyType({"packer/B1-strided": "https://github.com/sgl-project/sglang/pull/39535"}),
     ),
     Peer(
         "vllm",

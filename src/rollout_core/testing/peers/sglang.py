@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rollout_core.testing.peers.common import Named, Slots, as_given, cut_greedily
+from rollout_core.testing.peers.common import Named, Slots, cut_greedily
 from rollout_core.testing.peers.loading import PeerPackage
 
 PACKAGE = PeerPackage("sglang", "0.5.23", "sglang")
@@ -31,20 +31,16 @@ class FlattenedTensorBuckets:
     of nothing: a bucket without tensors is its ValueError, and its users send none.
     """
 
-    capabilities = frozenset({"oversize=own", "iterators"})
+    capabilities = frozenset({"oversize=own"})
 
     def __init__(self) -> None:
         module = PACKAGE.load("sglang.srt.weight_sync.tensor_bucket")
         self._bucket = module.FlattenedTensorBucket
         self._metadata = module.FlattenedTensorMetadata
 
-    def pack(self, named_tensors: Iterable[Named], capacity: int) -> list[FlattenedPayload] | Iterator[FlattenedPayload]:
-        return as_given(named_tensors, self._pack(named_tensors, capacity))
-
-    def _pack(self, named_tensors: Iterable[Named], capacity: int) -> Iterator[FlattenedPayload]:
-        for group in cut_greedily(named_tensors, capacity):
-            bucket = self._bucket(named_tensors=group)
-            yield FlattenedPayload(bucket.get_flattened_tensor(), bucket.get_metadata())
+    def pack(self, named_tensors: Iterable[Named], capacity: int) -> list[FlattenedPayload]:
+        buckets = [self._bucket(named_tensors=group) for group in cut_greedily(named_tensors, capacity)]
+        return [FlattenedPayload(bucket.get_flattened_tensor(), bucket.get_metadata()) for bucket in buckets]
 
     def unpack(self, buckets: Iterable[FlattenedPayload]) -> list[Named]:
         received: list[Named] = []

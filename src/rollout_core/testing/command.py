@@ -1,0 +1,134 @@
+"""``rollout-core check``: run the checks on a packer, print what was found, and write it down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from rollout_core.errors import RolloutCoreError
+
+if TYPE_CHECKING:
+    from rollout_core.testing.report import Report
+
+
+def check_command(
+    target: Annotated[str, typer.Argument(help="package.module:packer, or the name of a shipped adapter (see --list).")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Only these checks or clauses, for example B3 or B13-replay.")] = None,
+    max_examples: Annotated[int, typer.Option(min=1, help="Cases tried by each check.")] = 100,
+    seed: Annotated[int, typer.Option(help="The same seed tries the same cases.")] = 0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that one case may take.")] = 10.0,
+    level: Annotated[str, typer.Option(help="The set of checks; a level never changes.")] = "2026.1",
+    expect: Annotated[Path | None, typer.Option(help="A file of lines 'check id: reason' for checks that may fail.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the report here, for machines and --replay.")] = None,
+    scripts: Annotated[Path | None, typer.Option(help="Write a script that shows each failure into this folder.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="Run the counterexamples of this saved report again, nothing else.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the checks, capabilities and shipped adapters.")] = False,
+) -> None:
+    """Run the conformance checks on a packer: every violated clause with its smallest counterexample.
+
+    Exits with 0 if nothing failed, 1 if something did, 2 if it could not begin.
+    """
+    try:
+        from rollout_core.testing import runner
+    except ImportError as error:
+        _refuse(f"{error}; pip install 'rollout-core[cli,testing]'")
+    if list_:
+        _list()
+        raise typer.Exit(0)
+    if not target:
+        _refuse("nothing to check: pass package.module:packer, or see --list")
+    for option, path in (("--json", json), ("--scripts", scripts)):
+        if path is not None and not path.parent.is_dir():
+            _refuse(f"{option}: the folder {path.parent} does not exist")
+    try:
+        if replay is not None:
+            report = runner.replay(target, _saved(replay), timeout=timeout)
+        else:
+            with _progress() as bar:
+                task = bar.add_task("loading the packer", total=None)
+                report = runner.check_packer(
+                    target,
+                    level=level,
+                    only=only or (),
+                    expected_failures=_expected(expect) if expect else None,
+                    max_examples=max_examples,
+                    seed=seed,
+                    timeout=timeout,
+                    progress=lambda check, result, total: bar.update(
+                        task, description=check.id, total=total, advance=0 if result is None else 1
+                    ),
+                )
+    except (RolloutCoreError, ValueError, OSError) as error:
+        _refuse(str(error))
+    print(report)
+    if json is not None:
+        json.write_text(report.to_json() + "\n")
+    if scripts is not None:
+        written = _write_scripts(report, scripts)
+        print(f"{written} scripts in {scripts}")
+    elif not report.ok and replay is None:
+        print("scripts that show them: --scripts DIR; the same cases again later: --json FILE, then --replay FILE")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _expected(path: Path) -> Mapping[str, str]:
+    """The lines of a file of expected failures. ``ValueError`` for one without a reason."""
+    expected = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        words = line.strip()
+        if not words or words.startswith("#"):
+            continue
+        id, colon, reason = words.partition(":")
+        if not colon or not reason.strip():
+            raise ValueError(f"{path}, line {number}: {words!r} is not 'check id: reason'")
+        expected[id.strip()] = reason.strip()
+    return expected
+
+
+def _saved(path: Path) -> Report:
+    from rollout_core.testing.report import Report
+
+    return Report.from_json(path.read_bytes())
+
+
+def _write_scripts(report: Report, folder: Path) -> int:
+    folder.mkdir(exist_ok=True)
+    with_script = [result for result in report.results if result.script]
+    for result in with_script:
+        (folder / f"{result.id.partition('/')[2].replace('-', '_')}.py").write_text(result.script)
+    return len(with_script)
+
+
+def _list() -> None:
+    from rollout_core.testing.packers import CAPABILITIES
+    from rollout_core.testing.registry import LEVELS, select_checks
+    from rollout_core.testing.targets import OWN, PEERS
+
+    print(f"checks (level {LEVELS[-1]})")
+    for check in select_checks("packer"):
+        needs = f"  [needs {', '.join(sorted(check.needs))}]" if check.needs else ""
+        print(f"  {check.id:<28} {check.title}{needs}")
+    print("capabilities")
+    for name, words in CAPABILITIES.items():
+        print(f"  {name:<28} {words}")
+    print("shipped adapters")
+    for name, target in OWN.items():
+        print(f"  {name:<28} {target}")
+    for peer in PEERS.values():
+        print(f"  {peer.name:<28} {peer.distribution} {peer.version}, {peer.source}")
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    Console(stderr=True).print(Text(message), style="bold red", soft_wrap=True)
+    raise typer.Exit(2)

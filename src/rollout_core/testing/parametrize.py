@@ -1,0 +1,78 @@
+"""parametrize_packer_checks: the checks as pytest tests, one for each packer and check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import pytest
+
+from rollout_core.testing.packers import name_of
+from rollout_core.testing.registry import LEVELS, Check
+from rollout_core.testing.report import Result, result_lines
+from rollout_core.testing.runner import check_packer, checks_of
+
+Test = TypeVar("Test", bound=Callable[..., Any])
+
+
+def parametrize_packer_checks(
+    packers: Sequence[Any],
+    *,
+    level: str = LEVELS[-1],
+    only: Iterable[str] = (),
+    expected_failures: Mapping[str, str] | None = None,
+    max_examples: int = 100,
+    seed: int = 0,
+    timeout: float = 10.0,
+) -> Callable[[Test], Test]:
+    """Parametrize a test over packers and the checks of a level:
+
+        @parametrize_packer_checks([MyPacker])
+        def test_packer(packer, check):
+            check(packer)
+
+    Ids are like ``MyPacker-packer/B3-alignment``, so ``-k B3`` or ``-k alignment`` selects. ``expected_failures``: check id ->
+    reason; such a check that passes fails the test. The other arguments are those of ``check_packer``. A skipped check is a skipped
+    test that says why; the option ``--rollout-core-max-examples`` goes before ``max_examples``.
+    """
+    expected = dict(expected_failures or {})
+    checks = checks_of("packer", level, only, expected)
+    rows = []
+    for packer in packers:
+        for check in checks:
+            marks = []
+            if check.id in expected:
+                marks.append(pytest.mark.xfail(reason=expected[check.id], strict=True, raises=CheckFailed))
+            label = packer if isinstance(packer, str) else name_of(packer).removeprefix("a ")
+            rows.append(
+                pytest.param(packer, _Runnable(check, level, max_examples, seed, timeout), id=f"{label}-{check.id}", marks=marks)
+            )
+    return pytest.mark.parametrize(("packer", "check"), rows)
+
+
+class CheckFailed(AssertionError):
+    """A check found a counterexample; the message is what the report says, with the script."""
+
+
+class _Runnable:
+    """One check, to be called with a packer."""
+
+    def __init__(self, check: Check, level: str, max_examples: int, seed: int, timeout: float) -> None:
+        self._check = check
+        self._options: dict[str, Any] = {"level": level, "max_examples": max_examples, "seed": seed, "timeout": timeout}
+
+    def __repr__(self) -> str:
+        return f"<check {self._check.id}: {self._check.title}>"
+
+    def __call__(self, packer: Any) -> Result:
+        __tracebackhide__ = True
+        from rollout_core.testing import pytest_plugin
+
+        if pytest_plugin.max_examples is not None:
+            self._options["max_examples"] = pytest_plugin.max_examples
+        (result,) = check_packer(packer, only=[self._check.id], **self._options).results
+        if result.status == "skip":
+            pytest.skip(result.reason)
+        if result.status == "fail":
+            raise CheckFailed("\n".join([*result_lines(result), "", result.script]))
+        return result
