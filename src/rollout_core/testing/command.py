@@ -107,8 +107,9 @@ def _write_scripts(report: Report, folder: Path) -> int:
 
 def _list() -> None:
     from rollout_core.testing.packers import CAPABILITIES
+    from rollout_core.testing.peers import PEERS
     from rollout_core.testing.registry import LEVELS, select_checks
-    from rollout_core.testing.targets import OWN, PEERS
+    from rollout_core.testing.targets import OWN
 
     print(f"checks (level {LEVELS[-1]})")
     for check in select_checks("packer"):

@@ -175,7 +175,7 @@ def resolve(target: Any) -> Any:
 
 def capabilities_of(packer: Any) -> frozenset[str]:
     """The methods that a packer has and the claims that it makes; ``TypeError`` for a claim that is not known."""
-    declared = getattr(packer, "capabilities", frozenset())
+    declared: Any = getattr(packer, "capabilities", frozenset())
     if isinstance(declared, str) or not isinstance(declared, Iterable):
         raise TypeError(f"capabilities is {declared!r}; it is a set of names, for example {{'end', 'integrity'}}")
     claims = frozenset(declared)

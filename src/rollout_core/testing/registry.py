@@ -108,4 +108,4 @@ def _unknown(id: str, known: Collection[str]) -> str:
     import difflib
 
     near = difflib.get_close_matches(id, known, n=1, cutoff=0.4)
-    return f"there is no check {id!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known))}")
+    return f"there is no check {id!r}; " + (f"did you mean {near[0]!r}?" if near else "`rollout-core check --list` shows all")

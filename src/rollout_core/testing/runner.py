@@ -162,7 +162,7 @@ class _Executor:
         self._start = _starter(kind, target)
         self._target = target_of(target)
         self._twins: list[Isolated] = []
-        self._hung = False
+        self._slowest = 0.0  # seconds of a case that ended
         if isolate:
             _refuse_cuda()
         self._runner = Isolated(self._start) if isolate else Here(self._start)
@@ -179,9 +179,12 @@ class _Executor:
     def __call__(self, check: Check, case: bytes) -> Outcome:
         if check.twins:
             return self._run_twins(check, case)
+        started = time.monotonic()
         outcome = self._runner.run(check, case, self._timeout)
-        if outcome.fatal and self._timeout > 2.0:
-            self._timeout = max(2.0, self._timeout / 4)  # it hangs: the smaller cases need not be given as long
+        if not outcome.fatal:
+            self._slowest = max(self._slowest, time.monotonic() - started)
+        else:  # it may hang: the smaller cases that shrinking tries need not be given as long
+            self._timeout = min(self._timeout, max(1.0, 20 * self._slowest))
         return outcome
 
     def _run_twins(self, check: Check, case: bytes) -> Outcome:
@@ -209,7 +212,7 @@ def _starter(kind: SubjectKind, target: Any) -> Start:
 def _refuse_cuda() -> None:
     import torch
 
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise RuntimeError(
             "this process has used CUDA, which a forked process cannot use; pass isolate=False, or use `rollout-core check`, "
             "which loads the packer in a process of its own"

@@ -187,15 +187,13 @@ def named_tensors(
     return make_tensors(cases, device)
 
 
-def capacities(specs: Sequence[Any], *, oversize: bool = False) -> st.SearchStrategy[int]:
+def capacities(specs: Sequence[TensorSpec], *, oversize: bool = False) -> st.SearchStrategy[int]:
     """Capacities in bytes at which packing these specs is most likely to go wrong: all in one bucket, the largest tensor alone,
     every exact fit, one byte more and one byte less. ``oversize``: smaller than the largest tensor too, down to one element of the
     widest dtype (which ``split`` can serve)."""
-    for spec in specs:
-        if not isinstance(spec, TensorSpec):
-            return _refuse(
-                f"capacities() was given a {type(spec).__name__}; pass a list of TensorSpec, for example specs_of(model)"
-            )
+    strange = [type(spec).__name__ for spec in specs if not isinstance(spec, TensorSpec)]
+    if strange:
+        return _refuse(f"capacities() was given a {strange[0]}; pass a list of TensorSpec, for example specs_of(model)")
     return _capacities([spec.nbytes for spec in specs], [spec.dtype.itemsize for spec in specs], oversize=oversize)
 
 
