@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -59,15 +59,22 @@ class _AfterImport(MetaPathFinder):
         self._waiting.discard(name)  # what follows asks the other finders, and must not come back here
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            _run_after(spec.loader, _register)
+            spec.loader = _ThenRegister(spec.loader)
         return spec
 
 
-def _run_after(loader: Loader, then: Callable[[ModuleType], None]) -> None:
-    run = loader.exec_module
+class _ThenRegister(Loader):
+    """A loader that registers the module's type after another one has run the module."""
 
-    def exec_module(module: ModuleType) -> None:
-        run(module)
-        then(module)
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader  # may be shared by many modules, so it is wrapped and not changed
 
-    loader.exec_module = exec_module  # type: ignore[method-assign]
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _register(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)

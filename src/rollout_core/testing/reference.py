@@ -165,7 +165,7 @@ class ReferencePacker:
     """Packs into byte strings, entry by entry; each bucket carries its own layout."""
 
     capabilities: ClassVar[set[str]] = set(CAPABILITIES) - {"oversize=own", "oversize=error"}
-    manifest_errors = ValueError
+    manifest_errors: ClassVar[type[Exception]] = ValueError
     stream: type[Stream] = Stream
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 
 from rollout_core.testing.cases import PackerCase
-from rollout_core.testing.checks.base import packer_check, plain_cases, require_same
+from rollout_core.testing.checks.base import must_raise, packer_check, plain_cases, require_same
 from rollout_core.testing.oracles import picture
 from rollout_core.testing.packers import PackerUnderTest, SpecRow
 from rollout_core.testing.registry import Violation
@@ -43,7 +43,18 @@ _WAYS: Final = ("name", "dtype", "shape", "order", "missing", "extra", "capacity
     "a receiver whose specs or capacity differ is refused, before it takes one tensor for another",
     cases=plain_cases(min_size=1, max_size=4, places=1),
     needs=["receive"],
-    script="",
+    script=_SPECS
+    + """
+way = ("name", "dtype", "shape", "order", "missing", "extra", "capacity")[{at}[0] % 7]
+name, dtype, shape = specs[-1]
+if way in ("name", "dtype", "shape"):
+    specs[-1] = {
+        "name": (name + "x", dtype, shape), "dtype": (name, torch.int32, shape), "shape": (name, dtype, (1, *shape))
+    }[way]
+specs = {"order": specs[::-1], "missing": specs[:-1], "extra": [*specs, ("more", dtype, shape)]}.get(way, specs)
+capacity = 2 * capacity + 16 if way == "capacity" else capacity
+"""
+    + must_raise("print(packer.receive(specs, capacity, buckets))"),
 )
 def different(packer: PackerUnderTest, case: PackerCase) -> None:
     named = case.make(packer.device)

@@ -49,6 +49,12 @@ def capacity(packer: PackerUnderTest, case: PackerCase) -> None:
     "packer/B2-oversize",
     "a tensor larger than the capacity is split, gets a bucket of its own, or is refused, as declared; it is never lost or changed",
     cases=plain_cases(oversize=True),
+    script=ROUND_TRIP
+    + _NBYTES
+    + """
+if "oversize=split" in getattr(packer, "capabilities", ()):
+    assert all(nbytes(bucket) <= capacity for bucket in packer.pack(named, capacity))
+""",
 )
 def oversize(packer: PackerUnderTest, case: PackerCase) -> None:
     named = case.make(packer.device)
@@ -236,6 +242,7 @@ def repeat(packer: PackerUnderTest, case: PackerCase) -> None:
 import os
 from unittest import mock
 
+os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8"})
 with mock.patch("torch.cuda.mem_get_info", return_value=(79 << 30, 80 << 30)):
     first = layout()
 os.environ.update({"RANK": "7", "LOCAL_RANK": "7", "WORLD_SIZE": "8"})

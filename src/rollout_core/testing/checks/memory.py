@@ -26,13 +26,24 @@ _ROUNDS = 6
     cases=_MANY,
     needs=["iterators"],
     script="""
-taken = []
+import weakref
+
+sizes = {name: t.numel() * t.element_size() for name, t in named}
+largest = max(sizes.values())
+taken, alive = [], []
+
 def source():
-    for name, tensor in named:
+    while named:
+        name, tensor = named.pop(0)
         taken.append(name)
-        yield name, tensor
-largest = max(t.numel() * t.element_size() for _, t in named)
-sizes = dict((name, t.numel() * t.element_size()) for name, t in named)
+        alive.append(weakref.ref(tensor))
+        held = sum(sizes[name] for name, ref in zip(taken, alive) if ref() is not None)
+        assert held <= capacity + 2 * largest, (held, capacity, largest)
+        pair = (name, tensor)
+        del tensor
+        yield pair
+        del pair
+
 for index, bucket in enumerate(packer.pack(source(), capacity)):
     ahead = sum(sizes[name] for name in taken) - (index + 1) * capacity
     assert ahead <= capacity + largest, (index, taken)

@@ -16,12 +16,13 @@ from rollout_core.testing.runner import check_packer
 _HEAD = """\
 # The kit on other people's packers
 
-Written by `nox -s peers`: the checks of `rollout_core.testing`, level {level}, on the unmodified code of the packages below, each through a
-thin adapter in `src/rollout_core/testing/peers/` that calls it as its users do. {versions}; {examples} cases a check, seed {seed}.
+Written by `nox -s peers`: the checks of `rollout_core.testing`, level {level}, on the unmodified code of these packages, each
+through a thin adapter in `src/rollout_core/testing/peers/` that calls it as its users do.
+{versions}; up to {examples} cases a check, seed {seed}.
 
-What is listed is what a clause of the kit asks for and the code does not do. Not all of it is a bug: a packer whose callers never pass a
-strided tensor need not take one, and a clause such as B10 (tied weights travel once) asks for more than any of them promises. A check
-that needs something the peer neither has nor claims (a digest, an end marker) is skipped, not failed.
+What is listed is what a clause of the kit asks for and the code does not do. Not all of it is a bug: a packer whose callers never
+pass a strided tensor need not take one, and some clauses (B10: tied weights travel once) ask for more than any of them promises. A
+check that needs something the peer neither has nor claims (a digest, an end marker) is skipped, not failed.
 
 | peer | version | passed | failed | skipped | failed clauses |
 |---|---|---|---|---|---|
