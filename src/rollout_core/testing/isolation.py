@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import mmap
 import os
@@ -236,6 +237,7 @@ def _child(connection: socket.socket, start: Start, output: int, phase: mmap.mma
         os.dup2(output, 2)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        faulthandler.disable()  # of the parent, to whose output it would write
         end_with_parent(parent)
         _serve(connection, start, _SharedPhase(phase))
         code = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import NamedTuple
@@ -61,12 +62,11 @@ def difference(model: Sequence[Picture], actual: Sequence[Picture]) -> str | Non
         return None
     wanted, got = [p.name for p in model], [p.name for p in actual]
     if wanted != got:
-        missing = [name for name in wanted if wanted.count(name) > got.count(name)]
-        extra = [name for name in got if got.count(name) > wanted.count(name)]
+        missing, extra = [*(Counter(wanted) - Counter(got))], [*(Counter(got) - Counter(wanted))]
         if missing:
             return f"{_names(missing)} did not arrive (model: {_names(wanted)}, actual: {_names(got)})"
         if extra:
-            return f"{_names(extra)} came, and was not sent so often (model: {_names(wanted)}, actual: {_names(got)})"
+            return f"{_names(extra)} came more often than sent (model: {_names(wanted)}, actual: {_names(got)})"
         return f"the names came in another order (model: {_names(wanted)}, actual: {_names(got)})"
     for one, other in zip(model, actual, strict=True):
         if one.dtype != other.dtype:

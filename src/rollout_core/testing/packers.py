@@ -234,7 +234,8 @@ def name_of(thing: Any) -> str:
     """What to call an object in a message: a class or function by its name, anything else by its class."""
     if inspect.isclass(thing) or inspect.isroutine(thing):
         return str(thing.__qualname__)
-    return f"a {type(thing).__qualname__}"
+    name = type(thing).__qualname__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def error_words(error: BaseException) -> str:

@@ -38,12 +38,13 @@ def parametrize_packer_checks(
     expected = dict(expected_failures or {})
     checks = checks_of("packer", level, only, expected)
     rows = []
-    for packer in packers:
+    labels = [packer if isinstance(packer, str) else name_of(packer).rpartition(" ")[2] for packer in packers]
+    for place, packer in enumerate(packers):
+        label = labels[place] + (f"-{place}" if labels.count(labels[place]) > 1 else "")
         for check in checks:
             marks = []
             if check.id in expected:
                 marks.append(pytest.mark.xfail(reason=expected[check.id], strict=True, raises=CheckFailed))
-            label = packer if isinstance(packer, str) else name_of(packer).removeprefix("a ")
             rows.append(
                 pytest.param(packer, _Runnable(check, level, max_examples, seed, timeout), id=f"{label}-{check.id}", marks=marks)
             )
