@@ -40,14 +40,9 @@ class SourceBroke(Exception):
 @st.composite
 def programs(draw: st.DrawFn, *, max_steps: int = 12) -> PackerCase:
     """Tensors, a capacity that makes several buckets likely, and up to ``max_steps`` steps."""
-    case = draw(
-        packer_cases(
-            tensors=tensor_cases(
-                min_size=1, max_size=4, dtypes=st.just(torch.float32), shapes=st.sampled_from([(1,), (3,), (2, 2)])
-            )
-        )
-    )
     steps = draw(st.lists(st.tuples(st.sampled_from([*OPERATIONS]), st.integers(0, 5)), min_size=1, max_size=max_steps))
+    tensors = tensor_cases(min_size=1, max_size=4, dtypes=st.just(torch.float32), shapes=st.sampled_from([(1,), (3,), (2, 2)]))
+    case = draw(packer_cases(tensors=tensors))
     return PackerCase(tensors=case.tensors, capacity=case.capacity, steps=tuple(steps))
 
 

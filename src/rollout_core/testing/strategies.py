@@ -8,10 +8,9 @@ exactly or fall one byte short. Bad arguments raise ``InvalidArgument`` when a v
 
 from __future__ import annotations
 
-import itertools
 import string
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from rollout_core.bucketing import BucketPlan, StreamBucket, TensorSpec, pack_st
 from rollout_core.bucketing.dtypes import DTYPES, WIRE_NAMES
 from rollout_core.bucketing.placement import Order, Oversize
 from rollout_core.testing.cases import LAYOUTS, Fill, Layout, PackerCase, Relation, TensorCase, make_tensors, related_case
+from rollout_core.testing.packers import name_of
 
 __all__ = [
     "capacities",
@@ -64,11 +64,10 @@ def shapes(*, min_dims: int = 0, max_dims: int = 3, min_side: int = 0, max_side:
         return _refuse(f"shapes(min_dims={min_dims}, max_dims={max_dims}): 0 <= min_dims <= max_dims must hold")
     if not 0 <= min_side <= max_side:
         return _refuse(f"shapes(min_side={min_side}, max_side={max_side}): 0 <= min_side <= max_side must hold")
-    sides = st.integers(min_side, max_side)
-    if min_dims == 0 and min_side <= 1 <= max_side:  # one element first: 0-d and empty tensors are odd, not simple
-        simple = st.just((1,)) if max_dims else st.just(())
-        return simple | st.lists(sides, min_size=min_dims, max_size=max_dims).map(tuple)
-    return st.lists(sides, min_size=min_dims, max_size=max_dims).map(tuple)
+    several = st.lists(st.integers(min_side, max_side), min_size=min_dims, max_size=max_dims).map(tuple)
+    if min_dims <= 1 <= max_dims and min_side <= 1 <= max_side:
+        return st.just((1,)) | several  # one element first: 0-d and empty tensors are odd, not simple
+    return several
 
 
 def names() -> st.SearchStrategy[str]:
@@ -132,10 +131,7 @@ def tensor_cases(
     element = st.tuples(
         _strategy(dtypes, "dtypes", "st.just(torch.float32)", _DTYPES),
         _strategy(shapes, "shapes", "st.just((2, 3))", _SHAPES),
-        _strategy(layouts, "layouts", "st.just('strided')", st.just("contiguous")),
-        _strategy(fills, "fills", "st.just('special')", st.just("pattern")),
-        _strategy(relations, "relations", "st.just('tied')", st.none()),
-        st.integers(0, 5),
+        _twists(layouts, fills, relations),
     )
     if names is None:
         drawn = [(_letters(i), parts) for i, parts in enumerate(draw(st.lists(element, min_size=min_size, max_size=max_size)))]
@@ -143,7 +139,7 @@ def tensor_cases(
         named = st.tuples(_strategy(names, "names", "st.just('weight')", _NAMES), element)
         drawn = draw(st.lists(named, min_size=min_size, max_size=max_size, unique_by=lambda pair: pair[0]))
     cases: list[TensorCase] = []
-    for name, (dtype, shape, layout, fill, relation, pick) in drawn:
+    for name, (dtype, shape, (layout, fill, relation, pick)) in drawn:
         if same_dtype and cases:
             dtype = cases[0].torch_dtype
         of = pick % len(cases) if relation is not None and cases else None
@@ -191,10 +187,11 @@ def capacities(specs: Sequence[TensorSpec], *, oversize: bool = False) -> st.Sea
     """Capacities in bytes at which packing these specs is most likely to go wrong: all in one bucket, the largest tensor alone,
     every exact fit, one byte more and one byte less. ``oversize``: smaller than the largest tensor too, down to one element of the
     widest dtype (which ``split`` can serve)."""
-    strange = [type(spec).__name__ for spec in specs if not isinstance(spec, TensorSpec)]
+    strange = [name_of(spec) for spec in specs if not isinstance(spec, TensorSpec)]
     if strange:
-        return _refuse(f"capacities() was given a {strange[0]}; pass a list of TensorSpec, for example specs_of(model)")
-    return _capacities([spec.nbytes for spec in specs], [spec.dtype.itemsize for spec in specs], oversize=oversize)
+        return _refuse(f"capacities() was given {strange[0]}; pass a list of TensorSpec, for example specs_of(model)")
+    sizes, itemsizes = [spec.nbytes for spec in specs], [spec.dtype.itemsize for spec in specs]
+    return _marks(oversize=oversize).map(lambda mark: _capacity(mark, sizes, itemsizes, oversize=oversize))
 
 
 @st.composite
@@ -210,47 +207,42 @@ def packer_cases(
     """What a packer check is tried on: tensors and a capacity that suits them. ``oversize``: the capacity may be smaller than a
     tensor. ``tiny``: how many one-byte tensors follow. ``other_capacities``: further capacities too. ``places``: so many numbers in
     ``at``."""
-    drawn = draw(_strategy(tensors, "tensors", "tensor_cases()", _TENSOR_CASES))
+    mark = _marks(oversize=oversize)
+    first = draw(mark)
+    others = draw(st.lists(mark, min_size=1, max_size=3)) if other_capacities else []
+    at = draw(st.tuples(*[st.integers(0, 1 << 16)] * places))
     extra = draw(_strategy(tiny, "tiny", "st.just(1000)", st.just(0)))
-    fitting = _capacities(
-        [case.nbytes for case in drawn] + [extra] * bool(extra),
-        [case.torch_dtype.itemsize for case in drawn],
-        oversize=oversize,
-        largest=max([case.nbytes for case in drawn], default=1),
-    )
-    return PackerCase(
-        tensors=drawn,
-        capacity=draw(fitting),
-        tiny=extra,
-        others=tuple(draw(st.lists(fitting, min_size=1, max_size=3))) if other_capacities else (),
-        at=tuple(draw(st.lists(st.integers(0, 1 << 16), min_size=places, max_size=places))),
-    )
+    drawn = draw(_strategy(tensors, "tensors", "tensor_cases()", _TENSOR_CASES))
+
+    def capacity(mark: _Mark) -> int:
+        sizes = [case.nbytes for case in drawn]
+        itemsizes = [case.torch_dtype.itemsize for case in drawn]
+        return _capacity(mark, [*sizes, extra], itemsizes, oversize=oversize, largest=max(sizes, default=1))
+
+    return PackerCase(tensors=drawn, capacity=capacity(first), tiny=extra, others=tuple(map(capacity, others)), at=at)
 
 
 @st.composite
 def plans(draw: st.DrawFn, *, specs: st.SearchStrategy[Sequence[TensorSpec]] | None = None) -> BucketPlan:
     """A BucketPlan of any specs, capacity, oversize policy, order and alignment."""
-    several = st.lists(tensor_specs(), max_size=6, unique_by=lambda spec: spec.name)
-    drawn = draw(_strategy(specs, "specs", "st.just(specs_of(model))", several))
     policies: tuple[Oversize, ...] = ("split", "own")
     orders: tuple[Order, ...] = ("given", "packed")
-    return plan_buckets(
-        drawn,
-        draw(capacities(drawn, oversize=True)),
-        oversize=draw(st.sampled_from(policies)),
-        order=draw(st.sampled_from(orders)),
-        align=draw(st.sampled_from((1, 2, 16, 256))),
-    )
+    oversize, order = draw(st.sampled_from(policies)), draw(st.sampled_from(orders))
+    align, mark = draw(st.sampled_from((1, 2, 16, 256))), draw(_marks(oversize=True))
+    several = st.lists(tensor_specs(), max_size=6, unique_by=lambda spec: spec.name)
+    drawn = draw(_strategy(specs, "specs", "st.just(specs_of(model))", several))
+    sizes, itemsizes = [spec.nbytes for spec in drawn], [spec.dtype.itemsize for spec in drawn]
+    capacity = _capacity(mark, sizes, itemsizes, oversize=True)
+    return plan_buckets(drawn, capacity, oversize=oversize, order=order, align=align)
 
 
 @st.composite
 def streams(draw: st.DrawFn) -> tuple[list[tuple[str, torch.Tensor]], list[StreamBucket]]:
     """Named tensors, and the buckets of a stream of them as ``pack_stream`` makes it."""
+    mark = draw(_marks(oversize=True))
     pairs = draw(named_tensors())
-    capacity = draw(
-        _capacities([t.numel() * t.dtype.itemsize for _, t in pairs], [t.dtype.itemsize for _, t in pairs], oversize=True)
-    )
-    return pairs, list(pack_stream(pairs, capacity))
+    sizes, itemsizes = [t.numel() * t.dtype.itemsize for _, t in pairs], [t.dtype.itemsize for _, t in pairs]
+    return pairs, list(pack_stream(pairs, _capacity(mark, sizes, itemsizes, oversize=True)))
 
 
 def manifests() -> st.SearchStrategy[bytes]:
@@ -284,15 +276,53 @@ _TENSOR_CASES: Final = tensor_cases()
 _MANIFESTS: Final = manifests()
 
 
-def _capacities(
-    sizes: Sequence[int], itemsizes: Sequence[int], *, oversize: bool, largest: int | None = None
-) -> st.SearchStrategy[int]:
+def _twists(
+    layouts: st.SearchStrategy[Layout] | None,
+    fills: st.SearchStrategy[Fill] | None,
+    relations: st.SearchStrategy[Relation | None] | None,
+) -> st.SearchStrategy[tuple[Layout, Fill, Relation | None, int]]:
+    """What is odd about a tensor: nothing, its layout, its fill, both, or its relation to another. One choice decides, because
+    Hypothesis deletes at most five choices at once, and a plain tensor has to be left out in one go."""
+    contiguous, pattern, alone = st.just("contiguous"), st.just("pattern"), st.tuples(st.none(), st.just(0))
+    layouts = None if layouts is None else _strategy(layouts, "layouts", "st.just('strided')", contiguous)
+    fills = None if fills is None else _strategy(fills, "fills", "st.just('special')", pattern)
+    odd: list[st.SearchStrategy[Any]] = []
+    if layouts is not None:
+        odd.append(st.tuples(layouts, pattern, alone))
+    if fills is not None:
+        odd.append(st.tuples(contiguous, fills, alone))
+    if relations is not None:
+        related = _strategy(relations, "relations", "st.just('tied')", st.none())
+        odd.append(st.tuples(contiguous, pattern, st.tuples(related, st.integers(0, 5))))
+    if layouts is not None and fills is not None:
+        odd.append(st.tuples(layouts, fills, alone))
+    return st.one_of(odd or [st.tuples(contiguous, pattern, alone)]).map(lambda drawn: (drawn[0], drawn[1], *drawn[2]))
+
+
+#: A mark that a capacity is near, which tensors it is of, and the distance. It does not depend on the tensors, so that it is drawn
+#: before them and keeps its meaning while shrinking leaves tensors out: Hypothesis leaves out elements of a list best if nothing is
+#: drawn after it.
+_Mark: TypeAlias = tuple[str, int, int]
+
+
+def _marks(*, oversize: bool) -> st.SearchStrategy[_Mark]:
+    # Where tensors may be larger than the capacity the least capacity is the simplest, otherwise one that all of them fit.
+    kinds = ("least", "first", "one") if oversize else ("first", "one", "least")
+    return st.tuples(st.sampled_from(kinds), st.integers(0, 6), st.sampled_from((0, -1, 1)))
+
+
+def _capacity(mark: _Mark, sizes: Sequence[int], itemsizes: Sequence[int], *, oversize: bool, largest: int | None = None) -> int:
     biggest = max(sizes, default=1) if largest is None else largest
     least = max([1, *itemsizes]) if oversize else max([1, biggest])
-    total = sum(sizes)
-    marks = [total, biggest, *sizes, *(a + b for a, b in itertools.pairwise(sizes)), *itertools.accumulate(sizes)]
-    near = dict.fromkeys(max(least, mark + d) for mark in marks for d in (0, -1, 1))
-    return st.sampled_from([*near]) | st.integers(least, max(least, total) + 8)
+    kind, place, distance = mark
+    match kind:
+        case "first":  # so many tensors from the front; 0: all
+            near = sum(sizes[:place] if place else sizes)
+        case "one":  # one tensor; 0: the largest
+            near = sizes[place - 1] if 0 < place <= len(sizes) else biggest
+        case _:  # or some sevenths of all beyond it
+            return least + place * sum(sizes) // 7
+    return max(least, near + distance)
 
 
 def _letters(place: int) -> str:
@@ -327,7 +357,7 @@ def _strategy(value: Any, argument: str, example: str, default: st.SearchStrateg
     if value is None:
         return default
     if not isinstance(value, st.SearchStrategy):
-        raise InvalidArgument(f"{argument}={value!r} is a {type(value).__name__}, not a strategy; pass one, for example {example}")
+        raise InvalidArgument(f"{argument}={value!r} is {name_of(value)}, not a strategy; pass one, for example {example}")
     return value
 
 

@@ -136,7 +136,7 @@ def plain_cases(*, min_size: int = 1, max_size: int = 6, **options: Any) -> Sear
 
 #: As vLLM, SGLang and trainers meet them side by side: mixed widths, in any order.
 MIXED_DTYPES: Final = st.sampled_from(
-    [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float8_e4m3fn, torch.complex128]
+    [torch.bfloat16, torch.float32, torch.uint8, torch.int64, torch.float8_e4m3fn, torch.complex128]
 )
 FLOATS: Final = st.sampled_from(
     [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]

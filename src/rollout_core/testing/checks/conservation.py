@@ -102,7 +102,7 @@ def neg(packer: PackerUnderTest, case: PackerCase) -> None:
         tensors=plain(
             min_size=2,
             max_size=4,
-            shapes=shapes(min_dims=1, max_dims=2, min_side=1),
+            shapes=shapes(min_dims=1, max_dims=2, min_side=2),
             relations=st.sampled_from([None, "head", "tail"]),
         )
     ),
