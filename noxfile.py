@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import nox
 
@@ -48,6 +49,43 @@ def unit(session: nox.Session) -> None:
         *session.posargs,
         env=QUIET,
     )
+
+
+@nox.session
+def kit(session: nox.Session) -> None:
+    """The conformance kit: it kills every mutant (and prints the table), and our own packers pass it."""
+    install(session, "test", extras="[cli,testing]")
+    session.run("python", "-m", "rollout_core.testing.mutants", env=QUIET)
+    session.run("pytest", "tests/kit", *session.posargs, env=QUIET)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The kit as a user has it: from an installed wheel, in an empty folder, with nothing of this repository on the path."""
+    folder = session.create_tmp()
+    session.install(TORCH)
+    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ".")
+    (built,) = Path(folder).glob("*.whl")
+    session.install("--force-reinstall", "--no-deps", str(built))
+    session.install(f"{built}[cli,testing]")
+    built.unlink()
+    session.run("python", "tests/wheel/empty_folder.py", env=QUIET)
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """The kit on the packing code of SGLang, vLLM, verl, checkpoint-engine and torch, unmodified; writes docs/peers.md."""
+    listed = Path("src/rollout_core/testing/peers/requirements.txt").read_text()
+    alone, with_dependencies = listed.split("# With dependencies")
+    install(session, "test", extras="[cli,testing]")
+    session.install("--no-deps", *_requirements(alone))
+    session.install(*_requirements(with_dependencies))
+    session.run("pytest", "tests/peers", env=QUIET)
+    session.run("python", "-m", "rollout_core.testing.peers", "--output", "docs/peers.md", *session.posargs, env=QUIET)
+
+
+def _requirements(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
 @nox.session

@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE / ".nox" / "tools"
-TESTS = ("lint", "typing", "unit", "engines")
+TESTS = ("lint", "typing", "unit", "kit", "wheel", "engines")
 
 
 def main(arguments: list[str]) -> int:

@@ -84,8 +84,8 @@ def test_pure_packages_have_no_effects(path):
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_nothing_unpickles(path):
-    if str(path.relative_to(PACKAGE)) == "bench/planning.py":
-        return  # its baseline is pickle, on bytes that it made itself
+    if str(path.relative_to(PACKAGE)) in ("bench/planning.py", "testing/mutants/protocol.py"):
+        return  # a baseline, on bytes that it made itself; and a mutant, whose bug it is
     assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 
 

@@ -72,7 +72,8 @@ def target_of(target: Any) -> Target:
 def _named(name: str, words: str) -> Target:
     module, _, path = name.partition(":")
     first = path.partition(".")[0]
-    make = f"packer = {path}\nif not hasattr(packer, 'pack') or isinstance(packer, type):\n    packer = packer()"
+    same = "" if path == "packer" else f"packer = {path}\n"
+    make = same + 'if not hasattr(packer, "pack") or isinstance(packer, type):\n    packer = packer()'
     return Target(name, words, True, f"from {module} import {first}", make)
 
 
