@@ -44,6 +44,7 @@ class ParameterServerBuckets:
     def __init__(self) -> None:
         self._ps = PACKAGE.load("checkpoint_engine.ps")
         self._pin_memory = PACKAGE.load("checkpoint_engine.pin_memory")
+        self.align: int = self._pin_memory._ALIGN_SIZE
         self._worker = PACKAGE.load("checkpoint_engine.worker")
         self._types = PACKAGE.load("checkpoint_engine.data_types")
 

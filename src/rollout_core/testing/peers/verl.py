@@ -258,7 +258,7 @@ class SharedMemoryTransfer:
         return [pair for bucket in buckets for pair in bucket.named_tensors]
 
     def bucket_nbytes(self, bucket: SharedBucket) -> int:
-        return sum(tensor.nbytes for _, tensor in bucket.named_tensors)
+        return max((offset + nbytes for _, offset, nbytes in self.slots(bucket)), default=0)
 
     def slots(self, bucket: SharedBucket) -> Slots:
         return [(name, offset, tensor.nbytes) for (name, tensor), offset in zip(bucket.named_tensors, bucket.offsets, strict=True)]
