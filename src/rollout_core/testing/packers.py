@@ -132,7 +132,9 @@ class PackerUnderTest:
         with self._calling("buffer"):
             buffer = self.packer.buffer(bucket)
         if not isinstance(buffer, torch.Tensor) or buffer.dtype != torch.uint8 or buffer.dim() != 1:
-            raise Violation(f"buffer(bucket) gave {name_of(buffer)}, not a 1-d uint8 tensor")
+            is_tensor = isinstance(buffer, torch.Tensor)
+            words = f" of {str(buffer.dtype).removeprefix('torch.')}{list(buffer.shape)}" if is_tensor else ""
+            raise Violation(f"buffer(bucket) gave {name_of(buffer)}{words}, not a 1-d uint8 tensor")
         return buffer
 
     def refusal(self, call: Callable[[], Any]) -> Exception | None:
