@@ -14,7 +14,8 @@ from rich.text import Text
 from rollout_core.errors import RolloutCoreError
 
 if TYPE_CHECKING:
-    from rollout_core.testing.report import Report
+    from rollout_core.testing.registry import Check
+    from rollout_core.testing.report import Report, Result
 
 
 def check_command(
@@ -36,6 +37,7 @@ def check_command(
     """
     try:
         from rollout_core.testing import runner
+        from rollout_core.testing.report import result_lines
     except ImportError as error:
         _refuse(f"{error}; pip install 'rollout-core[cli,testing]'")
     if list_:
@@ -49,8 +51,16 @@ def check_command(
     try:
         if replay is not None:
             report = runner.replay(target, _saved(replay), timeout=timeout)
+            print(report)
         else:
-            with _progress() as bar:
+            console = Console(soft_wrap=True)
+            with _progress(console) as bar:
+
+                def show(check: Check, result: Result | None, total: int) -> None:
+                    bar.update(task, description=check.id, total=total, advance=0 if result is None else 1)
+                    if result is not None and result.status in ("fail", "stale"):  # shown when it is found, not at the end
+                        console.print(Text("\n".join(result_lines(result))))
+
                 task = bar.add_task("loading the packer", total=None)
                 report = runner.check_packer(
                     target,
@@ -60,13 +70,11 @@ def check_command(
                     max_examples=max_examples,
                     seed=seed,
                     timeout=timeout,
-                    progress=lambda check, result, total: bar.update(
-                        task, description=check.id, total=total, advance=0 if result is None else 1
-                    ),
+                    progress=show,
                 )
+            print(report.rest())
     except (RolloutCoreError, ValueError, OSError) as error:
         _refuse(str(error))
-    print(report)
     if json is not None:
         json.write_text(report.to_json() + "\n")
     if scripts is not None:
@@ -125,9 +133,9 @@ def _list() -> None:
         print(f"  {peer.name:<28} {peer.distribution} {peer.version}, {peer.source}")
 
 
-def _progress() -> Progress:
+def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -102,14 +102,23 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
                 reasons.setdefault(result.reason, []).append(result.id)
         return reasons
 
-    def __str__(self) -> str:
-        lines = [f"{self.target}: level {self.level}, seed {self.seed}, up to {self.max_examples} cases a check", ""]
-        for result in sorted(self.results, key=lambda r: ("fail", "stale", "xfail", "pass", "skip").index(r.status)):
-            if result.status != "skip":
-                lines += result_lines(result)
+    def heading(self) -> str:
+        return f"{self.target}: level {self.level}, seed {self.seed}, up to {self.max_examples} cases a check"
+
+    def rest(self) -> str:
+        """The report without heading and failures: expected failures, what passed, what was skipped and why, and the summary."""
+        lines = []
+        for status in ("xfail", "pass"):
+            for result in self.results:
+                if result.status == status:
+                    lines += result_lines(result)
         for reason, ids in self.skipped().items():
             lines += [f"skip  {', '.join(ids)}", f"      {reason}"]
         return "\n".join([*lines, "", self.summary()])
+
+    def __str__(self) -> str:
+        failures = [line for result in self.failed for line in result_lines(result)]
+        return "\n".join([self.heading(), "", *failures, self.rest()])
 
 
 def result_lines(result: Result) -> list[str]:

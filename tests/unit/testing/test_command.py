@@ -70,15 +70,13 @@ def run(tmp_path, monkeypatch):
 
 
 GOLDEN = """\
-mytrainer:packer: level 2026.1, seed 0, up to 100 cases a check
-
+stale packer/B1-order  plain tensors come out under their names, in their order
+      expected to fail (was broken once), and it passed: take it off the list
 fail  packer/B3-alignment  every slot begins at a multiple of its dtype's itemsize, after any sequence of dtypes and sizes
       bucket 0: slot 'a' bf16[1] at offset 0, then 'b' f32[1] at offset 2: not a multiple of 4; unpack raised RuntimeError: \
 self.storage_offset() must be divisible by 4 to view Byte as Float (different element sizes), but got 2 (in Unaligned.unpack, \
 mytrainer.py:23)
       case: capacity 6 bytes; 'a' bf16[1]; 'b' f32[1]
-stale packer/B1-order  plain tensors come out under their names, in their order
-      expected to fail (was broken once), and it passed: take it off the list
 xfail packer/B2-capacity  no bucket is larger than the capacity when every tensor fits it
       as expected: one bucket for all
       bucket 0 has 8 bytes (capacity: 7)
