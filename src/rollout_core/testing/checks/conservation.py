@@ -16,86 +16,59 @@ from rollout_core.testing.strategies import packer_cases, shapes
 _VIEWS = ["contiguous", "strided", "transposed", "expanded", "one element, odd stride"]
 
 
-@packer_check("packer/B1-order", "plain tensors come out under their names, in their order", cases=plain_cases())
-def order(packer: PackerUnderTest, case: PackerCase) -> None:
-    round_trip(packer, case)
+packer_check("packer/B1-order", "plain tensors come out under their names, in their order", cases=plain_cases())(round_trip)
 
-
-@packer_check(
+packer_check(
     "packer/B1-dtypes",
     "every dtype keeps its bytes and stays what it is",
     cases=packer_cases(tensors=plain(max_size=3, dtypes=strategies.dtypes())),
-)
-def dtypes(packer: PackerUnderTest, case: PackerCase) -> None:
-    round_trip(packer, case)
+)(round_trip)
 
-
-@packer_check(
+packer_check(
     "packer/B1-bits",
     "NaN payloads and negative zeros survive: bytes move, not values",
     cases=packer_cases(tensors=plain(max_size=3, dtypes=FLOATS, fills=st.just("special"))),
-)
-def bits(packer: PackerUnderTest, case: PackerCase) -> None:
-    round_trip(packer, case)
+)(round_trip)
 
-
-@packer_check(
+packer_check(
     "packer/B1-zero-size",
     "a tensor without elements keeps its place, name, dtype and shape",
     cases=packer_cases(tensors=plain(max_size=4, shapes=st.sampled_from([(1,), (0,), (2, 0), (0, 3), (2, 0, 3)]))),
-)
-def zero_size(packer: PackerUnderTest, case: PackerCase) -> None:
-    round_trip(packer, case)
+)(round_trip)
 
-
-@packer_check(
+packer_check(
     "packer/B1-scalars",
     "a tensor of no dimensions arrives as one",
     cases=packer_cases(tensors=plain(max_size=4, shapes=st.sampled_from([(1,), ()]))),
-)
-def scalars(packer: PackerUnderTest, case: PackerCase) -> None:
-    round_trip(packer, case)
+)(round_trip)
 
-
-@packer_check(
+packer_check(
     "packer/B1-strided",
     "strided, transposed and expanded tensors arrive as the values that a reader of them sees",
     cases=packer_cases(
         tensors=plain(max_size=3, shapes=shapes(min_dims=1, min_side=1, max_side=3), layouts=st.sampled_from(_VIEWS))
     ),
-)
-def strided(packer: PackerUnderTest, case: PackerCase) -> None:
-    round_trip(packer, case)
+)(round_trip)
 
-
-@packer_check(
+packer_check(
     "packer/B1-offset",
     "a slice that begins later than its storage arrives as that slice",
     cases=packer_cases(tensors=plain(max_size=3, layouts=st.sampled_from(["contiguous", "sliced", "detached slice"]))),
-)
-def offset(packer: PackerUnderTest, case: PackerCase) -> None:
-    round_trip(packer, case)
+)(round_trip)
 
-
-@packer_check(
+packer_check(
     "packer/B1-conj",
     "conjugate views arrive conjugated",
     cases=packer_cases(tensors=plain(max_size=2, dtypes=st.just(torch.complex64), layouts=st.just("conj"))),
-)
-def conj(packer: PackerUnderTest, case: PackerCase) -> None:
-    round_trip(packer, case)
+)(round_trip)
 
-
-@packer_check(
+packer_check(
     "packer/B1-neg",
     "negative views (the imaginary part of a conjugate) arrive negated",
     cases=packer_cases(tensors=plain(max_size=2, layouts=st.just("neg"))),
-)
-def neg(packer: PackerUnderTest, case: PackerCase) -> None:
-    round_trip(packer, case)
+)(round_trip)
 
-
-@packer_check(
+packer_check(
     "packer/B1-shared",
     "views that share a storage and are not the same view arrive each as itself",
     cases=packer_cases(
@@ -106,21 +79,16 @@ def neg(packer: PackerUnderTest, case: PackerCase) -> None:
             relations=st.sampled_from([None, "head", "tail"]),
         )
     ),
-)
-def shared(packer: PackerUnderTest, case: PackerCase) -> None:
-    round_trip(packer, case)
+)(round_trip)
 
-
-@packer_check(
+packer_check(
     "packer/B1-many",
     "thousands of tiny tensors all arrive",
     cases=packer_cases(tensors=plain(min_size=0, max_size=2, dtypes=st.just(torch.uint8)), tiny=st.integers(1, 3000)).map(
         lambda case: PackerCase(tensors=case.tensors, tiny=case.tiny, capacity=max(case.capacity, case.tiny // 20, 1))
     ),
     cost=5,
-)
-def many(packer: PackerUnderTest, case: PackerCase) -> None:
-    round_trip(packer, case)
+)(round_trip)
 
 
 _CAPACITIES_SCRIPT = """

@@ -11,9 +11,7 @@ from rollout_core.testing.packers import PackerUnderTest
 _SEVERAL = plain_cases(min_size=1, places=2)
 
 
-@packer_check("packer/B12-empty", "the empty model round-trips", cases=st.just(PackerCase()))
-def empty(packer: PackerUnderTest, case: PackerCase) -> None:
-    round_trip(packer, case)
+packer_check("packer/B12-empty", "the empty model round-trips", cases=st.just(PackerCase()))(round_trip)
 
 
 @packer_check(

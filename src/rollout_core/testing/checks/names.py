@@ -20,14 +20,11 @@ from rollout_core.testing.packers import PackerUnderTest, error_words
 from rollout_core.testing.registry import Violation
 from rollout_core.testing.strategies import packer_cases
 
-
-@packer_check(
+packer_check(
     "packer/B9-names",
     "any non-empty str is a name, and arrives as it is",
     cases=packer_cases(tensors=plain(max_size=4, names=strategies.names())),
-)
-def any_name(packer: PackerUnderTest, case: PackerCase) -> None:
-    round_trip(packer, case)
+)(round_trip)
 
 
 @st.composite
