@@ -319,3 +319,9 @@ def test_nothing_is_left_behind():
     assert len(os.listdir("/proc/self/fd")) <= len(before)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_packer_that_is_not_made_in_time_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr("rollout_core.testing.isolation._START_TIMEOUT", 0.5)
+    with pytest.raises(SubjectError, match=r"loading it took more than 0\.5 s"):
+        check_packer(lambda: time.sleep(60))
