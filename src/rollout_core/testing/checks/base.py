@@ -26,6 +26,15 @@ for (name, sent), (_, got) in zip(named, result):
     assert raw(got) == raw(sent), (name, got, sent)
 """
 
+#: For scripts: bytes of a bucket.
+NBYTES: Final = """
+def nbytes(bucket):
+    if hasattr(packer, "bucket_nbytes"):
+        return packer.bucket_nbytes(bucket)
+    tensors = [bucket] if isinstance(bucket, torch.Tensor) else [t for _, t in bucket]
+    return sum(t.numel() * t.element_size() for t in tensors)
+"""
+
 
 def must_raise(statement: str) -> str:
     """The end of a script whose last statement has to raise."""

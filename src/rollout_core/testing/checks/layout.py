@@ -12,6 +12,7 @@ from rollout_core.testing import invariants
 from rollout_core.testing.cases import PackerCase
 from rollout_core.testing.checks.base import (
     MIXED_DTYPES,
+    NBYTES,
     ROUND_TRIP,
     SHAPES,
     buckets_of,
@@ -25,20 +26,12 @@ from rollout_core.testing.packers import PackerUnderTest, Raised
 from rollout_core.testing.registry import Skipped, Violation
 from rollout_core.testing.strategies import packer_cases, tensor_cases
 
-_NBYTES = """
-def nbytes(bucket):
-    if hasattr(packer, "bucket_nbytes"):
-        return packer.bucket_nbytes(bucket)
-    tensors = [bucket] if isinstance(bucket, torch.Tensor) else [t for _, t in bucket]
-    return sum(t.numel() * t.element_size() for t in tensors)
-"""
-
 
 @packer_check(
     "packer/B2-capacity",
     "no bucket is larger than the capacity when every tensor fits it",
     cases=plain_cases(),
-    script=_NBYTES + "\nassert all(nbytes(bucket) <= capacity for bucket in packer.pack(named, capacity))\n",
+    script=NBYTES + "\nassert all(nbytes(bucket) <= capacity for bucket in packer.pack(named, capacity))\n",
 )
 def capacity(packer: PackerUnderTest, case: PackerCase) -> None:
     sizes = [packer.nbytes(bucket) for bucket in packer.pack(case.make(packer.device), case.capacity)]
@@ -50,7 +43,7 @@ def capacity(packer: PackerUnderTest, case: PackerCase) -> None:
     "a tensor larger than the capacity is split, gets a bucket of its own, or is refused, as declared; it is never lost or changed",
     cases=plain_cases(oversize=True),
     script=ROUND_TRIP
-    + _NBYTES
+    + NBYTES
     + """
 if "oversize=split" in getattr(packer, "capabilities", ()):
     assert all(nbytes(bucket) <= capacity for bucket in packer.pack(named, capacity))
@@ -156,7 +149,7 @@ def disjoint(packer: PackerUnderTest, case: PackerCase) -> None:
     require_none(invariants.disjoint([packer.slots(bucket) for bucket in packer.pack(case.make(packer.device), case.capacity)]))
 
 
-@packer_check("packer/B4-bounds", "every slot lies within its bucket", cases=_MIXED, needs=["slots"], script=_NBYTES + """
+@packer_check("packer/B4-bounds", "every slot lies within its bucket", cases=_MIXED, needs=["slots"], script=NBYTES + """
 for bucket in packer.pack(named, capacity):
     for name, offset, length in packer.slots(bucket):
         assert 0 <= offset and offset + length <= nbytes(bucket), (name, offset, length, nbytes(bucket))
@@ -171,7 +164,7 @@ def bounds(packer: PackerUnderTest, case: PackerCase) -> None:
     "slots and the padding that alignment asks for cover a bucket exactly: what travels is what is needed",
     cases=_MIXED,
     needs=["slots"],
-    script=_NBYTES + """
+    script=NBYTES + """
 align = max([getattr(packer, "align", 1), *(t.element_size() for _, t in named)])
 for bucket in packer.pack(named, capacity):
     end = max([offset + length for _, offset, length in packer.slots(bucket)], default=0)

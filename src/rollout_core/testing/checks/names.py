@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from rollout_core.testing import strategies
 from rollout_core.testing.cases import PackerCase, TensorCase
 from rollout_core.testing.checks.base import (
+    NBYTES,
     must_raise,
     packer_check,
     plain,
@@ -84,15 +85,11 @@ def tied_arrive(packer: PackerUnderTest, case: PackerCase) -> None:
     "packer/B10-once",
     "a tied tensor travels once",
     cases=packer_cases(tensors=_TIED),
-    script="""
+    script=NBYTES
+    + """
 align = getattr(packer, "align", 1)
 distinct = {t.data_ptr(): -(-t.numel() * t.element_size() // align) * align for _, t in named}
 buckets = list(packer.pack(named, capacity))
-def nbytes(bucket):
-    if hasattr(packer, "bucket_nbytes"):
-        return packer.bucket_nbytes(bucket)
-    tensors = [bucket] if isinstance(bucket, torch.Tensor) else [t for _, t in bucket]
-    return sum(t.numel() * t.element_size() for t in tensors)
 assert sum(map(nbytes, buckets)) <= sum(distinct.values()), [nbytes(b) for b in buckets]
 """,
 )
