@@ -9,7 +9,7 @@ import torch
 
 from rollout_core.bucketing import Packer, copying, plan_buckets, specs_of, unpack
 from rollout_core.errors import PlanMismatchError
-from support.oracle import bytes_of
+from support.oracle import bytes_of, picture
 from support.tensors import patterned
 
 
@@ -89,3 +89,16 @@ def test_a_wrong_tensor_in_one_job_is_named_and_no_job_outlives_it(pool):
     with pytest.raises(PlanMismatchError, match=r"tensor 'w33' of the source is f32\[3, 4\], and of the plan f32\[2, 6\]"):
         list(packer.pack({**pairs, "w33": torch.ones(3, 4)}))
     assert {n: bytes_of(t) for n, t in unpack(plan, packer.pack(pairs))} == {n: bytes_of(t) for n, t in pairs.items()}
+
+
+def test_b1_neighbours_that_no_concatenation_can_write(pool):
+    """Scalars have no first dimension to be joined along, and rows of nothing have no size to divide by."""
+    pairs = [(f"scalar{i}", patterned(torch.float32, 1, seed=i)[0]) for i in range(40)]
+    pairs += [(f"empty{i}", torch.empty(0, 3)) for i in range(40)]
+    pairs += [(f"rows of nothing{i}", torch.empty(3, 0)) for i in range(40)]
+    pairs += [(f"full{i}", patterned(torch.float32, 2, 3, seed=i)) for i in range(40)]
+    pairs += [(f"scalar after{i}", patterned(torch.float32, 1, seed=i)[0]) for i in range(3)]
+    pairs += [("vector", patterned(torch.float32, 5)), ("scalar again", patterned(torch.float32, 1)[0]), ("nothing", torch.empty(0))]
+    for source in (pairs, pairs[::-1]):
+        plan = plan_buckets(specs_of(source), 1 << 20)
+        assert picture(unpack(plan, Packer(plan, executor=pool).pack(source))) == picture(source)
