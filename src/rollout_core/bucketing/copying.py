@@ -83,12 +83,11 @@ def write_run(buffer: torch.Tensor, run: Run, tensors: list[torch.Tensor], execu
         return False
     spec = run.slots[0].spec
     typed = buffer[run.slots[0].offset : run.slots[-1].end].view(spec.dtype).view(-1, *spec.shape[1:])
-    jobs = _jobs(run, spec.nbytes // spec.shape[0]) if executor else []
-    if executor is None or len(jobs) < 2:
-        return _concatenate(tensors, run.sizes, typed)
-    futures = [executor.submit(_concatenate, tensors[a:b], run.sizes[a:b], typed[c:d]) for a, b, c, d in jobs]
-    wait(futures)  # all of them, whatever happens to one: none may write to the buffer later
-    return False not in [future.result() for future in futures]
+    if executor is not None and len(jobs := _jobs(run, spec.nbytes // spec.shape[0])) > 1:
+        futures = [executor.submit(_concatenate, tensors[a:b], run.sizes[a:b], typed[c:d]) for a, b, c, d in jobs]
+        wait(futures)  # all of them, whatever happens to one: none may write to the buffer later
+        return all(future.result() for future in futures)
+    return _concatenate(tensors, run.sizes, typed)
 
 
 _DTYPE: Final = attrgetter("dtype")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 import xxhash
@@ -13,7 +12,7 @@ from rollout_core.bucketing import Packer, Unpacker, pack, plan_buckets, specs_o
 from rollout_core.bucketing.buffers import BufferPool
 from rollout_core.errors import IntegrityError
 from support.oracle import bytes_of, picture
-from support.tensors import patterned
+from support.tensors import patterned, placed_at
 
 CPU = torch.device("cpu")
 
@@ -75,18 +74,11 @@ def test_a_buffer_elsewhere_is_bytes():
     assert BufferPool().take(8, torch.device("meta")).dtype is torch.uint8
 
 
-def at(address: int, nbytes: int, skip: int = 0) -> torch.Tensor:
-    """A tensor whose storage starts ``address`` bytes past a cache line, and which starts ``skip`` bytes into it."""
-    raw = np.empty(nbytes + skip + 128, dtype=np.uint8)
-    start = -raw.ctypes.data % 64 + address
-    return torch.from_numpy(raw[start : start + nbytes + skip])[skip:]
-
-
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda n: at(1, n), "does not start at a multiple of 16 bytes"),
-        (lambda n: at(15, n, skip=1), "does not start at a multiple of 16 bytes"),  # its own address would do, its offset not
+        (lambda n: placed_at(1, n), "does not start at a multiple of 16 bytes"),
+        (lambda n: placed_at(15, n, skip=1), "does not start at a multiple of 16 bytes"),  # its own address would do, its offset not
         (lambda n: torch.empty(n, dtype=torch.int8), r"allocate\(12\) returned torch.int8 of shape \[12\]"),
         (lambda n: torch.empty(n, 1, dtype=torch.uint8), r"allocate\(12\) returned torch.uint8 of shape \[12, 1\]"),
     ],
@@ -101,9 +93,9 @@ def test_b3_an_allocators_memory_has_to_serve_every_dtype(returned, message):
 def test_b3_an_allocator_may_start_anywhere_that_is_aligned():
     pairs = [("a", patterned(torch.complex128, 3)), ("empty", torch.empty(0))]
     plan = plan_buckets(specs_of(pairs), 48)
-    assert picture(unpack(plan, pack(plan, pairs, allocate=lambda n: at(16, n, skip=16)))) == picture(pairs)
+    assert picture(unpack(plan, pack(plan, pairs, allocate=lambda n: placed_at(16, n, skip=16)))) == picture(pairs)
     nothing = plan_buckets(specs_of(pairs[1:]), 48)
-    assert picture(unpack(nothing, pack(nothing, pairs[1:], allocate=lambda n: at(1, n, skip=16)))) == picture(pairs[1:])
+    assert picture(unpack(nothing, pack(nothing, pairs[1:], allocate=lambda n: placed_at(1, n, skip=16)))) == picture(pairs[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------- envelopes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 
@@ -14,6 +15,9 @@ from rollout_core.bucketing import (
     Packer,
     StreamUnpacker,
     Unpacker,
+    aiter_buckets,
+    apack,
+    apack_stream,
     iter_buckets,
     pack,
     pack_stream,
@@ -186,6 +190,15 @@ def test_b15_n_rounds_use_the_memory_of_one_bucket(as_source):
     assert len(set(used)) == 1
 
 
+def test_b15_buckets_of_all_sizes_use_the_memory_of_the_largest():
+    sizes = [10, 100, 30, 7, 90, 64]
+    pairs = [(f"w{i}", patterned(torch.uint8, size)) for i, size in enumerate(sizes)]
+    packer = Packer(plan_buckets(specs_of(pairs), 100))
+    used = [address for _ in range(3) for address in addresses(packer, pairs)]
+    assert len(used) >= 12
+    assert len(set(used)) == 1
+
+
 class Watched:
     """A source that makes its tensors when asked and counts those alive."""
 
@@ -210,17 +223,45 @@ class Watched:
 
 
 @pytest.mark.parametrize("order", ["given", "packed"])
-@pytest.mark.parametrize("kind", ["plan", "stream"])
+@pytest.mark.parametrize("kind", ["plan", "stream", "lists"])
 def test_b15_a_generators_tensors_are_let_go_one_by_one(kind, order):
     sizes = [40, 30, 20, 100, 5, 60, 300, 7, 7]
     source = Watched(sizes)
     plan = plan_buckets(specs_of([(f"w{i}", patterned(torch.uint8, n)) for i, n in enumerate(sizes)]), 100, order=order)
-    buckets = pack(plan, iter(source)) if kind == "plan" else pack_stream(iter(source), 100)
+    buckets = {
+        "plan": lambda: pack(plan, iter(source)),
+        "stream": lambda: pack_stream(iter(source), 100),
+        "lists": lambda: iter_buckets(iter(source), 100),
+    }[kind]()
     for bucket in buckets:
         held = sum(t.numel() for t in source.alive)
         assert held <= max(sizes), "one tensor at a time, and between buckets no more than the next"
         del bucket
-    assert source.peak <= 2 * max(sizes), "while the next is made the last may still be there, and no other"
+    assert source.peak == max(sizes), "when the next is made the last is gone"
+    assert source.closed
+
+
+@pytest.mark.parametrize("kind", ["plan", "stream", "lists"])
+def test_b15_an_async_generators_tensors_are_let_go_one_by_one(kind):
+    sizes = [40, 30, 20, 100, 5, 60, 300, 7, 7]
+    source = Watched(sizes)
+    plan = plan_buckets(specs_of([(f"w{i}", patterned(torch.uint8, n)) for i, n in enumerate(sizes)]), 100)
+
+    async def made():
+        for name, tensor in source:
+            yield name, tensor
+            del tensor
+
+    async def run():
+        buckets = {
+            "plan": lambda: apack(plan, made()),
+            "stream": lambda: apack_stream(made(), 100),
+            "lists": lambda: aiter_buckets(made(), 100),
+        }[kind]()
+        return [0 async for _ in buckets]
+
+    assert len(asyncio.run(run())) >= 5
+    assert source.peak == max(sizes), "when the next is made the last is gone"
     assert source.closed
 
 
