@@ -114,7 +114,7 @@ class Packer:
         return map(mapping.__getitem__, self._names)
 
     def _in_order(self, pairs: list[Pair]) -> Iterator[torch.Tensor]:
-        if pairs and self._names:
+        if self._names:
             self._expect(pairs[: len(self._names)], 0)
         if len(pairs) < len(self._names):
             self._expect([], len(pairs))

@@ -121,6 +121,7 @@ class _Stream:
             name, tensor = items.pop()
             spec = next_spec(name, tensor, self._places)
             if self._ties.is_alias(spec, tensor):
+                del tensor  # or it stays alive while the source makes the next
                 continue
             if spec.name in self._ties.names:
                 tensor = conform(spec, tensor)

@@ -105,7 +105,7 @@ def test_b1_neighbours_that_no_concatenation_can_write(pool):
         assert picture(unpack(plan, Packer(plan, executor=pool).pack(source))) == picture(source)
 
 
-@pytest.mark.parametrize("make", [dict, list])
+@pytest.mark.parametrize("make", [dict, list, tuple])
 @pytest.mark.parametrize("jobs", [False, True])
 @pytest.mark.parametrize("as_parameter", [False, True])
 def test_like_tensors_are_never_copied_one_by_one(pool, monkeypatch, jobs, make, as_parameter):

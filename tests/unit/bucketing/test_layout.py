@@ -122,6 +122,17 @@ def test_b2_a_capacity_in_the_wrong_unit_is_refused_and_not_planned():
         plan_buckets([TensorSpec("big", torch.uint8, (10_000_000,))], 1)
 
 
+def test_b2_pieces_up_to_the_bound_are_planned(monkeypatch):
+    monkeypatch.setattr("rollout_core.bucketing.placement._MAX_PIECES", 4)
+    assert len(plan_buckets([TensorSpec("big", torch.uint8, (32,))], 8).buckets) == 4
+    with pytest.raises(CapacityError, match="would be split into 5 pieces by a capacity of 8 bytes"):
+        plan_buckets([TensorSpec("big", torch.uint8, (33,))], 8)
+
+
+def test_b14_a_spec_has_up_to_64_dimensions():
+    assert TensorSpec("w", torch.uint8, (1,) * 64).nbytes == 1
+
+
 @pytest.mark.parametrize("capacity", [0, -1, 1.5, float("nan"), "1", None, True, 2**63])
 def test_bad_capacity(capacity):
     with pytest.raises(CapacityError, match="capacity is .*; it is a whole number of bytes"):

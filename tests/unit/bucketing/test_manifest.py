@@ -436,3 +436,18 @@ def test_b14_hostile_words_are_quoted_in_part():
     with pytest.raises(ManifestError) as error:
         BucketPlan.from_bytes(hostile(dtypes=long))
     assert str(error.value) == f"invalid manifest: no dtype {long[:40]!r}"
+
+
+def test_b14_the_bounds_that_hold_if_none_are_given():
+    """The documented ones."""
+    fields = body_fields(example().to_bytes())
+    for envelope, message in (
+        ({"raw_nbytes": (64 << 20) + 1}, "it declares 67108865 uncompressed bytes; the bound is 67108864"),
+        ({"raw_nbytes": 64 << 20}, "its body does not inflate to the declared 67108864 bytes"),
+    ):
+        with pytest.raises(ManifestError, match=message):
+            BucketPlan.from_bytes(rebuild(fields, **envelope))
+    with pytest.raises(ManifestError, match="it declares 1048577 tensors; the bound is 1048576"):
+        BucketPlan.from_bytes(rebuild({**fields, "tensors": (1 << 20) + 1}))
+    with pytest.raises(ManifestError, match="column tensor_kind has 8 entries, not 1048576"):
+        BucketPlan.from_bytes(rebuild({**fields, "tensors": 1 << 20}))

@@ -84,7 +84,22 @@ def test_b9_bad_names(consume, name):
         consume([("a", ONE), (name, ONE.clone())])
 
 
+@pytest.mark.parametrize("name", ["", None, 3, b"w"])
+def test_b9_bad_names_of_a_spec(name):
+    with pytest.raises(SourceError, match="names are non-empty str"):
+        TensorSpec(name, torch.uint8, (1,))
+
+
 # -------------------------------------------------------------------------------------------------------------- B10 aliases
+
+
+def test_b10_a_buffer_under_two_names_is_a_tie():
+    model = torch.nn.Module()
+    model.register_buffer("scale", torch.ones(2))
+    model.register_buffer("again", model.scale)
+    plan = plan_buckets(specs_of(model), 64)
+    assert plan.tied == {"scale": ("again",)}
+    assert [name for name, _ in unpack(plan, pack(plan, model))] == ["scale", "again"]
 
 
 class Tied(torch.nn.Module):
@@ -309,9 +324,17 @@ def test_b11_a_long_groups_error_stays_short():
         plan_buckets(specs, 100, groups=[[spec.name for spec in specs]])
 
 
+@pytest.mark.parametrize(("count", "words"), [(3, "'t0', 't1', 't2'"), (4, "'t0', 't1', 't2', 't3'"), (5, "'t0', 't1', 't2', 't3', ...")])
+def test_b11_a_groups_error_names_four(count, words):
+    specs = [TensorSpec(f"t{i}", torch.uint8, (2,)) for i in range(count)]
+    with pytest.raises(CapacityError, match=rf"the group \({words}\) needs {2 * count} bytes"):
+        plan_buckets(specs, 2 * count - 1, groups=[[spec.name for spec in specs]])
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
+        ([["q", "nope", "k", "never"]], r"group 0 never completes: no tensor is named 'nope' \(2 missing\)"),
         ([["q", "nope"]], r"group 0 never completes: no tensor is named 'nope' \(1 missing\)"),
         ([["q", "k"], ["k", "v"]], "tensor 'k' is in groups 0 and 1; it can be in one"),
         (["qk"], "group 0 is the str 'qk'; a group is a list of names"),

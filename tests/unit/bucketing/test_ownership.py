@@ -190,6 +190,47 @@ def test_b15_n_rounds_use_the_memory_of_one_bucket(as_source):
     assert len(set(used)) == 1
 
 
+@pytest.mark.parametrize("as_source", [list, iter, dict])
+def test_b15_a_tensor_in_pieces_uses_the_memory_of_one_bucket(as_source):
+    pairs = [("a", patterned(torch.uint8, 7)), ("big", patterned(torch.uint8, 1000)), ("z", patterned(torch.uint8, 50))]
+    packer = Packer(plan_buckets(specs_of(pairs), 100))
+    used = [address for _ in range(3) for address in addresses(packer, as_source(pairs))]
+    assert len(used) == 36
+    assert len(set(used)) == 1
+
+
+@pytest.mark.parametrize("kind", ["list", "iterator", "async"])
+def test_b15_async_packing_uses_the_memory_of_one_bucket(kind):
+    pairs = [("a", patterned(torch.uint8, 7)), ("big", patterned(torch.uint8, 1000)), ("z", patterned(torch.uint8, 50))]
+    packer = Packer(plan_buckets(specs_of(pairs), 100))
+
+    async def made():
+        for pair in pairs:
+            yield pair
+
+    async def run():
+        found = []
+        async for bucket in packer.apack({"list": lambda: pairs, "iterator": lambda: iter(pairs), "async": made}[kind]()):
+            found.append(bucket.buffer.data_ptr())
+            del bucket
+        return found
+
+    used = asyncio.run(run())
+    assert len(used) == 12
+    assert len(set(used)) == 1
+
+
+@pytest.mark.parametrize("sizes", [[1000], [50] * 20, [7, 300, 50, 99, 120]], ids=["pieces", "like", "mixed"])
+def test_b15_a_stream_uses_the_memory_of_two_buckets(sizes):
+    """One is held back until it is known not to be the last."""
+    used = []
+    for bucket in pack_stream(((f"w{i}", patterned(torch.uint8, size)) for i, size in enumerate(sizes)), 100):
+        used.append(bucket.buffer.data_ptr())
+        del bucket
+    assert len(used) >= 5
+    assert len(set(used)) <= 2
+
+
 def test_b15_buckets_of_all_sizes_use_the_memory_of_the_largest():
     sizes = [10, 100, 30, 7, 90, 64]
     pairs = [(f"w{i}", patterned(torch.uint8, size)) for i, size in enumerate(sizes)]
