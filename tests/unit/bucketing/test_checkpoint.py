@@ -78,8 +78,9 @@ def test_tied_weights_are_written_once_and_load_model_ties_them(tmp_path):
     assert not missing
     assert not unexpected
     assert torch.equal(fresh.head.weight, model.embed.weight)
-    specs = specs_of(file)
-    assert [(spec.name, spec.alias_of) for spec in specs] == [("embed.weight", None), ("head.weight", "embed.weight")]
+    for path in (file, str(file), tmp_path, str(tmp_path)):
+        specs = specs_of(path)
+        assert [(spec.name, spec.alias_of) for spec in specs] == [("embed.weight", None), ("head.weight", "embed.weight")]
     assert torch.equal(SafetensorsSource(file)["head.weight"], model.embed.weight)
 
 

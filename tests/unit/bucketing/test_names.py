@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from rollout_core.bucketing import (
     pack_stream,
     plan_buckets,
     specs_of,
+    stream,
     unpack,
     unpack_stream,
 )
@@ -51,6 +53,9 @@ def test_b9_names_that_are_hard_to_encode(name):
     neighbours = [("\ud83d", ONE), (name, ONE.clone()), ("\ude00", ONE.clone())]
     plan = BucketPlan.from_bytes(plan_buckets(specs_of(neighbours), 64).to_bytes())
     assert [spec.name for spec in plan.specs] == [n for n, _ in neighbours]
+    ties = {name + "'": name for name, _ in neighbours}
+    source = [*neighbours, *((name + "'", ONE) for name, _ in neighbours)]
+    assert {n for n, _ in unpack_stream(pack_stream(iter(source), 64, aliases=ties))} == {n for n, _ in source}
 
 
 DUPLICATE = "name 'w' stands at places 1 and 3 of the source; names must be unique"
@@ -356,6 +361,26 @@ def test_b11_bad_groups(groups, message):
 def test_b11_bad_groups_of_a_stream(groups, error, message):
     with pytest.raises(error, match=message):
         list(pack_stream(iter(QKV), 64, groups=groups))
+
+
+def test_b11_an_incomplete_groups_error_names_three():
+    groups = [["q", *(f"never{i}" for i in range(20))]]
+    with pytest.raises(IncompleteStreamError) as error:
+        list(pack_stream(iter(QKV), 64, groups=groups))
+    assert str(error.value) == "a group never completed: the source ended without 'never0', 'never1', 'never10'"
+
+
+def test_b15_copies_of_a_group_are_let_go_when_it_was_sent(monkeypatch):
+    copies = []
+    original = stream.own_copy
+    monkeypatch.setattr(stream, "own_copy", lambda t: copies.append(original(t)) or copies[-1])
+    pairs = [*QKV, ("more", patterned(torch.float32, 2)), ("end", patterned(torch.float32, 2))]
+    buckets = pack_stream(iter(pairs), 24, groups=[["q", "k", "v"]])
+    next(buckets)
+    next(buckets)
+    watch = [weakref.ref(copy) for copy in copies]
+    copies.clear()
+    assert [ref() for ref in watch] == [None, None]
 
 
 def test_b11_a_group_that_never_completes_lets_no_last_bucket_out():
