@@ -36,10 +36,10 @@ class MadeOfTensors(torch.Tensor):
 BAD = {
     "sparse": (lambda: torch.eye(2).to_sparse(), "tensor 'bad' has layout sparse_coo, not strided"),
     "sparse csr": (lambda: torch.eye(2).to_sparse_csr(), "tensor 'bad' has layout sparse_csr, not strided"),
-    "nested": (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "tensor 'bad' has layout nested"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "tensor 'bad' has layout nested, not strided"),
     "jagged": (
         lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
-        "tensor 'bad' has layout nested",
+        "tensor 'bad' has layout nested, not strided",
     ),
     "quantized": (lambda: torch._empty_affine_quantized([2], scale=1.0, zero_point=0, dtype=torch.qint8), "'bad' is quantized"),
     "fake": (fake, "tensor 'bad' is a FakeTensor, which holds no bytes of its own"),
