@@ -1,19 +1,18 @@
 """Mutants of a source tree: one small change each, made on the syntax tree.
 
-What is changed: comparisons (boundary and negation), conditions, operands of ``and`` and ``or``, arithmetic, numbers, bools, strings
-and bytes that are data, slice bounds, keyword arguments, min and max, any and all, sorted, types in ``isinstance`` and ``except``,
-``with`` blocks, returned values; and statements are removed.
+What is changed: comparisons (boundary and negation), conditions, operands of ``and`` and ``or``, arithmetic, numbers, bools,
+strings and bytes that are data, slice bounds, keyword arguments, min and max, any and all, sorted, types in ``isinstance`` and
+``except``, ``with`` blocks, returned values; and statements are removed.
 
-What is not, because it is not behaviour: docstrings, type annotations and aliases, ``__all__``, and ``strict=`` of zip, which asserts
-that two sequences have one length. Nor the words of messages, which tests quote; the expressions in a message are changed as any
-other.
+What is not, because it is not behaviour: docstrings, type annotations and aliases, ``__all__``, and ``strict=`` of zip, which
+asserts that two sequences have one length. Nor the words of messages, which tests quote; the expressions in a message are changed
+as any other.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -60,7 +59,7 @@ class Mutant:
     tree: ast.Module
     place: tuple[ast.AST, str, int | None]
     new: ast.AST
-    lines: range  # any test that runs one of these may see it
+    lines: range  # a test that runs one of these may see it
     key: str = ""
 
     @property
@@ -107,12 +106,17 @@ def _words(mutant: Mutant, statement: ast.AST) -> str:
         _put(mutant.place, mutant.new)
         new = _TOKENS.findall(_head(statement))
         _put(mutant.place, with_old)
-    start = len(os.path.commonprefix([old, new]))
-    end = len(os.path.commonprefix([old[start:][::-1], new[start:][::-1]]))
+    start = _shared(old, new)
+    end = _shared(old[start:][::-1], new[start:][::-1])
     before, after = "".join(old[:start]), "".join(old[len(old) - end :])
     before = before if len(before) <= _CONTEXT else f"...{before[-_CONTEXT:]}"
     after = after if len(after) <= _CONTEXT else f"{after[:_CONTEXT]}..."
     return f"{before}[{''.join(old[start : len(old) - end])} -> {''.join(new[start : len(new) - end])}]{after}"
+
+
+def _shared(one: list[str], other: list[str]) -> int:
+    """How many tokens two lists begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _head(node: ast.AST) -> str:
@@ -145,12 +149,11 @@ class _Walk:
             message = True
         inside = scope and not scope.endswith(".")  # within a function; a class alone gives a prefix
         for new in _changes(node, message):
-            first = statement.body[0].lineno if isinstance(statement, ast.FunctionDef) else statement.lineno  # defaults: its body
-            last = statement.end_lineno if isinstance(statement, ast.FunctionDef) else max(first, getattr(node, "end_lineno", first))
-            yield (
-                Mutant(self._module, scope if inside else "", self._tree, place, new, range(first, last + 1)),
-                statement,
-            )
+            if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):  # a default: whatever runs the body sees it
+                first, last = statement.body[0].lineno, statement.end_lineno
+            else:
+                first, last = statement.lineno, getattr(node, "end_lineno", statement.lineno)
+            yield Mutant(self._module, scope if inside else "", self._tree, place, new, range(first, last + 1)), statement
         below = scope
         if isinstance(node, ast.ClassDef) and not inside:
             below = f"{scope}{node.name}."

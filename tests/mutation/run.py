@@ -8,6 +8,7 @@ import (a table, a decorator, a field's default) is a fork from before the impor
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import functools
 import importlib.abc
@@ -108,6 +109,7 @@ class Watch:
     def __init__(self, note: int, seconds: dict[str, float]) -> None:
         self._note, self._seconds = note, seconds
         self.failed = False
+        self.took: dict[str, float] = defaultdict(float)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         signal.setitimer(signal.ITIMER_REAL, PATIENCE + PATIENCE_FACTOR * self._seconds.get(nodeid, 2.0))
@@ -116,6 +118,15 @@ class Watch:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.failed |= report.failed
+        self.took[report.nodeid] += report.duration
+
+
+def measure(file: Path, note: int) -> None:
+    """Run all tests without a mutant, and write the seconds of each."""
+    watch = Watch(note, {})
+    if pytest.main([*QUIET, TESTS], plugins=[watch]):
+        os._exit(1)
+    file.write_bytes(pickle.dumps(dict(watch.took)))
 
 
 def outcome(mutant: Mutant, status: int, by: str, seconds: float) -> Outcome:
@@ -147,12 +158,30 @@ class Instead(importlib.abc.MetaPathFinder):
         return spec
 
 
-def run_imported(mutant: Mutant | tuple[()], note: int) -> None:
-    signal.setitimer(signal.ITIMER_REAL, IMPORT_PATIENCE)
-    if mutant:
+class AtImport:
+    """Imports and runs everything anew for each mutant: likely killers first, then the fast tests."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._kills: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def run_all(self, mutants: list[Mutant], jobs: int) -> Iterator[Outcome]:
+        for mutant, status, by, seconds in run_all(mutants, self._run, jobs):
+            result = outcome(mutant, status, by, seconds)
+            if result.status != "survived":
+                self._kills[mutant.module][by] += 1
+            yield result
+
+    def _run(self, mutant: Mutant, note: int) -> None:
+        signal.setitimer(signal.ITIMER_REAL, IMPORT_PATIENCE)
         sys.meta_path.insert(0, Instead(mutant))
-    if pytest.main([*QUIET, TESTS], plugins=[Watch(note, {})]):
-        os._exit(1)
+        self._kills_here = self._kills[mutant.module]
+        if pytest.main([*QUIET, TESTS], plugins=[Watch(note, self._seconds), self]):
+            os._exit(1)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: (-self._kills_here[item.nodeid], self._seconds.get(item.nodeid, 0.0)))
 
 
 # ------------------------------------------------------------------------------------------------------ mutants in functions
@@ -169,29 +198,26 @@ def install(mutant: Mutant) -> None:
         function = getattr(function, inner, None) or function
     tree = mutant.apply()
     code = compile(tree, function.__code__.co_filename, "exec", dont_inherit=True)
-    for name in names:
-        code = next(const for const in code.co_consts if isinstance(const, types.CodeType) and const.co_name == name)
-    function.__code__ = code
     definition: Any = tree
     for name in names:
+        code = next(const for const in code.co_consts if isinstance(const, types.CodeType) and const.co_name == name)
         definition = next(node for node in definition.body if getattr(node, "name", None) == name)
-    values = {id(node): _value(node, function.__globals__) for node in (*definition.args.defaults, *definition.args.kw_defaults) if node}
-    function.__defaults__ = tuple(values[id(node)] for node in definition.args.defaults) or None
-    pairs = zip(definition.args.kwonlyargs, definition.args.kw_defaults, strict=True)
-    function.__kwdefaults__ = {argument.arg: values[id(node)] for argument, node in pairs if node} or None
 
+    def value(node: ast.expr) -> Any:
+        return eval(compile(ast.Expression(node), "<default>", "eval"), function.__globals__)
 
-def _value(node: Any, scope: dict[str, Any]) -> Any:
-    import ast
-
-    return eval(compile(ast.Expression(node), "<default>", "eval"), scope)
+    arguments = definition.args
+    function.__code__ = code
+    function.__defaults__ = tuple(map(value, arguments.defaults)) or None
+    named = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    function.__kwdefaults__ = {argument.arg: value(node) for argument, node in named if node} or None
 
 
 class Campaign:
     """A pytest plugin that, in the place of running the collected tests, runs them on mutants."""
 
-    def __init__(self, mutants: list[Mutant], jobs: int, note: Callable[[Outcome], None]) -> None:
-        self._mutants, self._jobs, self._note = mutants, jobs, note
+    def __init__(self, mutants: list[Mutant], jobs: int, seconds: dict[str, float], note: Callable[[Outcome], None]) -> None:
+        self._mutants, self._jobs, self._seconds, self._note = mutants, jobs, seconds, note
         self._kills: dict[str, Counter[int]] = defaultdict(Counter)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -199,10 +225,9 @@ class Campaign:
         self._hook = session.config.hook
         self._manager = session.config.pluginmanager
         with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-            files = {way: Path(folder, way.__name__) for way in (self._seconds_of_each, self._lines_of_each)}
-            if any([status for _, status, _, _ in run_all(files, lambda way, note: way(files[way], note), self._jobs)]):
-                pytest.exit("the tests fail without a mutant; run them with ROLLOUT_CORE_HYPOTHESIS=mutation", 2)
-            self._seconds, self._covering = (pickle.loads(file.read_bytes()) for file in files.values())
+            file = Path(folder, "lines")
+            list(run_all([file], self._lines_of_each, 1))
+            self._covering = pickle.loads(file.read_bytes())
         places = {item.nodeid: place for place, item in enumerate(self._items)}
         for mutant, status, written, seconds in run_all(self._mutants, self._run, self._jobs):
             result = outcome(mutant, status, written, seconds)
@@ -210,18 +235,6 @@ class Campaign:
                 self._kills[mutant.name][places.get(result.by, -1)] += 1
             self._note(result)
         return True
-
-    def _seconds_of_each(self, file: Path, note: int) -> None:
-        watch = Watch(note, {})
-        self._manager.register(watch)
-        seconds = {}
-        for item, after in self._with_next(range(len(self._items))):
-            start = time.monotonic()
-            self._hook.pytest_runtest_protocol(item=item, nextitem=after)
-            seconds[item.nodeid] = time.monotonic() - start
-        if watch.failed:
-            os._exit(1)
-        file.write_bytes(pickle.dumps(seconds))
 
     def _lines_of_each(self, file: Path, note: int) -> None:
         """Which tests run each line of each module. A test that measures memory may fail here: it finds that of the recorder."""
@@ -234,11 +247,11 @@ class Campaign:
         recorder.stop()
         data = recorder.get_data()
         places = {item.nodeid: place for place, item in enumerate(self._items)}
-        covering = {
-            name: {line: {places[test] for test in tests if test} for line, tests in data.contexts_by_lineno(module.__file__).items()}
-            for name, module in sys.modules.items()
-            if name.startswith(PACKAGE)
-        }
+        covering = {}
+        for name, module in sys.modules.items():
+            if name.startswith(PACKAGE):
+                lines = data.contexts_by_lineno(module.__file__)
+                covering[name] = {line: {places[test] for test in tests if test} for line, tests in lines.items()}
         file.write_bytes(pickle.dumps(covering))
 
     def _run(self, mutant: Mutant, note: int) -> None:
@@ -305,16 +318,21 @@ def main() -> int:
             with options.report.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    import torch  # once, for every mutant
+    import safetensors.torch  # noqa: F401  # what takes long to import is imported once, for every mutant
+    import torch
+    import torch.distributed.tensor
 
     torch.set_num_threads(1)
-    at_import = [mutant for mutant in chosen if not mutant.scope]
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        file = Path(folder, "seconds")
+        ((_, status, _, _),) = run_all([file], measure, 1)
+        if status:
+            sys.exit("the tests fail without a mutant; run them with ROLLOUT_CORE_HYPOTHESIS=mutation")
+        took = pickle.loads(file.read_bytes())
+    for result in AtImport(took).run_all([mutant for mutant in chosen if not mutant.scope], options.jobs):
+        note(result)
     inside = [mutant for mutant in chosen if mutant.scope]
-    if at_import and any(status for _, status, _, _ in run_all([()], run_imported, 1)):
-        sys.exit("the tests fail without a mutant; run them with ROLLOUT_CORE_HYPOTHESIS=mutation")
-    for mutant, status, written, seconds in run_all(at_import, run_imported, options.jobs):
-        note(outcome(mutant, status, written, seconds))
-    if inside and pytest.main([*QUIET, TESTS], plugins=[Campaign(inside, options.jobs, note)]) not in (0, 5):
+    if inside and pytest.main([*QUIET, TESTS], plugins=[Campaign(inside, options.jobs, took, note)]) not in (0, 5):
         return 2
     return verdict(results, {mutant.key for mutant in every}, explained, time.monotonic() - began)
 
@@ -327,11 +345,11 @@ def verdict(results: list[Outcome], every: set[str], explained: dict[str, str], 
     unexplained = sorted(survivors - explained.keys())
     stale = sorted(explained.keys() - every) + sorted(dead & explained.keys())
     print(
-        f"{len(results)} mutants: {count['killed']} killed by a test, {count['timeout']} by a timeout, {count['crash']} by a crash; "
-        f"{len(survivors)} survived, {len(survivors) - len(unexplained)} of them explained; {score:.2%} killed; {seconds:.0f} s"
+        f"{len(results)} mutants: killed by tests {count['killed']}, by timeouts {count['timeout']}, by crashes {count['crash']}; "
+        f"survived {len(survivors)}, {len(survivors) - len(unexplained)} of them explained; {score:.2%} killed; {seconds:.0f} s"
     )
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "pytest", "hypothesis", "coverage", "numpy", "msgspec")}
-    print("Python", sys.version.split()[0], *(f"{name} {version}" for name, version in versions.items()))
+    tools = ("torch", "numpy", "msgspec", "pytest", "hypothesis", "coverage")
+    print("Python", sys.version.split()[0], *(f"{name} {importlib.metadata.version(name)}" for name in tools))
     for key in unexplained:
         print(f"not killed and not in {EXPLAINED.name}: {key}")
     for key in stale:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from rollout_core.bucketing import TensorSpec, iter_buckets, pack, pack_stream, plan_buckets, specs_of
 from rollout_core.errors import CapacityError, SourceError
+from support.tensors import DTYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch calls some of these layouts a prototype
 
@@ -111,6 +114,23 @@ def test_a_spec_knows_its_sizes():
     spec = TensorSpec("w", torch.bfloat16, (3, 0, 5))
     assert (spec.numel, spec.nbytes, str(spec)) == (0, 0, "bf16[3, 0, 5]")
     assert TensorSpec("w", torch.float64, ()).nbytes == 8
+
+
+SHORT = [(r"bfloat", "bf"), (r"^float", "f"), (r"^complex", "c"), (r"^uint", "u"), (r"^int", "i"), (r"f8_e(\dm\d)fn$", r"f8e\1")]
+SHORT += [
+    (r"f8_e(\dm\d)(fnuz)$", r"f8e\1\2"),
+    (r"f8_e(5m2)$", r"f8e\1"),
+    (r"f8_e8m0fnu$", "f8e8m0"),
+    (r"f4_e2m1fn_x2$", "f4e2m1x2"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_messages_call_every_dtype_by_its_short_name(dtype):
+    expected = str(dtype).removeprefix("torch.")
+    for pattern, short in SHORT:
+        expected = re.sub(pattern, short, expected)
+    assert str(TensorSpec("w", dtype, (2,))) == f"{expected}[2]"
 
 
 def test_plan_buckets_wants_specs():

@@ -51,7 +51,7 @@ def test_b15_two_buckets_in_flight_use_the_memory_of_two():
         before = None
         for bucket in packer.pack(pairs):
             used.add(bucket.buffer.data_ptr())
-            before = bucket  # noqa: F841 - keeps the last one while the next is packed
+            before = bucket  # keeps the last one while the next is packed
         del before, bucket
     assert len(used) == 2
 
@@ -78,7 +78,10 @@ def test_a_buffer_elsewhere_is_bytes():
     ("returned", "message"),
     [
         (lambda n: placed_at(1, n), "does not start at a multiple of 16 bytes"),
-        (lambda n: placed_at(15, n, skip=1), "does not start at a multiple of 16 bytes"),  # its own address would do, its offset not
+        (
+            lambda n: placed_at(15, n, skip=1),
+            "does not start at a multiple of 16 bytes",
+        ),  # its own address would do, its offset not
         (lambda n: torch.empty(n, dtype=torch.int8), r"allocate\(12\) returned torch.int8 of shape \[12\]"),
         (lambda n: torch.empty(n, 1, dtype=torch.uint8), r"allocate\(12\) returned torch.uint8 of shape \[12, 1\]"),
     ],

@@ -26,7 +26,7 @@ from rollout_core.bucketing import (
 from rollout_core.bucketing.checkpoint import _TO_FORMAT
 from rollout_core.errors import DuplicateNameError, IncompleteStreamError, IntegrityError, SourceError
 from support.oracle import picture
-from support.tensors import named, odd_inputs, patterned
+from support.tensors import DTYPES, named, odd_inputs, patterned
 
 ODD = [(name, tensor) for name, tensor in odd_inputs().items() if tensor.dtype in _TO_FORMAT and name != "tied"]
 
@@ -59,6 +59,24 @@ def test_any_update_reads_back(tmp_path_factory, pairs, capacity):
         assert {n: r for n, *r in picture(unpack(plan, pack(plan, source)))} == expected
     assert {n: r for n, *r in picture(unpack_stream(pack_stream(file, 64)))} == expected
     assert {n: r for n, *r in picture(p for b in iter_buckets(file, 64) for p in b)} == expected
+
+
+def writable(dtype: torch.dtype) -> bool:
+    """Whether the plain library writes this dtype, one element of it a byte or more."""
+    try:
+        safetensors.torch.save({"w": patterned(dtype, 2)})
+    except Exception:  # it raises many kinds
+        return False
+    return dtype not in (torch.float4_e2m1fn_x2,)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if writable(dtype)], ids=str)
+def test_every_dtype_that_the_plain_library_writes_is_written_alike(tmp_path, dtype):
+    pairs = [("w", patterned(dtype, 2, 3))]
+    save(pairs, tmp_path / "ours.safetensors")
+    safetensors.torch.save_file(dict(pairs), tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert header_of(tmp_path / "ours.safetensors") == header_of(tmp_path / "theirs.safetensors")
+    assert picture(SafetensorsSource(tmp_path / "theirs.safetensors").items()) == picture(pairs)
 
 
 class Tied(torch.nn.Module):

@@ -99,7 +99,11 @@ def test_b1_neighbours_that_no_concatenation_can_write(pool):
     pairs += [(f"rows of nothing{i}", torch.empty(3, 0)) for i in range(40)]
     pairs += [(f"full{i}", patterned(torch.float32, 2, 3, seed=i)) for i in range(40)]
     pairs += [(f"scalar after{i}", patterned(torch.float32, 1, seed=i)[0]) for i in range(3)]
-    pairs += [("vector", patterned(torch.float32, 5)), ("scalar again", patterned(torch.float32, 1)[0]), ("nothing", torch.empty(0))]
+    pairs += [
+        ("vector", patterned(torch.float32, 5)),
+        ("scalar again", patterned(torch.float32, 1)[0]),
+        ("nothing", torch.empty(0)),
+    ]
     for source in (pairs, pairs[::-1]):
         plan = plan_buckets(specs_of(source), 1 << 20)
         assert picture(unpack(plan, Packer(plan, executor=pool).pack(source))) == picture(source)

@@ -108,10 +108,18 @@ def test_b2_a_streams_buckets_are_those_of_the_plan(data):
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({}, [3, 8, 4, 5]), ({"oversize": "own"}, [3, 9, 8]), ({"align": 4}, [3, 8, 7, 5]), ({"oversize": "own", "align": 4}, [3, 9, 3, 5])],
+    [
+        ({}, [3, 8, 4, 5]),
+        ({"oversize": "own"}, [3, 9, 8]),
+        ({"align": 4}, [3, 8, 7, 5]),
+        ({"oversize": "own", "align": 4}, [3, 9, 3, 5]),
+    ],
 )
 def test_b2_a_streams_buckets_follow_its_options(options, expected):
-    pairs = [(f"w{size}", patterned(torch.uint8, size)) for size in (3, 9)] + [("x", patterned(torch.uint8, 3)), ("y", torch.ones(5).bool())]
+    pairs = [(f"w{size}", patterned(torch.uint8, size)) for size in (3, 9)] + [
+        ("x", patterned(torch.uint8, 3)),
+        ("y", torch.ones(5).bool()),
+    ]
     assert [bucket.nbytes for bucket in pack_stream(iter(pairs), 8, **options)] == expected
     with pytest.raises(CapacityError, match="is larger than the capacity of 8 bytes"):
         list(pack_stream(iter(pairs), 8, oversize="error"))
@@ -175,6 +183,11 @@ def test_b2_error_policy_names_the_tensor():
 def test_b2_a_capacity_in_the_wrong_unit_is_refused_and_not_planned():
     with pytest.raises(CapacityError, match="would be split into 10000000 pieces"):
         plan_buckets([TensorSpec("big", torch.uint8, (10_000_000,))], 1)
+
+
+def test_b2_more_pieces_than_four_million_are_refused():
+    with pytest.raises(CapacityError, match="would be split into 4194305 pieces by a capacity of 1 bytes"):
+        plan_buckets([TensorSpec("big", torch.uint8, ((1 << 22) + 1,))], 1)
 
 
 def test_b2_pieces_up_to_the_bound_are_planned(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -356,6 +357,7 @@ def peak(data: bytes, **bounds) -> int:
     return used
 
 
+@functools.cache
 def bombs() -> dict[str, bytes]:
     fields = body_fields(example().to_bytes())
     zeros = bytes(50 << 20)

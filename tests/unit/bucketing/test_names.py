@@ -329,7 +329,9 @@ def test_b11_a_long_groups_error_stays_short():
         plan_buckets(specs, 100, groups=[[spec.name for spec in specs]])
 
 
-@pytest.mark.parametrize(("count", "words"), [(3, "'t0', 't1', 't2'"), (4, "'t0', 't1', 't2', 't3'"), (5, "'t0', 't1', 't2', 't3', ...")])
+@pytest.mark.parametrize(
+    ("count", "words"), [(3, "'t0', 't1', 't2'"), (4, "'t0', 't1', 't2', 't3'"), (5, "'t0', 't1', 't2', 't3', ...")]
+)
 def test_b11_a_groups_error_names_four(count, words):
     specs = [TensorSpec(f"t{i}", torch.uint8, (2,)) for i in range(count)]
     with pytest.raises(CapacityError, match=rf"the group \({words}\) needs {2 * count} bytes"):

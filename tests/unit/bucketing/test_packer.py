@@ -211,6 +211,8 @@ def test_b15_a_tied_tensor_is_let_go_when_it_has_been_compared(kind):
             yield name, tensor
             del tensor
 
-    buckets = pack(tied_plan(*names[1:]), source()) if kind == "plan" else pack_stream(source(), 64, aliases=dict.fromkeys("bcd", "a"))
+    buckets = (
+        pack(tied_plan(*names[1:]), source()) if kind == "plan" else pack_stream(source(), 64, aliases=dict.fromkeys("bcd", "a"))
+    )
     assert len(list(buckets)) == 1
     assert peak == [1, 1, 1, 1]

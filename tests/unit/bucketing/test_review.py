@@ -101,7 +101,13 @@ NONE, FOUR = TensorSpec("none", U8, (0,)), [TensorSpec(name, U8, (4,)) for name 
     ],
     ids=[
         *("two pieces in a bucket", "short piece", "interleaved", "order", "packed order", "error policy", "own policy"),
-        *("own policy, full pieces", "full piece not alone", "order in a bucket", "packed, two interleaved", "packed, the last two"),
+        *(
+            "own policy, full pieces",
+            "full piece not alone",
+            "order in a bucket",
+            "packed, two interleaved",
+            "packed, the last two",
+        ),
         *("packed, one byte wider", "own policy, two tensors"),
     ],
 )

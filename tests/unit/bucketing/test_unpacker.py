@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rollout_core.bucketing import (
+    Options,
     StreamUnpacker,
     TensorSpec,
     Unpacker,
@@ -65,6 +66,42 @@ def test_b13_digests_are_checked_unless_that_is_switched_off(kind):
     assert len(list(receive([bucket], verify=False))) == 2
 
 
+def test_a_bucket_is_equal_to_itself_alone_and_never_changes():
+    """Comparing bytes by accident would cost a model's worth of time, and tensors have no one answer to ==."""
+    for bucket in (*pack(PLAN, PAIRS), *pack_stream(PAIRS, 32)):
+        same = dataclasses.replace(bucket)
+        assert bucket == bucket
+        assert bucket != same
+        assert len({bucket, same}) == 2
+        assert not hasattr(bucket, "__dict__")
+        for field in dataclasses.fields(bucket):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(bucket, field.name, getattr(bucket, field.name))
+        with pytest.raises(TypeError, match="positional"):
+            type(bucket)(*(getattr(bucket, field.name) for field in dataclasses.fields(bucket)))
+
+
+@pytest.mark.parametrize("part", ["specs", "options", "groups", "buckets"])
+def test_b6_a_plan_never_changes(part):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(PLAN, part, getattr(PLAN, part))
+
+
+@pytest.mark.parametrize(
+    ("thing", "field"),
+    [(PLAN.specs[0], "shape"), (PLAN.options, "capacity"), (PLAN.buckets[0], "nbytes"), (PLAN.buckets[0].slots[0], "offset")],
+    ids=["spec", "options", "layout", "slot"],
+)
+def test_b6_what_a_plan_is_made_of_never_changes(thing, field):
+    with pytest.raises(AttributeError, match="immutable"):
+        setattr(thing, field, getattr(thing, field))
+
+
+def test_options_are_given_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        Options(64, "split")
+
+
 @pytest.mark.parametrize("kind", ["plan", "stream"])
 def test_b13_the_right_bytes_under_another_dtype_are_refused(kind):
     receiver, (bucket,) = (Unpacker(PLAN), pack(PLAN, PAIRS)) if kind == "plan" else (StreamUnpacker(), pack_stream(PAIRS, 32))
@@ -83,7 +120,9 @@ def test_b13_the_right_bytes_in_another_shape_are_refused(kind, verify):
     )
     longer = torch.cat([bucket.buffer, bucket.buffer])
     for wrong in (bucket.buffer.view(8, 4), bucket.buffer.view(1, 32), longer, bucket.buffer[:31], longer[::2]):
-        with pytest.raises(IntegrityError, match=r"bucket 0 has a buffer of torch.uint8 with shape .*; its layout is 32 contiguous"):
+        with pytest.raises(
+            IntegrityError, match=r"bucket 0 has a buffer of torch.uint8 with shape .*; its layout is 32 contiguous"
+        ):
             receiver.feed(dataclasses.replace(bucket, buffer=wrong))
     assert len(receiver.feed(bucket)) == 2
 
@@ -141,7 +180,12 @@ def test_b1_strides_are_those_of_a_new_tensor(shape):
 
 @pytest.mark.parametrize(
     ("count", "words"),
-    [(1, "1 tensors: 'w0'"), (3, "3 tensors: 'w0', 'w1', 'w2'"), (4, "4 tensors: 'w0', 'w1', 'w2', ..."), (9, "9 tensors: 'w0', 'w1', 'w2', ...")],
+    [
+        (1, "1 tensors: 'w0'"),
+        (3, "3 tensors: 'w0', 'w1', 'w2'"),
+        (4, "4 tensors: 'w0', 'w1', 'w2', ..."),
+        (9, "9 tensors: 'w0', 'w1', 'w2', ..."),
+    ],
 )
 def test_b12_what_is_missing_is_counted_and_three_are_named(count, words):
     plan = plan_buckets([TensorSpec(f"w{i}", U8, (8,)) for i in range(count)], 8)
