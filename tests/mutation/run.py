@@ -285,6 +285,7 @@ def main() -> int:
     parser.add_argument("--kind", choices=["import", "function"], help="only mutants that act at import, or those inside functions")
     parser.add_argument("--sample", type=int, help="only so many mutants, drawn with --seed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--survivors-of", type=Path, metavar="REPORT", help="only those that survived there or are not in it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time (default: one per core)")
     parser.add_argument("--list", action="store_true", help="name the mutants and run none")
     parser.add_argument("--report", type=Path, help="write every mutant's outcome there, as JSON lines")
@@ -298,6 +299,10 @@ def main() -> int:
     chosen = [m for m in every if options.match in m.key and (not options.module or m.module.rpartition(".")[2] in options.module)]
     if options.kind:
         chosen = [mutant for mutant in chosen if bool(mutant.scope) == (options.kind == "function")]
+    if options.survivors_of:
+        outcomes = map(json.loads, options.survivors_of.read_text().splitlines())
+        dead = {entry["key"] for entry in outcomes if entry["status"] != "survived"}
+        chosen = [mutant for mutant in chosen if mutant.key not in dead]
     if options.sample is not None:
         chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
     if options.list:

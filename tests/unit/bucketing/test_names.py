@@ -330,7 +330,8 @@ def test_b11_a_long_groups_error_stays_short():
 
 
 @pytest.mark.parametrize(
-    ("count", "words"), [(3, "'t0', 't1', 't2'"), (4, "'t0', 't1', 't2', 't3'"), (5, "'t0', 't1', 't2', 't3', ...")]
+    ("count", "words"),
+    [(2, "'t0', 't1'"), (3, "'t0', 't1', 't2'"), (4, "'t0', 't1', 't2', 't3'"), (5, "'t0', 't1', 't2', 't3', ...")],
 )
 def test_b11_a_groups_error_names_four(count, words):
     specs = [TensorSpec(f"t{i}", torch.uint8, (2,)) for i in range(count)]
