@@ -16,7 +16,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 _COMPARE: dict[type, tuple[type, ...]] = {
@@ -65,6 +65,10 @@ class Mutant:
     @property
     def name(self) -> str:
         return f"{self.module.rpartition('.')[2]}.{self.scope}" if self.scope else self.module.rpartition(".")[2]
+
+    def unchanged(self) -> Mutant:
+        """A mutant without a change: it has to survive, or the machinery kills and not the tests."""
+        return replace(self, new=_at(self.place), key="")
 
     def apply(self) -> ast.Module:
         """The changed tree. There is no way back: call it in a process of its own."""

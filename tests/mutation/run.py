@@ -51,6 +51,7 @@ MINIMUM = 0.95
 #: Seconds for one test: a constant for a busy machine, and a multiple of what the test takes without a mutant.
 PATIENCE, PATIENCE_FACTOR, IMPORT_PATIENCE = 5.0, 10.0, 60.0
 MEMORY = 6 << 30  # bytes that a mutant may map more than its parent: an absurd size fails, and does not fill the machine
+BROKEN = 70  # exit status of a process that could not make its mutant: no kill
 QUIET = ("-q", "-x", "-s", "--tb=no", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0")
 
 
@@ -121,6 +122,13 @@ class Watch:
         self.took[report.nodeid] += report.duration
 
 
+def must_survive(mutants: list[Mutant], work: Callable[[Mutant, int], None]) -> None:
+    """Stop unless all tests pass, in another order too, on a mutant that changes nothing."""
+    for _, status, by, _ in run_all([mutant.unchanged() for mutant in mutants], work, 1):
+        if status:
+            raise SystemExit(f"the tests fail without a mutant ({by}); run them with ROLLOUT_CORE_HYPOTHESIS=mutation")
+
+
 def measure(file: Path, note: int) -> None:
     """Run all tests without a mutant, and write the seconds of each."""
     watch = Watch(note, {})
@@ -130,6 +138,8 @@ def measure(file: Path, note: int) -> None:
 
 
 def outcome(mutant: Mutant, status: int, by: str, seconds: float) -> Outcome:
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == BROKEN:
+        raise SystemExit(f"this mutant could not be made: {mutant.key}")
     if os.WIFSIGNALED(status):
         return Outcome(mutant, "timeout" if os.WTERMSIG(status) == signal.SIGALRM else "crash", by, seconds)
     return Outcome(mutant, "killed" if os.WEXITSTATUS(status) else "survived", by, seconds)
@@ -166,6 +176,7 @@ class AtImport:
         self._kills: dict[str, Counter[str]] = defaultdict(Counter)
 
     def run_all(self, mutants: list[Mutant], jobs: int) -> Iterator[Outcome]:
+        must_survive(mutants[:1], self._run)
         for mutant, status, by, seconds in run_all(mutants, self._run, jobs):
             result = outcome(mutant, status, by, seconds)
             if result.status != "survived":
@@ -228,6 +239,7 @@ class Campaign:
             file = Path(folder, "lines")
             list(run_all([file], self._lines_of_each, 1))
             self._covering = pickle.loads(file.read_bytes())
+        must_survive(self._mutants[:1], self._run)
         places = {item.nodeid: place for place, item in enumerate(self._items)}
         for mutant, status, written, seconds in run_all(self._mutants, self._run, self._jobs):
             result = outcome(mutant, status, written, seconds)
@@ -257,7 +269,10 @@ class Campaign:
     def _run(self, mutant: Mutant, note: int) -> None:
         watch = Watch(note, self._seconds)
         self._manager.register(watch)
-        install(mutant)
+        try:
+            install(mutant)
+        except Exception:
+            os._exit(BROKEN)
         for item, after in self._with_next(self._order(mutant)):
             self._hook.pytest_runtest_protocol(item=item, nextitem=after)
             if watch.failed:
@@ -266,7 +281,7 @@ class Campaign:
     def _order(self, mutant: Mutant) -> list[int]:
         """The tests that cover the mutant: first those that killed its neighbours, then the fast ones."""
         covering = self._covering[mutant.module]
-        tests = set().union(*(covering.get(line, ()) for line in mutant.lines))
+        tests = set().union(*(covering.get(line, ()) for line in mutant.lines)) if mutant.key else range(len(self._items))
         kills = self._kills[mutant.name]
         return sorted(tests, key=lambda place: (-kills[place], self._seconds[self._items[place].nodeid]))
 
@@ -330,9 +345,9 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         file = Path(folder, "seconds")
-        ((_, status, _, _),) = run_all([file], measure, 1)
+        ((_, status, by, _),) = run_all([file], measure, 1)
         if status:
-            sys.exit("the tests fail without a mutant; run them with ROLLOUT_CORE_HYPOTHESIS=mutation")
+            raise SystemExit(f"the tests fail without a mutant ({by}); run them with ROLLOUT_CORE_HYPOTHESIS=mutation")
         took = pickle.loads(file.read_bytes())
     for result in AtImport(took).run_all([mutant for mutant in chosen if not mutant.scope], options.jobs):
         note(result)
