@@ -303,6 +303,7 @@ def main() -> int:
     parser.add_argument("--survivors-of", type=Path, metavar="REPORT", help="only those that survived there or are not in it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time (default: one per core)")
     parser.add_argument("--list", action="store_true", help="name the mutants and run none")
+    parser.add_argument("--explained", action="store_true", help="print equivalent.toml as docs/mutation.md has it, and run none")
     parser.add_argument("--report", type=Path, help="write every mutant's outcome there, as JSON lines")
     options = parser.parse_args()
     os.chdir(ROOT)
@@ -310,7 +311,8 @@ def main() -> int:
     # find_spec of the parent package only: importing bucketing here would be before the mutants that act at import.
     folder = Path(importlib.util.find_spec("rollout_core").submodule_search_locations[0], "bucketing")
     every = [mutant for path in sorted(folder.glob("*.py")) for mutant in mutants_of(f"{PACKAGE}.{path.stem}", path)]
-    explained = {entry["mutant"]: entry["reason"] for entry in tomllib.loads(EXPLAINED.read_text()).get("equivalent", [])}
+    entries = tomllib.loads(EXPLAINED.read_text()).get("equivalent", [])
+    explained = {key for entry in entries for key in entry["mutants"]}
     chosen = [m for m in every if options.match in m.key and (not options.module or m.module.rpartition(".")[2] in options.module)]
     if options.kind:
         chosen = [mutant for mutant in chosen if bool(mutant.scope) == (options.kind == "function")]
@@ -320,6 +322,10 @@ def main() -> int:
         chosen = [mutant for mutant in chosen if mutant.key not in dead]
     if options.sample is not None:
         chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
+    if options.explained:
+        for entry in entries:
+            print(f"\n{entry['reason']}\n", "```text", *entry["mutants"], "```", sep="\n")
+        return 0
     if options.list:
         print(*(mutant.key for mutant in chosen), sep="\n")
         return 0
@@ -357,13 +363,13 @@ def main() -> int:
     return verdict(results, {mutant.key for mutant in every}, explained, time.monotonic() - began)
 
 
-def verdict(results: list[Outcome], every: set[str], explained: dict[str, str], seconds: float) -> int:
+def verdict(results: list[Outcome], every: set[str], explained: set[str], seconds: float) -> int:
     count = Counter(result.status for result in results)
     survivors = {result.mutant.key for result in results if result.status == "survived"}
     dead = {result.mutant.key for result in results} - survivors
     score = 1 - len(survivors) / max(len(results), 1)
-    unexplained = sorted(survivors - explained.keys())
-    stale = sorted(explained.keys() - every) + sorted(dead & explained.keys())
+    unexplained = sorted(survivors - explained)
+    stale = sorted(explained - every) + sorted(dead & explained)
     print(
         f"{len(results)} mutants: killed by tests {count['killed']}, by timeouts {count['timeout']}, by crashes {count['crash']}; "
         f"survived {len(survivors)}, {len(survivors) - len(unexplained)} of them explained; {score:.2%} killed; {seconds:.0f} s"
