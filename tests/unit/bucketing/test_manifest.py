@@ -330,6 +330,9 @@ def test_b14_trailing_bytes_inside():
     body = msgspec.msgpack.encode([fields[name] for name in FIELDS])
     with pytest.raises(ManifestError, match="2 bytes follow its body"):
         BucketPlan.from_bytes(rebuild(fields, body=zlib.compress(body) + b"xx"))
+    more = msgspec.msgpack.encode([*(fields[name] for name in FIELDS), 0])
+    with pytest.raises(ManifestError, match="Expected `array` of at most length 18, got 19"):
+        BucketPlan.from_bytes(rebuild(fields, body=zlib.compress(more), raw_nbytes=len(more)))
     longer = body + b"\0"
     with pytest.raises(ManifestError):
         BucketPlan.from_bytes(rebuild(fields, body=zlib.compress(longer), raw_nbytes=len(longer)))
