@@ -47,6 +47,7 @@ LIES = [
     (header(index=3), "it is of bucket 3, and came with bucket 0"),
     (header(align=3), "align is 3; it is a power of two"),
     (header(extra=1), "Expected `array` of at most length 6"),
+    (header((*W, 0)), "Expected `array` of at most length 5, got 6"),
     (header(([], "float32", [2], 0, 8)), "a slot has no name"),
     (header(([b""], "float32", [2], 0, 8)), "names are non-empty str"),
     (header(([b"\xff"], "float32", [2], 0, 8)), "codec can't decode"),
