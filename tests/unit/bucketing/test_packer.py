@@ -95,6 +95,11 @@ def test_async_streams_take_the_same_layout_options(make):
     assert sizes(aliases=ties, groups=[["a", "c"]]) == [8, 7]
 
 
+def test_options_that_are_not_given():
+    assert Options(capacity=8) == Options(capacity=8, oversize="split", order="given", align=1)
+    assert Options(capacity=8) == plan_buckets([], 8).options
+
+
 def test_the_largest_options_there_are():
     assert Options(capacity=2**63 - 1, align=1 << 20).align == 1 << 20
     plan = plan_buckets(specs_of(PAIRS), 2**63 - 1, align=1 << 20)
