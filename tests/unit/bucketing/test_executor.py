@@ -97,7 +97,9 @@ def test_b1_neighbours_that_no_concatenation_can_write(pool):
     pairs = [(f"scalar{i}", patterned(torch.float32, 1, seed=i)[0]) for i in range(40)]
     pairs += [(f"empty{i}", torch.empty(0, 3)) for i in range(40)]
     pairs += [(f"rows of nothing{i}", torch.empty(3, 0)) for i in range(40)]
+    pairs += [(f"empty again{i}", torch.empty(0, 3)) for i in range(2)]
     pairs += [(f"full{i}", patterned(torch.float32, 2, 3, seed=i)) for i in range(40)]
+    pairs += [(f"empty after{i}", torch.empty(0, 3)) for i in range(2)]
     pairs += [(f"scalar after{i}", patterned(torch.float32, 1, seed=i)[0]) for i in range(3)]
     pairs += [
         ("vector", patterned(torch.float32, 5)),
