@@ -241,11 +241,11 @@ def test_b15_buckets_of_all_sizes_use_the_memory_of_the_largest():
 
 
 class Watched:
-    """A source that makes its tensors when asked and counts those alive."""
+    """A source that makes its tensors when asked and counts the bytes of those whose memory is alive, whoever looks at it."""
 
     def __init__(self, sizes):
         self.sizes = sizes
-        self.alive = weakref.WeakSet()
+        self.memory = []
         self.made = 0
         self.peak = 0
         self.closed = False
@@ -253,14 +253,19 @@ class Watched:
     def __iter__(self):
         try:
             for i, size in enumerate(self.sizes):
-                tensor = patterned(torch.uint8, size, seed=i)
-                self.alive.add(tensor)
+                array = patterned(torch.uint8, size, seed=i).numpy().copy()
+                self.memory.append(weakref.ref(array))
+                tensor = torch.from_numpy(array)
+                del array  # torch keeps it as long as anything is in its memory
                 self.made += 1
-                self.peak = max(self.peak, sum(t.numel() for t in self.alive))
+                self.peak = max(self.peak, self.held())
                 yield f"w{i}", tensor
                 del tensor
         finally:
             self.closed = True
+
+    def held(self) -> int:
+        return sum(array.nbytes for ref in self.memory if (array := ref()) is not None)
 
 
 @pytest.mark.parametrize("order", ["given", "packed"])
@@ -275,8 +280,7 @@ def test_b15_a_generators_tensors_are_let_go_one_by_one(kind, order):
         "lists": lambda: iter_buckets(iter(source), 100),
     }[kind]()
     for bucket in buckets:
-        held = sum(t.numel() for t in source.alive)
-        assert held <= max(sizes), "one tensor at a time, and between buckets no more than the next"
+        assert source.held() <= max(sizes), "one tensor at a time, and between buckets no more than the next"
         del bucket
     assert source.peak == max(sizes), "when the next is made the last is gone"
     assert source.closed
