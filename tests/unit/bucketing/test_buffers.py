@@ -8,8 +8,10 @@ import pytest
 import torch
 import xxhash
 
-from rollout_core.bucketing import Packer, Unpacker, pack, plan_buckets, specs_of, unpack
+from rollout_core.bucketing import Packer, Slot, TensorSpec, Unpacker, pack, plan_buckets, specs_of, unpack
 from rollout_core.bucketing.buffers import BufferPool
+from rollout_core.bucketing.tensors import own_copy
+from rollout_core.bucketing.unpacker import join_piece
 from rollout_core.errors import IntegrityError
 from support.oracle import bytes_of, picture
 from support.tensors import patterned, placed_at
@@ -70,8 +72,15 @@ def test_b15_idle_buffers_that_are_too_small_are_let_go():
     assert exact.shape == (64,)
 
 
-def test_a_buffer_elsewhere_is_bytes():
-    assert BufferPool().take(8, torch.device("meta")).dtype is torch.uint8
+def test_memory_is_made_where_the_bytes_are():
+    """Seen on the meta device, which is the other one that every machine has."""
+    elsewhere = BufferPool().take(8, torch.device("meta"))
+    assert elsewhere.dtype is torch.uint8
+    assert own_copy(torch.empty(3, device="meta")).device.type == "meta"
+    slot = Slot(TensorSpec("w", torch.uint8, (9,)), 0, 8)
+    joins = {}
+    assert join_piece(joins, slot, elsewhere) is None
+    assert joins["w"].device.type == "meta"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -93,6 +94,13 @@ def test_async_streams_take_the_same_layout_options(make):
     assert sizes(aliases=ties, oversize="own") == [3, 9, 3]
     assert sizes(aliases=ties, align=4) == [3, 8, 7]
     assert sizes(aliases=ties, groups=[["a", "c"]]) == [8, 7]
+
+
+def test_an_executor_serves_small_models_too():
+    """Of which no job is worth its making."""
+    with ThreadPoolExecutor(2) as pool:
+        packer = Packer(plan_buckets(specs_of(PAIRS), 64), executor=pool)
+        assert picture(unpack(packer.plan, packer.pack(PAIRS))) == picture(PAIRS)
 
 
 def test_options_that_are_not_given():
