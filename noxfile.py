@@ -110,6 +110,13 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session
+def mutation(session: nox.Session) -> None:
+    """Mutants of bucketing against its unit tests: all, or `nox -s mutation -- --sample 200`, or `-- --module plan`."""
+    install(session, "test", extras="[hf,testing]")
+    session.run("python", "tests/mutation/run.py", *session.posargs, env=QUIET)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Planning and packing beside their baselines."""
     install(session, extras="[cli]")

@@ -1,10 +1,21 @@
 import os
 
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile("unit", deadline=None, max_examples=60, print_blob=True)
 settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)
+# Mutation testing: the same few examples for every mutant, no time lost on shrinking, and no mutant killed by slow input alone.
+settings.register_profile(
+    "mutation",
+    deadline=None,
+    max_examples=30,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
 settings.load_profile(os.environ.get("ROLLOUT_CORE_HYPOTHESIS", "unit"))
 
 # The suites share a small machine with each other, and tiny tensors gain nothing from threads.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
@@ -23,6 +24,13 @@ def patterned(dtype: torch.dtype, *shape: int, seed: int = 1) -> torch.Tensor:
     """A tensor whose bytes all differ from their neighbours: a misplaced range cannot pass for the right one."""
     count = math.prod(shape) * dtype.itemsize
     return from_bytes(bytes((seed + 7 * i + i // 256) % 251 for i in range(count)), dtype, shape)
+
+
+def placed_at(address: int, nbytes: int, skip: int = 0) -> torch.Tensor:
+    """Bytes whose storage starts ``address`` bytes past a cache line, and which start ``skip`` bytes into it."""
+    raw = np.empty(nbytes + skip + 128, dtype=np.uint8)
+    start = -raw.ctypes.data % 64 + address
+    return torch.from_numpy(raw[start : start + nbytes + skip])[skip:]
 
 
 KINDS = (

@@ -61,11 +61,7 @@ def _aligned(nbytes: int) -> np.ndarray[Any, Any]:
     return raw[start : start + nbytes]
 
 
-def _gone() -> weakref.ref[np.ndarray[Any, Any]]:
-    return weakref.ref(np.empty(0))
-
-
-_GONE: Final = _gone()
+_GONE: Final[weakref.ref[np.ndarray[Any, Any]]] = weakref.ref(np.empty(0))
 
 
 def check_buffer(buffer: torch.Tensor, nbytes: int) -> torch.Tensor:
@@ -76,6 +72,6 @@ def check_buffer(buffer: torch.Tensor, nbytes: int) -> torch.Tensor:
             f"allocate({nbytes}) returned {buffer.dtype} of shape {list(buffer.shape)}; "
             f"it returns a contiguous 1-d torch.uint8 tensor of {nbytes} elements"
         )
-    if buffer.storage_offset() % 16 or (buffer.device.type == "cpu" and nbytes and buffer.data_ptr() % 16):
+    if buffer.storage_offset() % 16 or buffer.data_ptr() % 16:
         raise ValueError(f"allocate({nbytes}) returned memory that does not start at a multiple of 16 bytes")
     return buffer

@@ -163,7 +163,7 @@ class SafetensorsSource(Mapping[str, torch.Tensor]):
                 names = list(file.offset_keys())
                 tied: dict[str, list[str]] = {}
                 for name, root in (file.metadata() or {}).items():
-                    if root in names and name not in names and name != "format":
+                    if name not in names and name != "format":
                         tied.setdefault(root, []).append(name)
                 if wanted is not None:
                     missing = sorted(wanted.difference(names))

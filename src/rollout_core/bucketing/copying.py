@@ -32,6 +32,7 @@ class Run:
 
 
 def runs_of(layout: BucketLayout) -> Iterator[Run]:
+    """The runs of a bucket of whole tensors."""
     run: list[Slot] = []
     for slot in layout.slots:
         if run and not _continues(run[-1], slot):
@@ -42,15 +43,13 @@ def runs_of(layout: BucketLayout) -> Iterator[Run]:
 
 
 def _continues(before: Slot, slot: Slot) -> bool:
-    """Whether both are whole, non-empty tensors that one concatenation along the first dimension can write."""
+    """Whether both are non-empty tensors that one concatenation along the first dimension can write."""
     a, b = before.spec, slot.spec
     return (
         a.dtype == b.dtype
         and before.end == slot.offset
         and bool(a.shape and b.shape and before.nbytes and slot.nbytes)
         and a.shape[1:] == b.shape[1:]
-        and not before.is_piece
-        and not slot.is_piece
         and a.dtype in BIT_EXACT_COPY
         and not a.dtype.is_complex
     )
@@ -65,7 +64,7 @@ def write_slot(buffer: torch.Tensor, slot: Slot, tensor: torch.Tensor) -> None:
     target = buffer[slot.offset : slot.end]
     if slot.is_piece:
         target.copy_(tensor[slot.start : slot.start + slot.nbytes])
-    elif tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+    elif tensor.is_contiguous():
         target.copy_(as_bytes(tensor))
     else:
         same_bits_copy(target.view(tensor.dtype).view(tensor.shape), resolved(tensor))
@@ -84,12 +83,11 @@ def write_run(buffer: torch.Tensor, run: Run, tensors: list[torch.Tensor], execu
         return False
     spec = run.slots[0].spec
     typed = buffer[run.slots[0].offset : run.slots[-1].end].view(spec.dtype).view(-1, *spec.shape[1:])
-    jobs = _jobs(run, spec.nbytes // spec.shape[0]) if executor else []
-    if executor is None or len(jobs) < 2:
-        return _concatenate(tensors, run.sizes, typed)
-    futures = [executor.submit(_concatenate, tensors[a:b], run.sizes[a:b], typed[c:d]) for a, b, c, d in jobs]
-    wait(futures)  # all of them, whatever happens to one: none may write to the buffer later
-    return False not in [future.result() for future in futures]
+    if executor is not None and len(jobs := _jobs(run, spec.nbytes // spec.shape[0])) > 1:
+        futures = [executor.submit(_concatenate, tensors[a:b], run.sizes[a:b], typed[c:d]) for a, b, c, d in jobs]
+        wait(futures)  # all of them, whatever happens to one: none may write to the buffer later
+        return all(future.result() for future in futures)
+    return _concatenate(tensors, run.sizes, typed)
 
 
 _DTYPE: Final = attrgetter("dtype")

@@ -43,8 +43,6 @@ DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in 
 WIRE_NAMES: Final[dict[torch.dtype, str]] = {dtype: name for name, dtype in DTYPES.items()}
 #: dtype -> bytes per element (``torch.dtype.itemsize`` as a dict: one lookup on the planning path).
 ITEMSIZES: Final[dict[torch.dtype, int]] = {dtype: dtype.itemsize for dtype in WIRE_NAMES}
-#: The widest element of any dtype that travels, in bytes (complex128).
-WIDEST_ITEMSIZE: Final[int] = max(ITEMSIZES.values())
 
 _SUB_BYTE: Final = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8))
 #: Dtypes whose copy kernels move the bits of any value unchanged. The rest is copied as integers of the same width: torch has

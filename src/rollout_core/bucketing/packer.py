@@ -114,7 +114,7 @@ class Packer:
         return map(mapping.__getitem__, self._names)
 
     def _in_order(self, pairs: list[Pair]) -> Iterator[torch.Tensor]:
-        if pairs and self._names:
+        if self._names:
             self._expect(pairs[: len(self._names)], 0)
         if len(pairs) < len(self._names):
             self._expect([], len(pairs))
@@ -196,7 +196,7 @@ class Packer:
 class _Work:
     """What one bucket asks for: the source's tensors up to ``until``.
 
-    ``in_order``: the bucket's slots are just those tensors, whole and in the source's order.
+    ``in_order``: the bucket's slots are just those tensors, whole and in the source's order; ``runs`` are theirs.
     """
 
     layout: BucketLayout
@@ -216,7 +216,8 @@ def _work_of(plan: BucketPlan) -> tuple[_Work, ...]:
             until = len(plan.specs)
         in_order = [places[slot.name] for slot in layout.slots] == list(range(start, until))
         in_order = in_order and not any(slot.is_piece for slot in layout.slots)
-        work.append(_Work(layout, tuple(layout.gaps()), until, tuple(runs_of(layout)), in_order))
+        runs = tuple(runs_of(layout)) if in_order else ()
+        work.append(_Work(layout, tuple(layout.gaps()), until, runs, in_order))
     return tuple(work)
 
 

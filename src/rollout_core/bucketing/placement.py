@@ -206,7 +206,7 @@ class Filler:
                 f"the group ({names}) needs {_extent(unit, self.options.align)} bytes in one bucket, "
                 f"and the capacity is {capacity}; raise the capacity or ungroup it"
             )
-        spec = unit[0]
+        (spec,) = unit
         if policy == "error":
             raise CapacityError(
                 f"tensor {spec.name!r} ({spec}, {spec.nbytes} bytes) is larger than the capacity of {capacity} bytes; "

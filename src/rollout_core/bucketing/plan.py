@@ -187,7 +187,7 @@ def units(specs: Sequence[TensorSpec], groups: Groups) -> list[list[TensorSpec]]
     by_name = {spec.name: spec for spec in specs}
     placed = []
     for spec in specs:
-        if spec.alias_of is None and spec.name in last_of:
+        if spec.name in last_of:
             placed.append([by_name[name] for name in last_of[spec.name]])
         elif spec.alias_of is None and spec.name not in grouped:
             placed.append([spec])

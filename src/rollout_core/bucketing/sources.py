@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
@@ -78,6 +79,7 @@ def _checked_pairs(items: Iterable[Any]) -> Iterator[Pair]:
                     raise _not_a_pair(item)
                 item = tuple(item)
             yield item
+            del item  # or the last tensor stays alive while the source makes the next
     finally:
         close = getattr(items, "close", None)
         if close is not None and isinstance(items, Iterator):
@@ -90,6 +92,7 @@ async def _async_pairs(items: AsyncIterable[Any]) -> AsyncIterator[Pair]:
             if not isinstance(item, list | tuple) or len(item) != 2:
                 raise _not_a_pair(item)
             yield item[0], item[1]
+            del item
     finally:
         close = getattr(items, "aclose", None)
         if close is not None and isinstance(items, AsyncIterator):
@@ -141,8 +144,9 @@ async def adrive(step: Step[T], source: AsyncIterable[Pair]) -> AsyncIterator[T]
             reply = None
             if isinstance(want, int):
                 reply = []
-                while len(reply) < want and (item := await anext(pairs, None)) is not None:
-                    reply.append(item)
+                with suppress(StopAsyncIteration):
+                    while len(reply) < want:
+                        reply.append(await anext(pairs))
             else:
                 yield want
                 del want

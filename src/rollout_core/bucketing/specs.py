@@ -95,7 +95,6 @@ def _with_aliases(pairs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch
     used again by the next, and a generator may yield one scratch buffer under many names."""
     seen: dict[tuple[Any, ...], tuple[str, weakref.ref[torch.Tensor]]] = {}
     for name, tensor in pairs:
-        check_name(name)
         check_describable(name, tensor)
         key = view_key(tensor)
         alias_of = None
@@ -119,7 +118,6 @@ def check_unique(specs: Iterable[TensorSpec]) -> None:
 
 def next_spec(name: str, tensor: torch.Tensor, places: dict[str, int]) -> TensorSpec:
     """The spec of the next tensor of a stream, its name noted in ``places`` (name -> place), or the error of ``specs_of``."""
-    check_name(name)
     check_describable(name, tensor)
     spec = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
     place = len(places)

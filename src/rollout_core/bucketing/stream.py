@@ -121,6 +121,7 @@ class _Stream:
             name, tensor = items.pop()
             spec = next_spec(name, tensor, self._places)
             if self._ties.is_alias(spec, tensor):
+                del tensor  # or it stays alive while the source makes the next
                 continue
             if spec.name in self._ties.names:
                 tensor = conform(spec, tensor)
@@ -152,8 +153,9 @@ class _Stream:
         if self._open.buffer is not None:
             buffer, self._open = self._pool.trim(self._open.buffer, layout.nbytes), _Open()
         else:
+            (slot,) = layout.slots
             buffer = self._new_buffer(layout.nbytes, unit[0][1].device)
-            write_slot(buffer, layout.slots[0], self._ready(unit, layout.slots[0]))
+            write_slot(buffer, slot, self._ready(unit, slot))
         zero_padding(buffer, layout.gaps())
         return buffer
 
@@ -235,7 +237,7 @@ class _DeclaredTies:
         self._specs: dict[str, TensorSpec] = {}
         self.names: dict[str, list[str]] = {}
         for alias, name in self._alias_of.items():
-            if name in self._alias_of or alias == name:
+            if name in self._alias_of:
                 raise SourceError(f"{alias!r} is declared tied to {name!r}, which is tied itself; name the tensor that travels")
             self.names.setdefault(name, []).append(alias)
 

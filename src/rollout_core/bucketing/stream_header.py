@@ -14,7 +14,7 @@ from rollout_core.bucketing.dtypes import DTYPES, WIRE_NAMES
 from rollout_core.bucketing.placement import BucketLayout, Options, Slot, align_up, alignment
 from rollout_core.bucketing.sources import check_name
 from rollout_core.bucketing.specs import TensorSpec
-from rollout_core.errors import ManifestError, RolloutCoreError
+from rollout_core.errors import ManifestError
 
 FORMAT: Final = "rollout-core/stream"
 VERSION: Final = 1
@@ -96,10 +96,9 @@ def decode_header(data: bytes, index: int, max_nbytes: int) -> tuple[_WireHeader
             offset = align_up(end, alignment(spec, header.align))
             slots.append(Slot(spec, offset, wire.nbytes, wire.start))
             end = offset + wire.nbytes
-            if len(names) > 1:
-                tied[names[0]] = names[1:]
+            tied[names[0]] = names[1:]
     except ManifestError:
         raise
-    except (msgspec.MsgspecError, RolloutCoreError, ValueError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # SourceError is a ValueError
         raise ManifestError(f"invalid bucket header: {error}") from error
     return header, BucketLayout(index, end, tuple(slots)), tied

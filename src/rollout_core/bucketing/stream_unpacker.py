@@ -64,7 +64,7 @@ class StreamUnpacker:
         if self._ended:
             raise IncompleteStreamError(f"bucket {bucket.index} came after the stream's last bucket")
         if bucket.index != self._next:
-            when = "was fed already" if 0 <= bucket.index < self._next else "is out of order"
+            when = "was fed already" if bucket.index < self._next else "is out of order"
             raise IncompleteStreamError(f"bucket {bucket.index} {when}; the next one is bucket {self._next}")
         if self._version is not None and bucket.version != self._version:
             raise IntegrityError(

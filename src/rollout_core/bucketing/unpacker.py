@@ -97,7 +97,7 @@ class Unpacker:
                 f"bucket {bucket.index} came after the end: all {count} buckets of this round were fed; call restart() for the next"
             )
         if bucket.index != self._next:
-            when = "was fed already" if 0 <= bucket.index < self._next else "is out of order"
+            when = "was fed already" if bucket.index < self._next else "is out of order"
             raise IncompleteStreamError(f"bucket {bucket.index} {when}; the next one is bucket {self._next} of {count}")
         if self._version is not None and bucket.version != self._version:
             raise IntegrityError(f"bucket {bucket.index} is of version {bucket.version}, and this round is version {self._version}")

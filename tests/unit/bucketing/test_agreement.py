@@ -52,6 +52,13 @@ def test_b7_the_first_difference_is_named(theirs, options, difference):
     assert str(error.value) == f"the two sides have different plans: {difference}"
 
 
+def test_b7_of_several_groups_the_first_by_name_is_named():
+    specs = [TensorSpec(f"w{i}", torch.uint8, (1,)) for i in range(20)]
+    groups = [[f"w{i}", f"w{i + 1}"] for i in range(18, -1, -2)]
+    with pytest.raises(PlanMismatchError, match=r"the group \('w0', 'w1'\) is declared on one side only"):
+        plan_buckets(specs, 64).require_same(plan_buckets(specs, 64, groups=groups))
+
+
 def test_b7_a_layout_alone_can_differ():
     """Equal specs and options from a planner that placed them otherwise."""
     ours = plan_buckets(SPECS, 64)

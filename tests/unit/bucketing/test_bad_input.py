@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from rollout_core.bucketing import TensorSpec, iter_buckets, pack, pack_stream, plan_buckets, specs_of
 from rollout_core.errors import CapacityError, SourceError
+from support.tensors import DTYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch calls some of these layouts a prototype
 
@@ -36,10 +39,10 @@ class MadeOfTensors(torch.Tensor):
 BAD = {
     "sparse": (lambda: torch.eye(2).to_sparse(), "tensor 'bad' has layout sparse_coo, not strided"),
     "sparse csr": (lambda: torch.eye(2).to_sparse_csr(), "tensor 'bad' has layout sparse_csr, not strided"),
-    "nested": (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "tensor 'bad' has layout nested"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "tensor 'bad' has layout nested, not strided"),
     "jagged": (
         lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
-        "tensor 'bad' has layout nested",
+        "tensor 'bad' has layout nested, not strided",
     ),
     "quantized": (lambda: torch._empty_affine_quantized([2], scale=1.0, zero_point=0, dtype=torch.qint8), "'bad' is quantized"),
     "fake": (fake, "tensor 'bad' is a FakeTensor, which holds no bytes of its own"),
@@ -111,6 +114,23 @@ def test_a_spec_knows_its_sizes():
     spec = TensorSpec("w", torch.bfloat16, (3, 0, 5))
     assert (spec.numel, spec.nbytes, str(spec)) == (0, 0, "bf16[3, 0, 5]")
     assert TensorSpec("w", torch.float64, ()).nbytes == 8
+
+
+SHORT = [(r"bfloat", "bf"), (r"^float", "f"), (r"^complex", "c"), (r"^uint", "u"), (r"^int", "i"), (r"f8_e(\dm\d)fn$", r"f8e\1")]
+SHORT += [
+    (r"f8_e(\dm\d)(fnuz)$", r"f8e\1\2"),
+    (r"f8_e(5m2)$", r"f8e\1"),
+    (r"f8_e8m0fnu$", "f8e8m0"),
+    (r"f4_e2m1fn_x2$", "f4e2m1x2"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_messages_call_every_dtype_by_its_short_name(dtype):
+    expected = str(dtype).removeprefix("torch.")
+    for pattern, short in SHORT:
+        expected = re.sub(pattern, short, expected)
+    assert str(TensorSpec("w", dtype, (2,))) == f"{expected}[2]"
 
 
 def test_plan_buckets_wants_specs():

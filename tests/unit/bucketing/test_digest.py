@@ -8,7 +8,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout_core.bucketing.digest import default_algorithm, multilinear, payload_digest
+from rollout_core.bucketing.digest import _signed, _words, default_algorithm, multilinear, payload_digest
+from support.tensors import placed_at
 
 MASK = 2**64 - 1
 
@@ -70,6 +71,28 @@ def test_multilinear_of_memory_at_an_odd_address(shift):
     assert multilinear(moved) == multilinear(data)
 
 
+@pytest.mark.parametrize("skip", [1, 2, 3, 5, 6, 7, 15])
+def test_multilinear_of_memory_whose_offset_alone_is_odd(skip):
+    """A view of 32-bit words asks for an even offset in the storage as well as an even address."""
+    data = tensor(bytes(range(64)))
+    moved = placed_at(64 - skip, 64, skip=skip)
+    moved.copy_(data)
+    assert moved.data_ptr() % 64 == 0
+    assert multilinear(moved) == multilinear(data)
+
+
+@pytest.mark.parametrize("skip", range(0, 64, 4))
+def test_b15_aligned_bytes_are_hashed_where_they_lie(skip):
+    buffer = placed_at(0, 64, skip=skip)
+    assert _words(buffer).data_ptr() == buffer.data_ptr()
+
+
+@pytest.mark.parametrize("address", [1, 2, 3, 5, 6, 7, 9, 10])
+def test_bytes_at_an_odd_address_are_moved_before_they_are_read_as_words(address):
+    """A GPU cannot load a word from there."""
+    assert _words(placed_at(address, 64)).data_ptr() % 4 == 0
+
+
 @pytest.mark.parametrize("algorithm", ["xxh3-128", "multilinear-128"])
 @given(data=st.data())
 def test_changes_show(algorithm, data):
@@ -110,3 +133,8 @@ def test_unknown_algorithm():
 def test_the_default_is_what_runs_where_the_bytes_are():
     assert default_algorithm(torch.device("cpu")) == "xxh3-128"
     assert default_algorithm(torch.device("cuda")) == "multilinear-128"
+
+
+def test_constants_fit_into_int64():
+    """Older torch takes no larger ones."""
+    assert [_signed(value) for value in (0, 5, 2**63 - 1, 2**63, 2**64 - 1)] == [0, 5, 2**63 - 1, -(2**63), -1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout_core.bucketing import iter_buckets
+from rollout_core.bucketing import aiter_buckets, iter_buckets
 from rollout_core.errors import CapacityError
 from support.oracle import picture
-from support.tensors import capacities, named, odd_inputs
+from support.tensors import capacities, named, odd_inputs, patterned
 
 MIB = 1 << 20
 
@@ -49,3 +50,42 @@ def test_odd_inputs_survive_the_copy():
 def test_oversize_error():
     with pytest.raises(CapacityError, match=r"tensor 'w' \(u8\[9\], 9 bytes\) is larger than the capacity of 8 bytes; raise the"):
         list(iter_buckets([("w", torch.zeros(9, dtype=torch.uint8))], 8, oversize="error"))
+
+
+def test_b2_oversize_error_is_for_what_is_larger_and_nothing_else():
+    pairs = [("a", patterned(torch.uint8, 3)), ("b", patterned(torch.uint8, 8)), ("c", patterned(torch.uint8, 5))]
+    buckets = list(iter_buckets(pairs, 8, oversize="error"))
+    assert [[name for name, _ in bucket] for bucket in buckets] == [["a"], ["b"], ["c"]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([8, 4, 5], [[8], [4], [5]]), ([8, 4, 4], [[8], [4, 4]]), ([4, 4, 1], [[4, 4], [1]]), ([9, 8, 1], [[9], [8], [1]])],
+)
+def test_b2_every_list_is_filled_from_zero(sizes, expected):
+    pairs = [(f"w{i}", patterned(torch.uint8, size)) for i, size in enumerate(sizes)]
+    assert [[tensor.numel() for _, tensor in bucket] for bucket in iter_buckets(pairs, 8)] == expected
+
+
+async def as_async(pairs):
+    for pair in pairs:
+        yield pair
+
+
+@pytest.mark.parametrize("make", [list, iter, as_async], ids=["list", "iterator", "async"])
+def test_b8_async_lists_take_the_same_options(make):
+    pairs = [("a", patterned(torch.uint8, 3)), ("b", patterned(torch.uint8, 9))]
+
+    def collect(**options):
+        async def run():
+            return [bucket async for bucket in aiter_buckets(make(pairs), 8, **options)]
+
+        return asyncio.run(run())
+
+    copied = collect()
+    assert picture(pair for bucket in copied for pair in bucket) == picture(pairs)
+    assert not {t.data_ptr() for _, t in pairs} & {t.data_ptr() for bucket in copied for _, t in bucket}
+    handed_on = collect(copy=False)
+    assert [t.data_ptr() for bucket in handed_on for _, t in bucket] == [t.data_ptr() for _, t in pairs]
+    with pytest.raises(CapacityError, match=r"tensor 'b' \(u8\[9\], 9 bytes\) is larger than the capacity"):
+        collect(oversize="error")

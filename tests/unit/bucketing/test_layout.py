@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout_core.bucketing import BucketPlan, TensorSpec, pack, plan_buckets, specs_of
+from rollout_core.bucketing import BucketPlan, TensorSpec, pack, pack_stream, plan_buckets, specs_of
 from rollout_core.errors import CapacityError
 from support.oracle import bytes_of
 from support.tensors import DTYPES, capacities, named, patterned, plan_options
@@ -76,6 +76,69 @@ def test_b4_padding_is_zero_also_in_used_memory(data):
         assert all(raw[i] == 0 for i in range(bucket.nbytes) if not covered[i])
 
 
+@given(st.data())
+def test_b4_padding_of_a_stream_is_zero_also_in_used_memory(data):
+    pairs = data.draw(named())
+    options = {"align": data.draw(st.sampled_from([1, 8, 64])), "oversize": data.draw(st.sampled_from(["split", "own"]))}
+    capacity = data.draw(capacities(pairs))
+    plan = plan_buckets(specs_of(pairs, aliases=False), capacity, **options)
+    buckets = list(pack_stream(iter(pairs), capacity, allocate=lambda n: torch.full((n,), 0xFF, dtype=torch.uint8), **options))
+    for layout, bucket in zip(plan.buckets, buckets, strict=bool(pairs)):
+        raw = bytes_of(bucket.buffer)
+        assert not any(any(raw[offset : offset + nbytes]) for offset, nbytes in layout.gaps())
+
+
+def test_b4_padding_of_a_stream_is_zero():
+    pairs = [("a", patterned(torch.uint8, 3)), ("b", patterned(torch.float32, 2))]
+    (bucket,) = pack_stream(pairs, 64, align=16, allocate=lambda n: torch.full((n,), 0xFF, dtype=torch.uint8))
+    assert bytes_of(bucket.buffer) == bytes_of(pairs[0][1]) + bytes(13) + bytes_of(pairs[1][1])
+
+
+@given(st.data())
+def test_b2_a_streams_buckets_are_those_of_the_plan(data):
+    """One algorithm places for both; only a model without tensors has a bucket, which says that it ends."""
+    pairs = data.draw(named(max_size=10))
+    options = {"align": data.draw(st.sampled_from([1, 2, 64])), "oversize": data.draw(st.sampled_from(["split", "own"]))}
+    capacity = data.draw(capacities(pairs))
+    aliases = data.draw(st.sampled_from([True, False]))
+    plan = plan_buckets(specs_of(pairs, aliases=aliases), capacity, **options)
+    buckets = list(pack_stream(pairs if aliases else iter(pairs), capacity, **options))
+    assert [bucket.nbytes for bucket in buckets] == ([layout.nbytes for layout in plan.buckets] or [0])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [3, 8, 4, 5]),
+        ({"oversize": "own"}, [3, 9, 8]),
+        ({"align": 4}, [3, 8, 7, 5]),
+        ({"oversize": "own", "align": 4}, [3, 9, 3, 5]),
+    ],
+)
+def test_b2_a_streams_buckets_follow_its_options(options, expected):
+    pairs = [(f"w{size}", patterned(torch.uint8, size)) for size in (3, 9)] + [
+        ("x", patterned(torch.uint8, 3)),
+        ("y", torch.ones(5).bool()),
+    ]
+    assert [bucket.nbytes for bucket in pack_stream(iter(pairs), 8, **options)] == expected
+    with pytest.raises(CapacityError, match="is larger than the capacity of 8 bytes"):
+        list(pack_stream(iter(pairs), 8, oversize="error"))
+
+
+def test_b12_a_stream_that_ends_with_an_oversize_tensor_has_no_empty_bucket():
+    for sizes in ([9], [3, 9], [16], [3, 16]):
+        pairs = [(f"w{i}", patterned(torch.uint8, size)) for i, size in enumerate(sizes)]
+        assert all(bucket.nbytes for bucket in pack_stream(iter(pairs), 8, oversize="own"))
+        assert all(bucket.nbytes for bucket in pack_stream(iter(pairs), 8))
+
+
+def test_b12_the_end_of_an_empty_stream_asks_for_no_bytes():
+    asked = []
+    (bucket,) = pack_stream([], 8, allocate=lambda n: asked.append(n) or torch.empty(n, dtype=torch.uint8))
+    assert asked == [0]
+    assert bucket.version == 0
+
+
 @given(specs, st.integers(16, 300))
 def test_b2_greedy_leaves_no_room_for_what_comes_next(specs, capacity):
     """A bucket is closed only when the next tensor does not fit it: nobody pays for half-empty buckets."""
@@ -120,6 +183,27 @@ def test_b2_error_policy_names_the_tensor():
 def test_b2_a_capacity_in_the_wrong_unit_is_refused_and_not_planned():
     with pytest.raises(CapacityError, match="would be split into 10000000 pieces"):
         plan_buckets([TensorSpec("big", torch.uint8, (10_000_000,))], 1)
+
+
+def test_b2_more_pieces_than_four_million_are_refused():
+    with pytest.raises(CapacityError, match="would be split into 4194305 pieces by a capacity of 1 bytes"):
+        plan_buckets([TensorSpec("big", torch.uint8, ((1 << 22) + 1,))], 1)
+
+
+def test_b2_pieces_up_to_the_bound_are_planned(monkeypatch):
+    monkeypatch.setattr("rollout_core.bucketing.placement._MAX_PIECES", 4)
+    assert len(plan_buckets([TensorSpec("big", torch.uint8, (32,))], 8).buckets) == 4
+    with pytest.raises(CapacityError, match="would be split into 5 pieces by a capacity of 8 bytes"):
+        plan_buckets([TensorSpec("big", torch.uint8, (33,))], 8)
+
+
+def test_b14_a_spec_has_up_to_64_dimensions():
+    assert TensorSpec("w", torch.uint8, (1,) * 64).nbytes == 1
+
+
+@pytest.mark.parametrize("shape", [(2**63 - 1,), (0, 2**62), (2**62, 0), (0, 2**63 - 1, 0)])
+def test_b14_the_largest_sizes_that_a_spec_has(shape):
+    assert TensorSpec("w", torch.uint8, shape).nbytes in (0, 2**63 - 1)
 
 
 @pytest.mark.parametrize("capacity", [0, -1, 1.5, float("nan"), "1", None, True, 2**63])

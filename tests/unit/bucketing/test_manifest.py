@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -219,6 +220,15 @@ LIES = [
     ({"pieces": struct.pack("<4Q", 0, 2**64 - 2, 1, 162)}, "the pieces of 'embed.weight' have"),
     ({"pieces": struct.pack("<2Q", 99, 64)}, "column pieces refers past"),
     ({"pieces": struct.pack("<40Q", *range(40))}, "column pieces has more entries than there are slots"),
+    ({"pieces": struct.pack("<20Q", *range(20))}, "column pieces has more entries than there are slots"),
+    ({"kind_dtype": lambda c: c[:-1] + b"\5"}, "column kind_dtype refers past the 5 entries"),
+    ({"kind_ndim": lambda c: b"\x41" + c[1:]}, "column kind_ndim refers past the 65 entries"),
+    ({"tensor_kind": lambda c: c[:-4] + u32(6)}, "column tensor_kind refers past the 6 entries"),
+    ({"aliases": u32(5, 8)}, "column aliases refers past the 8 entries"),
+    ({"group_members": u32(1, 8)}, "column group_members refers past the 8 entries"),
+    ({"slot_tensor": lambda c: u32(8) + c[4:]}, "column slot_tensor refers past the 8 entries"),
+    ({"pieces": lambda c: c[:-16] + struct.pack("<2Q", 9, 32)}, "column pieces refers past the 9 entries"),
+    ({"group_sizes": u32(2, 1), "group_members": u32(1, 3, 4)}, "a group has fewer than two tensors"),
 ]
 
 
@@ -226,6 +236,57 @@ LIES = [
 def test_b14_bodies_that_lie(changes, message):
     with pytest.raises(ManifestError, match=message):
         BucketPlan.from_bytes(hostile(**changes))
+
+
+@pytest.mark.parametrize(
+    ("column", "width"),
+    [(name, 4) for name in ("tensor_kind", "name_chars", "aliases", "group_sizes", "group_members", "bucket_slots", "slot_tensor")]
+    + [("kind_sizes", 8), ("pieces", 8)],
+)
+def test_b14_a_stray_byte_in_a_column_is_named(column, width):
+    length = len(body_fields(example().to_bytes())[column])
+    with pytest.raises(ManifestError, match=f"column {column} has {length + 1} bytes, no multiple of {width}"):
+        BucketPlan.from_bytes(hostile(**{column: lambda c: c + b"\0"}))
+
+
+def test_b9_a_name_that_stands_twice_is_the_one_that_is_named():
+    specs = [TensorSpec(name, torch.uint8, (1,)) for name in ("a", "b", "c", "d")]
+    fields = body_fields(plan_buckets(specs, 8).to_bytes())
+    with pytest.raises(ManifestError, match="name 'b' stands twice"):
+        BucketPlan.from_bytes(rebuild({**fields, "names": b"abcb"}))
+
+
+def test_b14_more_kinds_than_tensors():
+    fields = body_fields(plan_buckets([TensorSpec("a", torch.uint8, (4,))], 8).to_bytes())
+    unused = {"kind_dtype": b"\0\0", "kind_ndim": b"\1\1", "kind_sizes": struct.pack("<2q", 4, 5)}
+    with pytest.raises(ManifestError, match="it declares 2 kinds for 1 tensors"):
+        BucketPlan.from_bytes(rebuild({**fields, **unused}))
+
+
+def test_b14_the_first_tensor_without_a_place_is_named():
+    specs = [TensorSpec(name, torch.uint8, (1,)) for name in ("a", "b", "c", "d")]
+    fields = body_fields(plan_buckets(specs, 8).to_bytes())
+    with pytest.raises(ManifestError, match="tensor 'b' has 0 places, not 1"):
+        BucketPlan.from_bytes(rebuild({**fields, "slot_tensor": u32(0, 2, 1), "bucket_slots": u32(3)}))
+    with pytest.raises(ManifestError, match="tensor 'b' has 0 places, not 1"):
+        BucketPlan.from_bytes(rebuild({**fields, "slot_tensor": u32(0, 2), "bucket_slots": u32(2)}))
+    with pytest.raises(ManifestError, match="tensor 'a' has 2 places, not 1"):
+        BucketPlan.from_bytes(rebuild({**fields, "slot_tensor": u32(0, 0, 2, 1), "bucket_slots": u32(4)}))
+
+
+def test_b14_a_body_without_its_checksum():
+    """All that was declared comes out of it, and its end does not."""
+    fields = body_fields(example().to_bytes())
+    whole = open_envelope(rebuild(fields))[0][3]
+    for cut in range(1, 5):
+        with pytest.raises(ManifestError, match="its body does not inflate to the declared"):
+            BucketPlan.from_bytes(rebuild(fields, body=whole[:-cut]))
+
+
+@pytest.mark.parametrize("order", ["given", "packed"])
+def test_b12_the_empty_plan_is_a_manifest_in_every_order(order):
+    plan = plan_buckets([], 8, order=order)
+    assert BucketPlan.from_bytes(plan.to_bytes()) == plan
 
 
 def test_b14_a_tensor_split_into_one_piece():
@@ -269,6 +330,9 @@ def test_b14_trailing_bytes_inside():
     body = msgspec.msgpack.encode([fields[name] for name in FIELDS])
     with pytest.raises(ManifestError, match="2 bytes follow its body"):
         BucketPlan.from_bytes(rebuild(fields, body=zlib.compress(body) + b"xx"))
+    more = msgspec.msgpack.encode([*(fields[name] for name in FIELDS), 0])
+    with pytest.raises(ManifestError, match="Expected `array` of at most length 18, got 19"):
+        BucketPlan.from_bytes(rebuild(fields, body=zlib.compress(more), raw_nbytes=len(more)))
     longer = body + b"\0"
     with pytest.raises(ManifestError):
         BucketPlan.from_bytes(rebuild(fields, body=zlib.compress(longer), raw_nbytes=len(longer)))
@@ -296,6 +360,7 @@ def peak(data: bytes, **bounds) -> int:
     return used
 
 
+@functools.cache
 def bombs() -> dict[str, bytes]:
     fields = body_fields(example().to_bytes())
     zeros = bytes(50 << 20)
@@ -349,3 +414,45 @@ def test_b14_bounds_are_the_callers():
         BucketPlan.from_bytes(data, max_tensors=8)
     with pytest.raises(ManifestError, match="bytes; the bound is 100"):
         BucketPlan.from_bytes(data, max_nbytes=100)
+
+
+def test_b14_each_bound_holds_to_the_byte():
+    """What the reader is given, and what it inflates to: whichever is larger is what a bound must allow."""
+    small, large = plan_buckets([], 1).to_bytes(), example().to_bytes()
+    raw = open_envelope(large)[0][2]
+    assert len(small) > open_envelope(small)[0][2]
+    assert len(large) < raw
+    for data, least, message in (
+        (small, len(small), f"it has {len(small)} bytes; the bound is {len(small) - 1}"),
+        (large, raw, f"it declares {raw} uncompressed bytes; the bound is {raw - 1}"),
+    ):
+        BucketPlan.from_bytes(data, max_nbytes=least)
+        with pytest.raises(ManifestError) as error:
+            BucketPlan.from_bytes(data, max_nbytes=least - 1)
+        assert str(error.value) == f"invalid manifest: {message}"
+
+
+def test_b14_hostile_words_are_quoted_in_part():
+    """An error is for people, however long what it complains about."""
+    long = "x" * 41
+    with pytest.raises(ManifestError) as error:
+        BucketPlan.from_bytes(rebuild(body_fields(example().to_bytes()), format=long))
+    assert str(error.value) == f"invalid manifest: its format is {long[:40]!r}, not 'rollout-core/plan'"
+    with pytest.raises(ManifestError) as error:
+        BucketPlan.from_bytes(hostile(dtypes=long))
+    assert str(error.value) == f"invalid manifest: no dtype {long[:40]!r}"
+
+
+def test_b14_the_bounds_that_hold_if_none_are_given():
+    """The documented ones."""
+    fields = body_fields(example().to_bytes())
+    for envelope, message in (
+        ({"raw_nbytes": (64 << 20) + 1}, "it declares 67108865 uncompressed bytes; the bound is 67108864"),
+        ({"raw_nbytes": 64 << 20}, "its body does not inflate to the declared 67108864 bytes"),
+    ):
+        with pytest.raises(ManifestError, match=message):
+            BucketPlan.from_bytes(rebuild(fields, **envelope))
+    with pytest.raises(ManifestError, match="it declares 1048577 tensors; the bound is 1048576"):
+        BucketPlan.from_bytes(rebuild({**fields, "tensors": (1 << 20) + 1}))
+    with pytest.raises(ManifestError, match="column tensor_kind has 8 entries, not 1048576"):
+        BucketPlan.from_bytes(rebuild({**fields, "tensors": 1 << 20}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from rollout_core.bucketing import (
     pack_stream,
     plan_buckets,
     specs_of,
+    stream,
     unpack,
     unpack_stream,
 )
@@ -51,6 +53,9 @@ def test_b9_names_that_are_hard_to_encode(name):
     neighbours = [("\ud83d", ONE), (name, ONE.clone()), ("\ude00", ONE.clone())]
     plan = BucketPlan.from_bytes(plan_buckets(specs_of(neighbours), 64).to_bytes())
     assert [spec.name for spec in plan.specs] == [n for n, _ in neighbours]
+    ties = {name + "'": name for name, _ in neighbours}
+    source = [*neighbours, *((name + "'", ONE) for name, _ in neighbours)]
+    assert {n for n, _ in unpack_stream(pack_stream(iter(source), 64, aliases=ties))} == {n for n, _ in source}
 
 
 DUPLICATE = "name 'w' stands at places 1 and 3 of the source; names must be unique"
@@ -84,7 +89,22 @@ def test_b9_bad_names(consume, name):
         consume([("a", ONE), (name, ONE.clone())])
 
 
+@pytest.mark.parametrize("name", ["", None, 3, b"w"])
+def test_b9_bad_names_of_a_spec(name):
+    with pytest.raises(SourceError, match="names are non-empty str"):
+        TensorSpec(name, torch.uint8, (1,))
+
+
 # -------------------------------------------------------------------------------------------------------------- B10 aliases
+
+
+def test_b10_a_buffer_under_two_names_is_a_tie():
+    model = torch.nn.Module()
+    model.register_buffer("scale", torch.ones(2))
+    model.register_buffer("again", model.scale)
+    plan = plan_buckets(specs_of(model), 64)
+    assert plan.tied == {"scale": ("again",)}
+    assert [name for name, _ in unpack(plan, pack(plan, model))] == ["scale", "again"]
 
 
 class Tied(torch.nn.Module):
@@ -310,8 +330,19 @@ def test_b11_a_long_groups_error_stays_short():
 
 
 @pytest.mark.parametrize(
+    ("count", "words"),
+    [(2, "'t0', 't1'"), (3, "'t0', 't1', 't2'"), (4, "'t0', 't1', 't2', 't3'"), (5, "'t0', 't1', 't2', 't3', ...")],
+)
+def test_b11_a_groups_error_names_four(count, words):
+    specs = [TensorSpec(f"t{i}", torch.uint8, (2,)) for i in range(count)]
+    with pytest.raises(CapacityError, match=rf"the group \({words}\) needs {2 * count} bytes"):
+        plan_buckets(specs, 2 * count - 1, groups=[[spec.name for spec in specs]])
+
+
+@pytest.mark.parametrize(
     ("groups", "message"),
     [
+        ([["q", "nope", "k", "never"]], r"group 0 never completes: no tensor is named 'nope' \(2 missing\)"),
         ([["q", "nope"]], r"group 0 never completes: no tensor is named 'nope' \(1 missing\)"),
         ([["q", "k"], ["k", "v"]], "tensor 'k' is in groups 0 and 1; it can be in one"),
         (["qk"], "group 0 is the str 'qk'; a group is a list of names"),
@@ -333,6 +364,26 @@ def test_b11_bad_groups(groups, message):
 def test_b11_bad_groups_of_a_stream(groups, error, message):
     with pytest.raises(error, match=message):
         list(pack_stream(iter(QKV), 64, groups=groups))
+
+
+def test_b11_an_incomplete_groups_error_names_three():
+    groups = [["q", *(f"never{i}" for i in range(20))]]
+    with pytest.raises(IncompleteStreamError) as error:
+        list(pack_stream(iter(QKV), 64, groups=groups))
+    assert str(error.value) == "a group never completed: the source ended without 'never0', 'never1', 'never10'"
+
+
+def test_b15_copies_of_a_group_are_let_go_when_it_was_sent(monkeypatch):
+    copies = []
+    original = stream.own_copy
+    monkeypatch.setattr(stream, "own_copy", lambda t: copies.append(original(t)) or copies[-1])
+    pairs = [*QKV, ("more", patterned(torch.float32, 2)), ("end", patterned(torch.float32, 2))]
+    buckets = pack_stream(iter(pairs), 24, groups=[["q", "k", "v"]])
+    next(buckets)
+    next(buckets)
+    watch = [weakref.ref(copy) for copy in copies]
+    copies.clear()
+    assert [ref() for ref in watch] == [None, None]
 
 
 def test_b11_a_group_that_never_completes_lets_no_last_bucket_out():

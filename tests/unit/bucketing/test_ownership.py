@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 
@@ -14,6 +15,9 @@ from rollout_core.bucketing import (
     Packer,
     StreamUnpacker,
     Unpacker,
+    aiter_buckets,
+    apack,
+    apack_stream,
     iter_buckets,
     pack,
     pack_stream,
@@ -186,12 +190,62 @@ def test_b15_n_rounds_use_the_memory_of_one_bucket(as_source):
     assert len(set(used)) == 1
 
 
+@pytest.mark.parametrize("as_source", [list, iter, dict])
+def test_b15_a_tensor_in_pieces_uses_the_memory_of_one_bucket(as_source):
+    pairs = [("a", patterned(torch.uint8, 7)), ("big", patterned(torch.uint8, 1000)), ("z", patterned(torch.uint8, 50))]
+    packer = Packer(plan_buckets(specs_of(pairs), 100))
+    used = [address for _ in range(3) for address in addresses(packer, as_source(pairs))]
+    assert len(used) == 36
+    assert len(set(used)) == 1
+
+
+@pytest.mark.parametrize("kind", ["list", "iterator", "async"])
+def test_b15_async_packing_uses_the_memory_of_one_bucket(kind):
+    pairs = [("a", patterned(torch.uint8, 7)), ("big", patterned(torch.uint8, 1000)), ("z", patterned(torch.uint8, 50))]
+    packer = Packer(plan_buckets(specs_of(pairs), 100))
+
+    async def made():
+        for pair in pairs:
+            yield pair
+
+    async def run():
+        found = []
+        async for bucket in packer.apack({"list": lambda: pairs, "iterator": lambda: iter(pairs), "async": made}[kind]()):
+            found.append(bucket.buffer.data_ptr())
+            del bucket
+        return found
+
+    used = asyncio.run(run())
+    assert len(used) == 12
+    assert len(set(used)) == 1
+
+
+@pytest.mark.parametrize("sizes", [[1000], [50] * 20, [7, 300, 50, 99, 120]], ids=["pieces", "like", "mixed"])
+def test_b15_a_stream_uses_the_memory_of_two_buckets(sizes):
+    """One is held back until it is known not to be the last."""
+    used = []
+    for bucket in pack_stream(((f"w{i}", patterned(torch.uint8, size)) for i, size in enumerate(sizes)), 100):
+        used.append(bucket.buffer.data_ptr())
+        del bucket
+    assert len(used) >= 5
+    assert len(set(used)) <= 2
+
+
+def test_b15_buckets_of_all_sizes_use_the_memory_of_the_largest():
+    sizes = [10, 100, 30, 7, 90, 64]
+    pairs = [(f"w{i}", patterned(torch.uint8, size)) for i, size in enumerate(sizes)]
+    packer = Packer(plan_buckets(specs_of(pairs), 100))
+    used = [address for _ in range(3) for address in addresses(packer, pairs)]
+    assert len(used) >= 12
+    assert len(set(used)) == 1
+
+
 class Watched:
-    """A source that makes its tensors when asked and counts those alive."""
+    """A source that makes its tensors when asked and counts the bytes of those whose memory is alive, whoever looks at it."""
 
     def __init__(self, sizes):
         self.sizes = sizes
-        self.alive = weakref.WeakSet()
+        self.memory = []
         self.made = 0
         self.peak = 0
         self.closed = False
@@ -199,28 +253,60 @@ class Watched:
     def __iter__(self):
         try:
             for i, size in enumerate(self.sizes):
-                tensor = patterned(torch.uint8, size, seed=i)
-                self.alive.add(tensor)
+                array = patterned(torch.uint8, size, seed=i).numpy().copy()
+                self.memory.append(weakref.ref(array))
+                tensor = torch.from_numpy(array)
+                del array  # torch keeps it as long as anything is in its memory
                 self.made += 1
-                self.peak = max(self.peak, sum(t.numel() for t in self.alive))
+                self.peak = max(self.peak, self.held())
                 yield f"w{i}", tensor
                 del tensor
         finally:
             self.closed = True
 
+    def held(self) -> int:
+        return sum(array.nbytes for ref in self.memory if (array := ref()) is not None)
+
 
 @pytest.mark.parametrize("order", ["given", "packed"])
-@pytest.mark.parametrize("kind", ["plan", "stream"])
+@pytest.mark.parametrize("kind", ["plan", "stream", "lists"])
 def test_b15_a_generators_tensors_are_let_go_one_by_one(kind, order):
     sizes = [40, 30, 20, 100, 5, 60, 300, 7, 7]
     source = Watched(sizes)
     plan = plan_buckets(specs_of([(f"w{i}", patterned(torch.uint8, n)) for i, n in enumerate(sizes)]), 100, order=order)
-    buckets = pack(plan, iter(source)) if kind == "plan" else pack_stream(iter(source), 100)
+    buckets = {
+        "plan": lambda: pack(plan, iter(source)),
+        "stream": lambda: pack_stream(iter(source), 100),
+        "lists": lambda: iter_buckets(iter(source), 100),
+    }[kind]()
     for bucket in buckets:
-        held = sum(t.numel() for t in source.alive)
-        assert held <= max(sizes), "one tensor at a time, and between buckets no more than the next"
+        assert source.held() <= max(sizes), "one tensor at a time, and between buckets no more than the next"
         del bucket
-    assert source.peak <= 2 * max(sizes), "while the next is made the last may still be there, and no other"
+    assert source.peak == max(sizes), "when the next is made the last is gone"
+    assert source.closed
+
+
+@pytest.mark.parametrize("kind", ["plan", "stream", "lists"])
+def test_b15_an_async_generators_tensors_are_let_go_one_by_one(kind):
+    sizes = [40, 30, 20, 100, 5, 60, 300, 7, 7]
+    source = Watched(sizes)
+    plan = plan_buckets(specs_of([(f"w{i}", patterned(torch.uint8, n)) for i, n in enumerate(sizes)]), 100)
+
+    async def made():
+        for name, tensor in source:
+            yield name, tensor
+            del tensor
+
+    async def run():
+        buckets = {
+            "plan": lambda: apack(plan, made()),
+            "stream": lambda: apack_stream(made(), 100),
+            "lists": lambda: aiter_buckets(made(), 100),
+        }[kind]()
+        return [0 async for _ in buckets]
+
+    assert len(asyncio.run(run())) >= 5
+    assert source.peak == max(sizes), "when the next is made the last is gone"
     assert source.closed
 
 

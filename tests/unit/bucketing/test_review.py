@@ -72,6 +72,7 @@ def relaid(specs, *, slots, buckets, pieces=(), capacity=8, **options):
 
 
 A8, A16, B4 = TensorSpec("A", U8, (8,)), TensorSpec("A", U8, (16,)), TensorSpec("B", U8, (4,))
+NONE, FOUR = TensorSpec("none", U8, (0,)), [TensorSpec(name, U8, (4,)) for name in "abcd"]
 
 
 @pytest.mark.parametrize(
@@ -87,8 +88,28 @@ A8, A16, B4 = TensorSpec("A", U8, (8,)), TensorSpec("A", U8, (16,)), TensorSpec(
             "a piece of 'A' does not fill bucket 0",
         ),
         (relaid([A8], slots=[0, 0], buckets=[1, 1], pieces=[0, 4, 1, 4], oversize="own"), "a piece of 'A' does not fill bucket 0"),
+        (relaid([A16], slots=[0, 0], buckets=[1, 1], pieces=[0, 8, 1, 8], oversize="own"), "a piece of 'A' does not fill bucket 0"),
+        (relaid([NONE, A16], slots=[0, 1, 1], buckets=[2, 1], pieces=[1, 8, 2, 8]), "a piece of 'A' does not fill bucket 0"),
+        (relaid(FOUR[:2], slots=[1, 0], buckets=[2]), "its slots are not in the order of its tensors"),
+        (relaid(FOUR, slots=[0, 2, 1, 3], buckets=[2, 2], order="packed"), "its slots are not in the order of its tensors"),
+        (relaid(FOUR[:3], slots=[0, 2, 1], buckets=[1, 1, 1], order="packed"), "its slots are not in the order of its tensors"),
+        (
+            relaid([B4, TensorSpec("h", torch.float16, (2,))], slots=[0, 1], buckets=[2], order="packed"),
+            "its slots are not in packed order",
+        ),
+        (relaid([A8, B4], slots=[0, 1], buckets=[2], oversize="own"), "bucket 0 exceeds its capacity"),
     ],
-    ids=["two pieces in a bucket", "short piece", "interleaved", "order", "packed order", "error policy", "own policy"],
+    ids=[
+        *("two pieces in a bucket", "short piece", "interleaved", "order", "packed order", "error policy", "own policy"),
+        *(
+            "own policy, full pieces",
+            "full piece not alone",
+            "order in a bucket",
+            "packed, two interleaved",
+            "packed, the last two",
+        ),
+        *("packed, one byte wider", "own policy, two tensors"),
+    ],
 )
 def test_b14_layouts_that_no_planner_makes(data, message):
     with pytest.raises(ManifestError, match=message):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -296,6 +298,124 @@ def test_b16_closing_an_async_stream_early_closes_the_source(mode):
 
     asyncio.run(run())
     assert closed == [True]
+
+
+@pytest.mark.parametrize("mode", ASYNC_MODES)
+def test_b16_an_async_source_is_closed_when_the_stream_is_and_not_with_the_loop(mode):
+    closed = []
+
+    async def run():
+        buckets = ASYNC_MODES[mode](as_async(PAIRS, closed))
+        await anext(buckets)
+        await buckets.aclose()
+        assert closed == [True]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("mode", ["plan", "packed"])
+def test_b16_an_error_that_is_kept_keeps_no_source_open(mode):
+    """A traceback keeps the frames that it went through, and what they hold."""
+    closed = []
+    wrong = [*PAIRS[:3], ("other", torch.ones(1)), *PAIRS[4:]]
+    with pytest.raises(PlanMismatchError) as error:
+        list(MODES[mode](failing(wrong, len(wrong), closed)))
+    assert closed == [True]
+    assert error.value.__traceback__ is not None
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_b15_an_error_that_is_kept_keeps_no_buffer(mode):
+    watch = []
+
+    def allocate(nbytes):
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        watch.append(weakref.ref(buffer))
+        return buffer
+
+    plan = plan_buckets(specs_of(PAIRS), 32)
+    with pytest.raises(Boom) as error:
+        if mode == "sync":
+            list(pack(plan, failing(PAIRS, 1, []), allocate=allocate))
+        else:
+            collect(apack(plan, as_async(PAIRS[:1], error=Boom("inside")), allocate=allocate))
+    assert [ref() for ref in watch] == [None]
+    assert error.value.__traceback__ is not None
+
+
+def test_b16_an_error_thrown_into_an_async_stream_closes_a_sync_source():
+    closed = []
+
+    async def run():
+        buckets = apack_stream(failing(PAIRS, len(PAIRS), closed), 32)
+        await anext(buckets)
+        with pytest.raises(Boom) as error:
+            await buckets.athrow(Boom("of the consumer"))
+        assert closed == [True]
+        assert error.value.__traceback__ is not None
+
+    asyncio.run(run())
+
+
+class Reusable:
+    """Something that can be read again, and that its owner closes."""
+
+    closed = False
+
+    def __iter__(self):
+        return iter(PAIRS)
+
+    def close(self):
+        self.closed = True
+
+
+class AsyncReusable(Reusable):
+    def __aiter__(self):
+        return as_async(PAIRS)
+
+    async def aclose(self):
+        self.closed = True
+
+
+def test_b16_what_can_be_read_again_is_not_closed():
+    source, later = Reusable(), AsyncReusable()
+    for _ in range(2):
+        assert picture(unpack_stream(pack_stream(source, 32))) == picture(PAIRS)
+        assert picture(unpack_stream(collect(apack_stream(later, 32)))) == picture(PAIRS)
+    assert not source.closed
+    assert not later.closed
+
+
+class AsyncIteratorWithoutEnd:
+    """An async iterator by hand: nothing to close."""
+
+    def __init__(self):
+        self.rest = iter(PAIRS)
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        try:
+            return next(self.rest)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
+
+def test_b16_an_async_iterator_that_cannot_be_closed():
+    assert picture(unpack_stream(collect(apack_stream(AsyncIteratorWithoutEnd(), 32)))) == picture(PAIRS)
+
+
+class Named(NamedTuple):
+    name: str
+    tensor: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [list, tuple, Named._make], ids=["list", "tuple", "named tuple"])
+def test_b16_pairs_of_any_kind(kind):
+    pairs = [kind(pair) for pair in PAIRS]
+    assert picture(unpack_stream(pack_stream(iter(pairs), 32))) == picture(PAIRS)
+    assert picture(unpack_stream(collect(apack_stream(as_async(pairs), 32)))) == picture(PAIRS)
 
 
 def test_b16_a_packer_works_on_after_a_failed_round():

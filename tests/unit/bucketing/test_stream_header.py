@@ -47,6 +47,7 @@ LIES = [
     (header(index=3), "it is of bucket 3, and came with bucket 0"),
     (header(align=3), "align is 3; it is a power of two"),
     (header(extra=1), "Expected `array` of at most length 6"),
+    (header((*W, 0)), "Expected `array` of at most length 5, got 6"),
     (header(([], "float32", [2], 0, 8)), "a slot has no name"),
     (header(([b""], "float32", [2], 0, 8)), "names are non-empty str"),
     (header(([b"\xff"], "float32", [2], 0, 8)), "codec can't decode"),
@@ -61,6 +62,11 @@ LIES = [
     (header(([b"w"], "float32", [2], 4, 4)), "a piece of 'w' starts at byte 4, and nothing came before it"),
     (header(([b"w"], "float32", [2], 0, 4)), "the stream's last bucket leaves 'w' incomplete"),
     (header(([b"w"], "float32", [2], 0, 4), W), "slot 'w' stands where tensor 'w' has to continue"),
+    (header(([b"w"], "uint8", [2], -1, 2)), "slot 'w' holds bytes -1 to 1 of u8"),
+    (header(([b"w", b"v"], "float32", [2], 0, 9)), "slot 'w' holds bytes 0 to 9 of f32"),
+    (header(([b"w", b"v"], "float32", [2], 0, 6)), "slot 'w' holds a part of an element"),
+    (header(form="x" * 41), f"its format is '{'x' * 40}', not"),
+    (header(([b"w"], "x" * 41, [2], 0, 8)), f"this torch has no dtype '{'x' * 40}'"),
     (b"\x91" * 3000, "invalid bucket header"),
     (b"", "invalid bucket header"),
 ]
@@ -132,3 +138,21 @@ def test_b9_b10_a_streams_tied_names_are_checked_on_every_piece():
         list(unpack_stream(forged(first, second, buffers=[1, 1])))
     with pytest.raises(ManifestError, match="names are non-empty str"):
         list(unpack_stream(forged(header(([b"a", b""], "uint8", [1], 0, 1)), buffers=[1])))
+
+
+def test_b14_the_bound_of_a_header_holds_to_the_byte():
+    (bucket,) = pack_stream([("a", patterned(torch.uint8, 3))], 8)
+    length = len(bucket.header)
+    with pytest.raises(ManifestError, match=f"it has {length} bytes; the bound is {length - 1}"):
+        StreamUnpacker(max_header_nbytes=length - 1).feed(bucket)
+    assert len(StreamUnpacker(max_header_nbytes=length).feed(bucket)) == 1
+    for more, message in ((1, "it has 67108865 bytes; the bound is 67108864"), (0, "invalid bucket header: (?!it has)")):
+        with pytest.raises(ManifestError, match=message):
+            list(unpack_stream(forged(bytes((64 << 20) + more))))
+
+
+def test_b14_the_bound_of_a_split_tensor_holds_to_the_byte():
+    pairs = [("w", patterned(torch.float32, 5))]
+    assert len(list(StreamUnpacker(max_tensor_nbytes=20).feed(next(pack_stream(pairs, 12))))) == 0
+    with pytest.raises(ManifestError, match="split tensor 'w' has 20 bytes; the bound is 19"):
+        StreamUnpacker(max_tensor_nbytes=19).feed(next(pack_stream(pairs, 12)))
