@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rollout_core.testing.packers import Pairs
@@ -18,10 +19,7 @@ class _GroupingPacker:
         self.capabilities = capabilities
 
     def pack(self, named: Any, capacity: int) -> Iterable[Any]:
-        result = self._function(named, capacity)
-        if isinstance(result, AsyncIterable):
-            return asyncio.run(_collect(result))
-        return _lazily(result)
+        return _buckets(self._function(named, capacity))
 
     def unpack(self, buckets: Sequence[Any]) -> Pairs:
         return [pair for bucket in buckets for pair in (bucket.items() if isinstance(bucket, Mapping) else bucket)]
@@ -34,8 +32,7 @@ class _FunctionsPacker:
         self.capabilities = capabilities
 
     def pack(self, named: Any, capacity: int) -> Iterable[Any]:
-        result = self._pack(named, capacity)
-        return asyncio.run(_collect(result)) if isinstance(result, AsyncIterable) else _lazily(result)
+        return _buckets(self._pack(named, capacity))
 
     def unpack(self, buckets: Sequence[Any]) -> Pairs:
         return list(self._unpack(buckets))
@@ -56,6 +53,21 @@ def functions_packer(
 ) -> Any:
     """A packer under test of two functions, ``pack(named_tensors, capacity)`` (sync or async) and ``unpack(buckets)``."""
     return _FunctionsPacker(pack, unpack, frozenset(capabilities))
+
+
+def _buckets(result: Any) -> Iterable[Any]:
+    """The buckets that a function gave: an iterable, an async iterable, or a coroutine that gives one."""
+    if isinstance(result, Coroutine):
+        return _buckets(_run(result))
+    if isinstance(result, AsyncIterable):
+        collected: list[Any] = _run(_collect(result))
+        return collected
+    return _lazily(result)
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    with ThreadPoolExecutor(1) as thread:  # an event loop may run in this one
+        return thread.submit(asyncio.run, coroutine).result()
 
 
 async def _collect(buckets: AsyncIterable[Any]) -> list[Any]:

@@ -9,6 +9,7 @@ from itertools import cycle, islice
 from typing import Final, Literal, TypeAlias, get_args
 
 import msgspec
+import numpy as np
 import torch
 
 from rollout_core.bucketing.dtypes import DTYPES, label
@@ -16,12 +17,14 @@ from rollout_core.bucketing.dtypes import DTYPES, label
 #: How a tensor lies in memory. Each but the first is a view for which code that reads a storage from its start, or ignores strides
 #: or flags, goes wrong.
 Layout: TypeAlias = Literal[
-    "contiguous", "sliced", "strided", "transposed", "expanded", "one element, odd stride", "detached slice", "conj", "neg",
+    "contiguous", "sliced", "strided", "transposed", "expanded", "expanded last", "one element, odd stride", "detached slice",
+    "conj", "neg", "parameter",
 ]  # fmt: skip
 #: What the elements are: bytes that all differ from their neighbours, NaNs with payloads beside negative zeros, or zeros.
 Fill: TypeAlias = Literal["pattern", "special", "zeros"]
-#: A tensor made of an earlier one: the same object, a new view of the same elements, or a view of a part of its storage.
-Relation: TypeAlias = Literal["tied", "same view", "head", "tail"]
+#: A tensor made of an earlier one: the same object, a new view of the same elements, a view of a part of its storage, or a view
+#: that begins at the same address and is another tensor all the same.
+Relation: TypeAlias = Literal["tied", "same view", "head", "tail", "transposed", "as int32", "conj of"]
 
 LAYOUTS: Final[tuple[Layout, ...]] = get_args(Layout)
 
@@ -108,7 +111,10 @@ class PackerCase(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
         if case.of is None:
             return ""
         other = repr(self.tensors[case.of].name)
-        words = {"tied": "the same tensor as", "same view": "a view of all of", "head": "the first half of", "tail": "the end of"}
+        words = {
+            "tied": "the same tensor as", "same view": "a view of all of", "head": "the first half of", "tail": "the end of",
+            "transposed": "the transpose of", "as int32": "the integers of", "conj of": "the conjugate of",
+        }  # fmt: skip
         return f", {words[case.relation]} {other}"
 
 
@@ -158,11 +164,13 @@ _LAYOUT_MAKERS: Final[dict[Layout, Callable[[Base, tuple[int, ...]], torch.Tenso
     "strided": _strided,
     "transposed": lambda base, shape: base(*reversed(shape)).permute(*reversed(range(len(shape)))),
     "expanded": _expanded,
+    "expanded last": lambda base, shape: base(*shape[:-1], *(1 for _ in shape[-1:])).expand(shape),
     "one element, odd stride": lambda base, shape: base(10)[::5][:1],
     # A detached view does not know its base: code that asks ``_base`` whether it is one is told that it is not.
     "detached slice": lambda base, shape: base(8 * math.prod(shape) + 64)[1 : 1 + math.prod(shape)].view(shape).detach(),
     "conj": lambda base, shape: base(*shape).conj(),
     "neg": lambda base, shape: torch._neg_view(base(*shape)),
+    "parameter": lambda base, shape: torch.nn.Parameter(base(*shape)),
 }
 
 
@@ -176,6 +184,12 @@ def _related(tensor: torch.Tensor, relation: Relation) -> torch.Tensor:
             return tensor[: (len(tensor) + 1) // 2]
         case "tail":
             return tensor[1:]
+        case "transposed":
+            return tensor.t()
+        case "as int32":
+            return tensor.view(torch.int32)
+        case "conj of":
+            return tensor.conj()
 
 
 def related_case(case: TensorCase, of: int, relation: Relation, name: str) -> TensorCase:
@@ -183,7 +197,9 @@ def related_case(case: TensorCase, of: int, relation: Relation, name: str) -> Te
     rows = case.shape[0] if case.shape else 0
     first = {"head": (rows + 1) // 2, "tail": rows - 1}.get(relation, rows)
     shape = (first, *case.shape[1:]) if case.shape else ()
-    return TensorCase(name, case.dtype, shape, of=of, relation=relation)
+    if relation == "transposed":
+        shape = (shape[1], shape[0])
+    return TensorCase(name, "int32" if relation == "as int32" else case.dtype, shape, of=of, relation=relation)
 
 
 def fill_bytes(fill: Fill, dtype: str, count: int, seed: int) -> bytes:
@@ -191,7 +207,7 @@ def fill_bytes(fill: Fill, dtype: str, count: int, seed: int) -> bytes:
     if fill == "zeros":
         return bytes(count)
     if fill == "pattern":
-        return bytes(byte & 1 for byte in pattern(count, seed)) if dtype == "bool" else pattern(count, seed)
+        return bytes(byte & 1 for byte in pattern(count, seed)) if dtype == "bool" else pattern(count, seed)  # a bool is 0 or 1
     component = _COMPONENT.get(dtype, dtype)
     width = DTYPES[component].itemsize
     bits = _SPECIAL_BITS.get(component, (0x7F, 0xFF, 0x80, 0x7D) if width == 1 else (1, 2, 3))
@@ -202,4 +218,5 @@ def fill_bytes(fill: Fill, dtype: str, count: int, seed: int) -> bytes:
 def pattern(count: int, seed: int) -> bytes:
     """Bytes that all differ from their neighbours, and from those of the next seeds: a misplaced range cannot pass for the right
     one. All are below 120, so that in every floating format each element is an ordinary number."""
-    return bytes((31 * seed + 7 * i + i // 256) % 120 for i in range(count))
+    places = np.arange(count)
+    return bytes(((31 * seed + 7 * places + places // 256) % 120).astype(np.uint8))

@@ -22,17 +22,17 @@ def within_capacity(nbytes: Sequence[int], capacity: int) -> str | None:
     return None
 
 
-def aligned(buckets: Sequence[Sequence[SlotRow]], cases: Mapping[str, TensorCase]) -> str | None:
-    """B3: every slot's offset is a multiple of its dtype's itemsize."""
+def aligned(buckets: Sequence[Sequence[SlotRow]], cases: Mapping[str, TensorCase], align: int = 1) -> str | None:
+    """B3: every slot's offset is a multiple of its dtype's itemsize, and of a larger ``align`` if the packer declares one."""
     for index, slots in enumerate(buckets):
         before = ""
         for name, offset, _nbytes in slots:
             case = cases.get(name)
             if case is None:
                 continue
-            itemsize = case.torch_dtype.itemsize
-            if offset % itemsize:
-                return f"bucket {index}: slot {before}{case} at offset {offset}: not a multiple of {itemsize}"
+            step = max(case.torch_dtype.itemsize, align)
+            if offset % step:
+                return f"bucket {index}: slot {before}{case} at offset {offset}: not a multiple of {step}"
             before = f"{case} at offset {offset}, then "
     return None
 

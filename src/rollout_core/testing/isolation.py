@@ -23,6 +23,7 @@ from rollout_core.transfer.channel import Channel, PeerGone
 from rollout_core.transfer.lifetime import end_with_parent
 
 _PHASE_BYTES: Final = 64
+_MOST_PRINTED: Final = 1 << 20
 #: Seconds for a process to load the packer: torch and an engine's modules may be imported on the way.
 _START_TIMEOUT: Final = 120.0
 
@@ -74,7 +75,7 @@ def run_case(subject: Any, check: Check, case: bytes, number: int = 0) -> Outcom
         return Outcome(number=number, result="skip", text=str(reason))
     except Violation as violation:
         return Outcome(number=number, result="violation", text=str(violation))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         from rollout_core.testing.packers import error_words
 
         return Outcome(number=number, result="violation", text=f"the check met {error_words(error)}")
@@ -88,11 +89,12 @@ class Here:
         self._start = start
         try:
             self.hello = Hello(sorted(start(_NoPhase()).capabilities))
-        except (RolloutCoreError, TypeError) as error:
-            raise SubjectError(str(error)) from error
+        except Exception as error:
+            raise SubjectError(_loading_words(error)) from error
 
     def run(self, check: Check, case: bytes, timeout: float) -> Outcome:
-        return run_case(self._start(_NoPhase()), check, case)
+        """What came of one case. There is nobody here to end it: ``timeout`` is not kept."""
+        return _start_and_run(self._start, _NoPhase(), check, case)
 
     def close(self) -> None:
         pass
@@ -126,11 +128,13 @@ class Isolated:
             self._launch()
         assert self._channel is not None
         self._number += 1
+        if os.fstat(self._printed.fileno()).st_size > _MOST_PRINTED:
+            self._printed.truncate(0)  # what earlier cases printed
         try:
             self._channel.send(Request(self._number, check.id, case), timeout)
             answer = self._channel.receive(timeout)
         except PeerGone:
-            return self._died()
+            return self._died(self._doing() + " ")
         except TransferError:
             doing = self._doing()
             self._kill()
@@ -168,14 +172,14 @@ class Isolated:
             output = self._printed.fileno()
             theirs.set_inheritable(True)
             actions = [(os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)]
-            pid = os.posix_spawn(sys.executable, command, environment, file_actions=actions)
+            pid = os.posix_spawn(sys.executable, command, environment, file_actions=actions, setpgroup=0)
         theirs.close()
         self._pid = pid
         self._channel = Channel(ours.detach(), Hello | Outcome)
         try:
             hello = self._channel.receive(_START_TIMEOUT)
         except PeerGone:
-            raise SubjectError(f"loading it {self._died().text}") from None
+            raise SubjectError(f"loading it {self._died('').text}") from None
         except TransferError:
             raise SubjectError(f"loading it took more than {_START_TIMEOUT:g} s") from None
         assert isinstance(hello, Hello)
@@ -186,15 +190,14 @@ class Isolated:
     def _doing(self) -> str:
         return self._phase[:].rstrip(b"\0").decode() or "the check"
 
-    def _died(self) -> Outcome:
-        """The violation of a process that ended by itself."""
-        doing = self._doing()
+    def _died(self, doing: str) -> Outcome:
+        """The violation of a process that ended by itself while it was doing this."""
         status = self._reap()
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
         self._printed.seek(0)
         last = self._printed.read()[-2000:].decode(errors="replace").strip().splitlines()[-3:]
         words = f"; it printed last: {' | '.join(line.strip() for line in last)}" if last else ""
-        return Outcome(result="violation", text=f"{doing} ended its process with {how}{words}", fatal=True)
+        return Outcome(result="violation", text=f"{doing}ended its process with {how}{words}", fatal=True)
 
     def _kill(self) -> None:
         if self._pid:
@@ -208,6 +211,8 @@ class Isolated:
             self._channel.close()
             self._channel = None
         pid, self._pid = self._pid, 0
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # and the processes that the packer has started
         try:
             return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         except ChildProcessError:  # somebody else has waited for it
@@ -233,6 +238,7 @@ def _child(connection: socket.socket, start: Start, output: int, phase: mmap.mma
     """The forked child: serve until the parent closes the channel, and leave without running anything of the parent's."""
     code = 1
     try:
+        os.setpgid(0, 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
@@ -263,6 +269,25 @@ def twin(fd: str, target: str, parent: str, path: str) -> None:
     _serve(socket.socket(fileno=int(fd)), lambda phase: wrap("packer", load_target(target), phase), _NoPhase())
 
 
+def _start_and_run(start: Start, phase: Any, check: Check, case: bytes, number: int = 0) -> Outcome:
+    """Run a case on a subject of its own."""
+    from rollout_core.testing.packers import error_words
+
+    try:
+        subject = start(phase)
+    except (Exception, SystemExit) as error:
+        return Outcome(number=number, result="violation", text=f"making the packer anew raised {error_words(error)}")
+    return run_case(subject, check, case, number)
+
+
+def _loading_words(error: BaseException) -> str:
+    from rollout_core.testing.packers import error_words
+
+    if isinstance(error, RolloutCoreError | TypeError):
+        return str(error)
+    return f"loading it raised {error_words(error)}"
+
+
 def _serve(connection: socket.socket, start: Start, phase: Any) -> None:
     import torch
 
@@ -272,11 +297,8 @@ def _serve(connection: socket.socket, start: Start, phase: Any) -> None:
     channel: Channel[Request] = Channel(connection.detach(), Request)
     try:
         subject = start(phase)
-    except Exception as error:
-        from rollout_core.testing.packers import error_words
-
-        known = isinstance(error, RolloutCoreError | TypeError)
-        channel.send(Hello([], str(error) if known else error_words(error)))
+    except (Exception, SystemExit) as error:
+        channel.send(Hello([], _loading_words(error)))
         return
     channel.send(Hello(sorted(subject.capabilities)))
     while True:
@@ -285,4 +307,4 @@ def _serve(connection: socket.socket, start: Start, phase: Any) -> None:
         except PeerGone:
             return
         # A class or factory gives a new subject for every case, as a reproduction script will.
-        channel.send(run_case(start(phase), get_check(request.check), request.case, request.number))
+        channel.send(_start_and_run(start, phase, get_check(request.check), request.case, request.number))

@@ -148,9 +148,7 @@ def _stop(world: _World, packer: PackerUnderTest, case: PackerCase, number: int)
         return
     buckets = packer.pack_lazily(iter(world.sources[number % _SOURCES]), case.capacity)
     next(buckets, None)
-    close = getattr(buckets, "close", None)
-    if close is not None:
-        close()
+    buckets.close()
 
 
 def _end(world: _World, packer: PackerUnderTest, case: PackerCase, number: int) -> None:
@@ -183,5 +181,6 @@ def _came(error: Exception | None) -> str:
 def flip_bytes(tensor: torch.Tensor) -> None:
     """Change every byte of a tensor's elements in place."""
     if tensor.numel():
-        flat = tensor.view(-1) if tensor.is_contiguous() else tensor.contiguous().view(-1)
-        flat.view(torch.uint8).bitwise_xor_(0xFF)
+        flipped = tensor.detach().clone(memory_format=torch.contiguous_format)
+        flipped.view(-1).view(torch.uint8).bitwise_xor_(0xFF)
+        tensor.detach().copy_(flipped)

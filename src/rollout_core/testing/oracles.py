@@ -6,9 +6,10 @@ import ctypes
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Picture(NamedTuple):
@@ -84,6 +85,16 @@ def difference(model: Sequence[Picture], actual: Sequence[Picture]) -> str | Non
                 f"(model: {one.data[span].hex()}, actual: {other.data[span].hex()})"
             )
     raise AssertionError("the pictures differ and no part of them does")
+
+
+class StorageRef:
+    """Whether a tensor's memory is still held, by that tensor or by any other of the same storage."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._ref: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+    def is_alive(self) -> bool:
+        return not self._ref.expired()
 
 
 def live_tensor_bytes() -> int:

@@ -27,7 +27,7 @@ SpecRow: TypeAlias = tuple[str, torch.dtype, tuple[int, ...]]
 
 #: What a packer may have beyond pack and unpack. A method is found by itself; a claim has to be declared in ``capabilities``.
 CAPABILITIES: Final[dict[str, str]] = {
-    "bucket_nbytes": "method bucket_nbytes(bucket): bytes that travel (not needed for buckets that are tensors or lists of pairs)",
+    "bucket_nbytes": "method bucket_nbytes(bucket): bytes of payload, no header (not needed for tensors and lists of pairs)",
     "slots": "method slots(bucket): [(name, offset, nbytes), ...]",
     "buffer": "method buffer(bucket): the bucket's own 1-d uint8 tensor",
     "receive": "method receive(specs, capacity, buckets): the receiving side, planning for itself; specs are (name, dtype, shape)",
@@ -45,9 +45,10 @@ CAPABILITIES: Final[dict[str, str]] = {
     "oversize=own": "claim: a tensor larger than the capacity gets a bucket of its own",
     "oversize=error": "claim: a tensor larger than the capacity is refused",
 }
-_METHODS: Final = {name: name for name in ("bucket_nbytes", "slots", "buffer", "receive")} | {
-    "manifest": "read_manifest",
-    "async": "apack",
+_METHODS: Final[dict[str, tuple[str, ...]]] = {
+    **{name: (name,) for name in ("bucket_nbytes", "slots", "buffer", "receive")},
+    "manifest": ("manifest", "read_manifest"),
+    "async": ("apack",),
 }
 
 
@@ -93,10 +94,10 @@ class PackerUnderTest:
         with self._calling("pack"):
             return list(self.packer.pack(named, capacity, **options))
 
-    def pack_lazily(self, named: Any, capacity: int, **options: Any) -> Iterator[Any]:
+    def pack_lazily(self, named: Any, capacity: int, **options: Any) -> _Watched:
         """Buckets as the packer gives them; closing this closes it."""
         with self._calling("pack"):
-            return iter(self.packer.pack(named, capacity, **options))
+            return _Watched(self, iter(self.packer.pack(named, capacity, **options)))
 
     def apack(self, source: AsyncIterable[Any], capacity: int) -> AsyncIterator[Any]:
         result: AsyncIterator[Any] = self.packer.apack(source, capacity)
@@ -154,10 +155,33 @@ class PackerUnderTest:
             yield
         except (Skipped, Violation):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise Raised(method, error) from error
         finally:
             self.phase.set("")
+
+
+class _Watched(Iterator[Any]):
+    """A packer's own iterator, each step of it a call of ``pack``."""
+
+    def __init__(self, subject: PackerUnderTest, buckets: Iterator[Any]) -> None:
+        self._subject = subject
+        self._buckets = buckets
+        self.can_close = callable(getattr(buckets, "close", None))
+        self.kind = type(buckets).__name__
+
+    def __next__(self) -> Any:
+        with self._subject._calling("pack"):
+            try:
+                return next(self._buckets)
+            except StopIteration:
+                pass
+        raise StopIteration
+
+    def close(self) -> None:
+        if self.can_close:
+            with self._subject._calling("closing what pack gave"):
+                self._buckets.close()  # type: ignore[attr-defined]
 
 
 def resolve(target: Any) -> Any:
@@ -184,10 +208,10 @@ def capabilities_of(packer: Any) -> frozenset[str]:
     unknown = sorted(claims - CAPABILITIES.keys())
     if unknown:
         raise TypeError(f"capabilities has {unknown[0]!r}; it may have {', '.join(CAPABILITIES)}")
-    found = {name for name, method in _METHODS.items() if callable(getattr(packer, method, None))}
-    missing = sorted(claims & _METHODS.keys() - found)
-    if missing:
-        raise TypeError(f"capabilities has {missing[0]!r}, and the packer has no method {_METHODS[missing[0]]}")
+    lacking = {name: [m for m in methods if not callable(getattr(packer, m, None))] for name, methods in _METHODS.items()}
+    found = {name for name, missing in lacking.items() if not missing}
+    for name in sorted(claims & _METHODS.keys() - found):
+        raise TypeError(f"capabilities has {name!r}, and the packer has no method {lacking[name][0]}")
     return claims | found
 
 

@@ -24,6 +24,7 @@ def parametrize_packer_checks(
     max_examples: int = 100,
     seed: int = 0,
     timeout: float = 10.0,
+    isolate: bool = True,
 ) -> Callable[[Test], Test]:
     """Parametrize a test over packers and the checks of a level:
 
@@ -37,6 +38,7 @@ def parametrize_packer_checks(
     """
     expected = dict(expected_failures or {})
     checks = checks_of("packer", level, only, expected)
+    options = {"level": level, "max_examples": max_examples, "seed": seed, "timeout": timeout, "isolate": isolate}
     rows = []
     labels = [packer if isinstance(packer, str) else name_of(packer).rpartition(" ")[2] for packer in packers]
     for place, packer in enumerate(packers):
@@ -46,7 +48,9 @@ def parametrize_packer_checks(
             if check.id in expected:
                 marks.append(pytest.mark.xfail(reason=expected[check.id], strict=True, raises=CheckFailed))
             rows.append(
-                pytest.param(packer, _Runnable(check, level, max_examples, seed, timeout), id=f"{label}-{check.id}", marks=marks)
+                pytest.param(
+                    packer, _Runnable(check, options, expected=check.id in expected), id=f"{label}-{check.id}", marks=marks
+                )
             )
     return pytest.mark.parametrize(("packer", "check"), rows)
 
@@ -58,9 +62,10 @@ class CheckFailed(AssertionError):
 class _Runnable:
     """One check, to be called with a packer."""
 
-    def __init__(self, check: Check, level: str, max_examples: int, seed: int, timeout: float) -> None:
+    def __init__(self, check: Check, options: dict[str, Any], *, expected: bool) -> None:
         self._check = check
-        self._options: dict[str, Any] = {"level": level, "max_examples": max_examples, "seed": seed, "timeout": timeout}
+        self._options = options
+        self._expected = expected  # to fail
 
     def __repr__(self) -> str:
         return f"<check {self._check.id}: {self._check.title}>"
@@ -69,9 +74,12 @@ class _Runnable:
         __tracebackhide__ = True
         from rollout_core.testing import pytest_plugin
 
+        options = dict(self._options)
         if pytest_plugin.max_examples is not None:
-            self._options["max_examples"] = pytest_plugin.max_examples
-        (result,) = check_packer(packer, only=[self._check.id], **self._options).results
+            options["max_examples"] = pytest_plugin.max_examples
+        (result,) = check_packer(packer, only=[self._check.id], **options).results
+        if result.status == "skip" and self._expected:
+            raise AssertionError(f"{result.id} is expected to fail, and was skipped: {result.reason}")
         if result.status == "skip":
             pytest.skip(result.reason)
         if result.status == "fail":

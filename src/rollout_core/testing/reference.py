@@ -77,6 +77,8 @@ class Stream:
         return self.ready()
 
     def check_name(self, name: str) -> None:
+        if not name:
+            raise Refused("a tensor has the empty name")
         if name in self.names:
             raise Refused(f"name {name!r} stands at places {self.names.index(name)} and {len(self.names)}")
         self.names.append(name)
@@ -85,6 +87,8 @@ class Stream:
         """Put tensors that stay together into the open bucket, or a new one."""
         if self.end_after(unit) > self.capacity:
             self.close()
+            if len(unit) > 1 and self.end_after(unit) > self.capacity:
+                raise Refused(f"the group {[name for name, _ in unit]} does not fit a bucket of {self.capacity} bytes")
         for name, tensor in unit:
             root = self.root_of(name, tensor)
             if root:
@@ -281,13 +285,26 @@ class ReferencePacker:
         return self.unpack(buckets)
 
     def manifest(self, named: Pairs, capacity: int) -> bytes:
-        return json.dumps([[list(astuple(entry)) for entry in bucket.entries] for bucket in self.pack(named, capacity)]).encode()
+        return _encoded(bucket.entries for bucket in self.pack(named, capacity))
 
     def read_manifest(self, data: bytes) -> list[list[Entry]]:
         buckets = json.loads(data)
         if not isinstance(buckets, list) or not all(isinstance(rows, list) for rows in buckets):
             raise Refused("a manifest is a list of lists")
-        return [[_entry(row) for row in rows] for rows in buckets]
+        entries = [[_entry(row) for row in rows] for rows in buckets]
+        for bucket in entries:
+            end = 0
+            for entry in bucket:
+                if not (end <= entry.offset < end + 16 and entry.start >= 0 and 0 <= entry.nbytes <= entry.total - entry.start):
+                    raise Refused(f"{entry} lies outside of its tensor or its bucket")
+                end = entry.offset + entry.nbytes
+        if _encoded(entries) != data:
+            raise Refused("these are not the bytes that the entries are written as")
+        return entries
+
+
+def _encoded(buckets: Iterable[Iterable[Entry]]) -> bytes:
+    return json.dumps([[list(astuple(entry)) for entry in bucket] for bucket in buckets]).encode()
 
 
 def _entry(row: Any) -> Entry:

@@ -45,7 +45,8 @@ def check_packer(
     With ``isolate`` the packer runs in a forked process, so that a hang or a crash is a failed check. A process that has used CUDA
     cannot be forked: pass ``isolate=False`` there, or use ``rollout-core check``.
 
-    Raises ``SubjectError`` if this is no packer and ``ValueError`` for an unknown id or level.
+    Raises ``SubjectError`` if this is no packer, ``ValueError`` for an unknown id or level or a number out of range, and
+    ``RuntimeError`` if it is to be isolated in a process that has used CUDA.
     """
     return _run("packer", packer, level, only, expected_failures or {}, max_examples, seed, timeout, isolate, progress)
 
@@ -90,6 +91,10 @@ def _run(
     progress: Progress | None,
 ) -> Report:
     started = time.monotonic()
+    if max_examples < 1 or timeout <= 0:
+        raise ValueError(
+            f"max_examples is {max_examples} and timeout {timeout}; a check needs at least 1 case and some seconds for it"
+        )
     checks = checks_of(kind, level, only, expected)
     results = []
     with _Executor(kind, target, timeout, isolate) as execute:
@@ -97,6 +102,7 @@ def _run(
             if progress:
                 progress(check, None, len(checks))
             begun = time.monotonic()
+            execute.begin_check()
             finding = _find(check, execute, max_examples, seed)
             result = _result(check, finding, time.monotonic() - begun, expected.get(check.id), target)
             results.append(result)
@@ -114,9 +120,14 @@ def _run(
 
 
 def checks_of(kind: SubjectKind, level: str, only: Iterable[str], expected: Mapping[str, str]) -> list[Check]:
-    """The checks to run. ``ValueError`` for an unknown id, also among those that are expected to fail."""
-    for id in expected:
+    """The checks to run. ``ValueError`` for an unknown id, also among those that are expected to fail, and for one without a
+    reason."""
+    if not isinstance(expected, Mapping):
+        raise ValueError(f"expected_failures is a {type(expected).__name__}; it is a mapping from check id to reason")
+    for id, reason in expected.items():
         get_check(id)
+        if not isinstance(reason, str) or not reason.strip():
+            raise ValueError(f"expected_failures gives no reason for {id}")
     return select_checks(kind, level=level, only=only)
 
 
@@ -162,7 +173,7 @@ class _Executor:
         self._start = _starter(kind, target)
         self._target = target_of(target)
         self._twins: list[Isolated] = []
-        self._slowest = 0.0  # seconds of a case that ended
+        self.begin_check()
         if isolate:
             _refuse_cuda()
         self._runner = Isolated(self._start) if isolate else Here(self._start)
@@ -176,15 +187,20 @@ class _Executor:
         for runner in (self._runner, *self._twins):
             runner.close()
 
+    def begin_check(self) -> None:
+        """What one check hung on says nothing of how long the next may take."""
+        self._patience = self._timeout
+        self._slowest = 0.0  # seconds of a case that ended
+
     def __call__(self, check: Check, case: bytes) -> Outcome:
         if check.twins:
             return self._run_twins(check, case)
         started = time.monotonic()
-        outcome = self._runner.run(check, case, self._timeout)
+        outcome = self._runner.run(check, case, self._patience)
         if not outcome.fatal:
             self._slowest = max(self._slowest, time.monotonic() - started)
         else:  # it may hang: the smaller cases that shrinking tries need not be given as long
-            self._timeout = min(self._timeout, max(1.0, 20 * self._slowest))
+            self._patience = min(self._patience, max(1.0, 20 * self._slowest))
         return outcome
 
     def _run_twins(self, check: Check, case: bytes) -> Outcome:

@@ -20,8 +20,11 @@ _HEAD: Final = '''\
 {text}
 """
 
+import sys
+
 import torch
 
+sys.path.insert(0, "")  # run this where the packer can be imported
 {imports}
 
 
@@ -65,8 +68,8 @@ def target_of(target: Any) -> Target:
     reachable = module != "__main__" and "<" not in name
     if target is cls and reachable:
         return _named(f"{module}:{name}", f"{module}:{name}")
-    imports = f"from {module} import {name.partition('.')[0]}" if reachable else f"# import {name} here"
-    return Target("", f"{module}:{name}" + ("" if target is cls else " (an instance)"), False, imports, f"packer = {name}()")
+    label = f"{module}:{name}" + ("" if target is cls else " (an instance)")
+    return Target("", label, False, "", f"packer = ...  # put yours here: {label}")
 
 
 def _named(name: str, words: str) -> Target:
@@ -91,7 +94,13 @@ def reproduction(check: Check, case: Any, target: Any, text: str) -> str:
         named=_named_text(case),
         capacity=case.capacity,
     )
-    fields = {"others": list(case.others), "at": list(case.at), "groups": [list(g) for g in case.groups], "data": case.data}
+    fields = {
+        "others": list(case.others),
+        "at": list(case.at),
+        "groups": [list(g) for g in case.groups],
+        "data": case.data,
+        "steps": [*case.steps],
+    }
     used = {name: value for name, value in fields.items() if f"{{{name}}}" in check.script}
     tail = check.script
     for name, value in used.items():
@@ -112,7 +121,10 @@ def _named_text(case: PackerCase) -> str:
 
 def _related_text(case: TensorCase) -> str:
     other = f"named[{case.of}][1]"
-    words = {"tied": "", "same view": f".view({other}.shape)", "head": f"[: (len({other}) + 1) // 2]", "tail": "[1:]"}
+    words = {
+        "tied": "", "same view": f".view({other}.shape)", "head": f"[: (len({other}) + 1) // 2]", "tail": "[1:]",
+        "transposed": ".t()", "as int32": ".view(torch.int32)", "conj of": ".conj()",
+    }  # fmt: skip
     return other + words[case.relation]
 
 
@@ -131,6 +143,10 @@ def _tensor_text(case: TensorCase, place: int) -> str:
             return f"{_base(case, tuple(reversed(shape)), place)}.permute({list(reversed(range(rank)))})"
         case "expanded":
             return f"{_base(case, (1, *shape[1:]), place)}.expand({list(shape)})"
+        case "expanded last":
+            return f"{_base(case, (*shape[:-1], 1), place)}.expand({list(shape)})"
+        case "parameter":
+            return f"torch.nn.Parameter({_base(case, shape, place)})"
         case "one element, odd stride":
             return f"{_base(case, (10,), place)}[::5][:1]"
         case "detached slice":

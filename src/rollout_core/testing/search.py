@@ -29,10 +29,6 @@ class _Found(Exception):
     pass
 
 
-class _CannotJudge(Exception):
-    pass
-
-
 def search(
     strategy: SearchStrategy[msgspec.Struct],
     execute: Callable[[bytes], Outcome],
@@ -50,6 +46,7 @@ def search(
     known: dict[bytes, Outcome] = {}
     last: list[tuple[bytes, Outcome]] = []
     deadline: list[float] = []
+    skipped: list[str] = []
     examples = 0
 
     @seed(random_seed)
@@ -76,8 +73,7 @@ def search(
             examples += 1
             outcome = known[data] = execute(data)
         if outcome.result == "skip":
-            last[:] = [(data, outcome)]
-            raise _CannotJudge
+            skipped.append(outcome.text)
         if outcome.result == "violation":
             last[:] = [(data, outcome)]
             if not deadline:
@@ -86,8 +82,6 @@ def search(
 
     try:
         attempt()
-    except _CannotJudge:
-        return Finding(examples=examples, skip=last[0][1].text)
     except _Found:
         data, outcome = last[0]
         again = execute(data) if not outcome.fatal else outcome
@@ -96,4 +90,4 @@ def search(
                 outcome, text=f"{outcome.text} (a second run of the same case passed: it does not depend on the case alone)"
             )
         return Finding(examples=examples, case=data, outcome=outcome)
-    return Finding(examples=examples)
+    return Finding(examples=examples, skip=skipped[0] if skipped and len(skipped) == len(known) else "")

@@ -87,7 +87,7 @@ def fills() -> st.SearchStrategy[Fill]:
 
 def relations() -> st.SearchStrategy[Relation | None]:
     """How a tensor is made of an earlier one, if it is: tied, the same view, or a part of the same storage."""
-    return st.sampled_from((None, None, "tied", "same view", "head", "tail"))
+    return st.sampled_from((None, None, "tied", "same view", "head", "tail", "transposed", "as int32", "conj of"))
 
 
 @st.composite
@@ -335,19 +335,25 @@ def _can_relate(case: TensorCase, relation: Relation) -> bool:
     """Whether a view of this kind can be made: all of a tensor that has elements, or a real part of one with several rows."""
     if case.of is not None or 0 in case.shape:
         return False
-    return relation in ("tied", "same view") or (bool(case.shape) and case.shape[0] >= 2)
+    if relation in ("head", "tail"):
+        return bool(case.shape) and case.shape[0] >= 2
+    if relation == "transposed":
+        return len(case.shape) == 2
+    if relation == "as int32":
+        return case.dtype == "float32"
+    return relation != "conj of" or case.torch_dtype.is_complex
 
 
 def _fitting(name: str, dtype: torch.dtype, shape: tuple[int, ...], layout: Layout, fill: Fill) -> TensorCase:
     """A recipe that can be made: the layout falls back to one that this tensor can have."""
     if layout == "conj" and not dtype.is_complex:
         dtype = torch.complex64
-    if layout == "neg" and not (dtype.is_complex or dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)):
+    if layout in ("neg", "parameter") and dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         dtype = torch.float32
     if layout == "one element, odd stride":
         shape = (1,)
     too_flat = layout == "transposed" and len(shape) < 2
-    if too_flat or (layout == "expanded" and not shape) or (0 in shape and layout not in ("contiguous", "sliced")):
+    if too_flat or (layout.startswith("expanded") and not shape) or (0 in shape and layout not in ("contiguous", "sliced")):
         layout = "contiguous"
     return TensorCase(name, WIRE_NAMES[dtype], shape, layout, fill)
 

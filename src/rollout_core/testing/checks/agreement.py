@@ -41,17 +41,18 @@ _WAYS: Final = ("name", "dtype", "shape", "order", "missing", "extra", "capacity
 @packer_check(
     "packer/B7-different",
     "a receiver whose specs or capacity differ is refused, before it takes one tensor for another",
-    cases=plain_cases(min_size=1, max_size=4, places=1),
+    cases=plain_cases(min_size=1, max_size=4, places=2),
     needs=["receive"],
     script=_SPECS
     + """
 way = ("name", "dtype", "shape", "order", "missing", "extra", "capacity")[{at}[0] % 7]
-name, dtype, shape = specs[-1]
+place = {at}[1] % len(specs)
+name, dtype, shape = specs[place]
 if way in ("name", "dtype", "shape"):
-    specs[-1] = {
+    specs[place] = {
         "name": (name + "x", dtype, shape), "dtype": (name, torch.int32, shape), "shape": (name, dtype, (1, *shape))
     }[way]
-specs = {"order": specs[::-1], "missing": specs[:-1], "extra": [*specs, ("more", dtype, shape)]}.get(way, specs)
+specs = {"order": specs[::-1], "missing": specs[:place] + specs[place + 1 :], "extra": [*specs, ("more", dtype, shape)]}.get(way, specs)
 capacity = 2 * capacity + 16 if way == "capacity" else capacity
 """
     + must_raise("print(packer.receive(specs, capacity, buckets))"),
@@ -61,21 +62,22 @@ def different(packer: PackerUnderTest, case: PackerCase) -> None:
     model = picture(named)
     buckets = packer.pack(named, case.capacity)
     specs, capacity = _specs(case), case.capacity
-    name, dtype, shape = specs[-1]
+    place = case.at[1] % len(specs)
+    name, dtype, shape = specs[place]
     way = _WAYS[case.at[0] % len(_WAYS)]
     match way:
         case "name":
-            specs[-1] = (name + "x", dtype, shape)
+            specs[place] = (name + "x", dtype, shape)
         case "dtype":
-            specs[-1] = (name, torch.int32, shape)
+            specs[place] = (name, torch.int32, shape)
         case "shape":
-            specs[-1] = (name, dtype, (1, *shape))
+            specs[place] = (name, dtype, (1, *shape))
         case "order":
-            if len({spec[1:] for spec in specs}) < 2 and len(specs) < 2:
+            if len(specs) < 2:
                 return
             specs.reverse()
         case "missing":
-            del specs[-1]
+            del specs[place]
         case "extra":
             specs.append(("more", dtype, shape))
         case "capacity":

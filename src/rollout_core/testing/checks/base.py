@@ -11,9 +11,9 @@ from hypothesis.strategies import SearchStrategy
 
 from rollout_core.testing import strategies
 from rollout_core.testing.cases import PackerCase, TensorCase
-from rollout_core.testing.oracles import Picture, difference, picture
-from rollout_core.testing.packers import PackerUnderTest, Pairs
-from rollout_core.testing.registry import Check, Violation, register
+from rollout_core.testing.oracles import Picture, bytes_of, difference, picture
+from rollout_core.testing.packers import PackerUnderTest, Pairs, bucket_tensors
+from rollout_core.testing.registry import Check, Skipped, Violation, register
 
 RunPacker: TypeAlias = Callable[[PackerUnderTest, PackerCase], Any]
 
@@ -31,17 +31,17 @@ NBYTES: Final = """
 def nbytes(bucket):
     if hasattr(packer, "bucket_nbytes"):
         return packer.bucket_nbytes(bucket)
-    tensors = [bucket] if isinstance(bucket, torch.Tensor) else [t for _, t in bucket]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    pairs = bucket.items() if isinstance(bucket, dict) else [("", bucket)] if isinstance(bucket, torch.Tensor) else bucket
+    return sum(t.numel() * t.element_size() for _, t in pairs)
 """
 
 
-def must_raise(statement: str) -> str:
-    """The end of a script whose last statement has to raise."""
+def must_raise(statement: str, errors: str = "Exception") -> str:
+    """The end of a script whose last statement has to raise one of these errors."""
     return f"""
 try:
     {statement}
-except Exception as error:
+except {errors} as error:
     print("refused:", error)
 else:
     raise AssertionError("this was not refused")
@@ -117,6 +117,16 @@ def buckets_of(packer: PackerUnderTest, case: PackerCase, *, least: int = 1) -> 
     return buckets if len(buckets) >= least else []
 
 
+def content_of(packer: PackerUnderTest, bucket: Any) -> Any:
+    """What can be seen of a bucket's content, at this moment. ``Skipped`` if nothing can."""
+    if "buffer" in packer.capabilities:
+        return bytes_of(packer.buffer(bucket))
+    tensors = [bucket] if isinstance(bucket, torch.Tensor) else bucket_tensors(bucket)
+    if tensors is None:
+        raise Skipped("its buckets have no buffer(bucket) and are no tensors or lists of pairs")
+    return [bytes_of(tensor) for tensor in tensors]
+
+
 def overwrite(tensors: Collection[torch.Tensor]) -> None:
     """Change every byte of the storages of these tensors, in place."""
     seen = set()
@@ -138,9 +148,16 @@ def plain(**options: Any) -> SearchStrategy[tuple[TensorCase, ...]]:
     return strategies.tensor_cases(**{"min_size": 1, "dtypes": _COMMON, "shapes": SHAPES, "same_dtype": True, **options})
 
 
-def plain_cases(*, min_size: int = 1, max_size: int = 6, **options: Any) -> SearchStrategy[PackerCase]:
+def plain_cases(
+    *, min_size: int = 1, max_size: int = 6, shapes: SearchStrategy[tuple[int, ...]] = SHAPES, **options: Any
+) -> SearchStrategy[PackerCase]:
     """Cases of plain tensors; ``options`` as for ``packer_cases``."""
-    return strategies.packer_cases(tensors=plain(min_size=min_size, max_size=max_size), **options)
+    return strategies.packer_cases(tensors=plain(min_size=min_size, max_size=max_size, shapes=shapes), **options)
+
+
+def rounded(packer: PackerUnderTest, nbytes: int) -> int:
+    """Bytes up to the next place at which this packer aligns."""
+    return nbytes + -nbytes % packer.align
 
 
 #: As vLLM, SGLang and trainers meet them side by side: mixed widths, in any order.

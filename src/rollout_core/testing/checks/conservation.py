@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from rollout_core.testing import strategies
 from rollout_core.testing.cases import PackerCase
-from rollout_core.testing.checks.base import FLOATS, packer_check, plain, plain_cases, round_trip
+from rollout_core.testing.checks.base import FLOATS, MIXED_DTYPES, packer_check, plain, plain_cases, round_trip
 from rollout_core.testing.oracles import difference, picture
 from rollout_core.testing.packers import PackerUnderTest
 from rollout_core.testing.registry import Violation
 from rollout_core.testing.strategies import packer_cases, shapes
 
-_VIEWS = ["contiguous", "strided", "transposed", "expanded", "one element, odd stride"]
+_VIEWS = ["contiguous", "strided", "transposed", "expanded", "expanded last", "one element, odd stride"]
 
 
 packer_check("packer/B1-order", "plain tensors come out under their names, in their order", cases=plain_cases())(round_trip)
@@ -46,7 +46,9 @@ packer_check(
     "packer/B1-strided",
     "strided, transposed and expanded tensors arrive as the values that a reader of them sees",
     cases=packer_cases(
-        tensors=plain(max_size=3, shapes=shapes(min_dims=1, min_side=1, max_side=3), layouts=st.sampled_from(_VIEWS))
+        tensors=plain(
+            max_size=3, dtypes=MIXED_DTYPES, shapes=shapes(min_dims=1, min_side=1, max_side=3), layouts=st.sampled_from(_VIEWS)
+        )
     ),
 )(round_trip)
 
@@ -76,9 +78,39 @@ packer_check(
             min_size=2,
             max_size=4,
             shapes=shapes(min_dims=1, max_dims=2, min_side=2),
-            relations=st.sampled_from([None, "head", "tail"]),
+            dtypes=st.sampled_from([torch.float32, torch.complex64]),
+            relations=st.sampled_from([None, "head", "tail", "transposed", "as int32", "conj of"]),
         )
     ),
+)(round_trip)
+
+packer_check(
+    "packer/B1-parameter",
+    "a parameter, which requires grad, travels as its data",
+    cases=packer_cases(tensors=plain(max_size=2, layouts=st.just("parameter"))),
+)(round_trip)
+
+packer_check(
+    "packer/B1-large",
+    "tensors of kilobytes and megabytes arrive whole",
+    cases=packer_cases(tensors=plain(max_size=3, shapes=st.sampled_from([(1,), (5000,), (300, 301), (1 << 18,)]))),
+    cost=10,
+)(round_trip)
+
+packer_check(
+    "packer/B1-split",
+    "a tensor that is split over buckets arrives whole, whatever its dtype, layout and content",
+    cases=packer_cases(
+        tensors=plain(
+            max_size=2,
+            dtypes=MIXED_DTYPES,
+            shapes=shapes(min_dims=1, min_side=1),
+            layouts=st.sampled_from(["strided", "transposed", "expanded", "sliced"]),
+            fills=strategies.fills(),
+        ),
+        oversize=True,
+    ),
+    needs=["oversize=split"],
 )(round_trip)
 
 packer_check(

@@ -28,6 +28,25 @@ def truncated(packer: PackerUnderTest, case: PackerCase) -> None:
 
 
 @packer_check(
+    "packer/B12-missing",
+    "a stream without one of its buckets is refused",
+    cases=_SEVERAL,
+    needs=["end"],
+    script="""
+buckets = list(packer.pack(named, capacity))
+del buckets[{at}[0] % (len(buckets) - 1)]
+"""
+    + must_raise("packer.unpack(buckets)"),
+)
+def missing(packer: PackerUnderTest, case: PackerCase) -> None:
+    buckets = buckets_of(packer, case, least=2)
+    if buckets:
+        place = case.at[0] % (len(buckets) - 1)
+        rest = [*buckets[:place], *buckets[place + 1 :]]
+        require_refusal(packer, lambda: packer.unpack(rest), f"bucket {place} of {len(buckets)} was left out")
+
+
+@packer_check(
     "packer/B12-repeated",
     "a bucket that comes twice is refused",
     cases=_SEVERAL,

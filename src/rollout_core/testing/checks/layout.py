@@ -8,6 +8,8 @@ import random
 from collections.abc import Iterator
 from unittest import mock
 
+from hypothesis import strategies as st
+
 from rollout_core.testing import invariants
 from rollout_core.testing.cases import PackerCase
 from rollout_core.testing.checks.base import (
@@ -20,22 +22,26 @@ from rollout_core.testing.checks.base import (
     plain_cases,
     require_none,
     require_same,
+    rounded,
 )
 from rollout_core.testing.oracles import picture
 from rollout_core.testing.packers import PackerUnderTest, Raised
 from rollout_core.testing.registry import Skipped, Violation
 from rollout_core.testing.strategies import packer_cases, tensor_cases
 
+_MIXED = packer_cases(tensors=tensor_cases(min_size=2, max_size=5, shapes=SHAPES, dtypes=MIXED_DTYPES))
+
 
 @packer_check(
     "packer/B2-capacity",
-    "no bucket is larger than the capacity when every tensor fits it",
-    cases=plain_cases(),
+    "no bucket is larger than the capacity when every tensor fits it, padding included",
+    cases=st.one_of(plain_cases(), _MIXED),
     script=NBYTES + "\nassert all(nbytes(bucket) <= capacity for bucket in packer.pack(named, capacity))\n",
 )
 def capacity(packer: PackerUnderTest, case: PackerCase) -> None:
-    sizes = [packer.nbytes(bucket) for bucket in packer.pack(case.make(packer.device), case.capacity)]
-    require_none(invariants.within_capacity(sizes, case.capacity))
+    most = rounded(packer, case.capacity)
+    sizes = [packer.nbytes(bucket) for bucket in packer.pack(case.make(packer.device), most)]
+    require_none(invariants.within_capacity(sizes, most))
 
 
 @packer_check(
@@ -45,19 +51,24 @@ def capacity(packer: PackerUnderTest, case: PackerCase) -> None:
     script=ROUND_TRIP
     + NBYTES
     + """
-if "oversize=split" in getattr(packer, "capabilities", ()):
-    assert all(nbytes(bucket) <= capacity for bucket in packer.pack(named, capacity))
+policies = {"oversize=split", "oversize=error"} & set(getattr(packer, "capabilities", ()))
+assert policies != {"oversize=error"}, "a tensor over the capacity was not refused"
+sizes = [nbytes(bucket) for bucket in packer.pack(named, capacity)]
+beyond = sorted(size for size in sizes if size > capacity)
+larger = sorted(t.numel() * t.element_size() for _, t in named if t.numel() * t.element_size() > capacity)
+assert not beyond or (not policies and beyond <= larger and len(beyond) <= len(larger)), (sizes, larger)
 """,
 )
 def oversize(packer: PackerUnderTest, case: PackerCase) -> None:
     named = case.make(packer.device)
     model = picture(named)
     largest = max(case.tensors, key=lambda tensor: tensor.nbytes)
-    if largest.nbytes <= case.capacity:
+    most = rounded(packer, case.capacity)
+    if largest.nbytes <= most:
         return
     declared = {claim.partition("=")[2] for claim in packer.capabilities if claim.startswith("oversize=")}
     try:
-        buckets = packer.pack(named, case.capacity)
+        buckets = packer.pack(named, most)
     except Raised as raised:
         if declared and "error" not in declared:
             raise Violation(f"{largest} has {largest.nbytes} bytes, and {raised} (declared: {_policies(declared)})") from raised
@@ -70,10 +81,10 @@ def oversize(packer: PackerUnderTest, case: PackerCase) -> None:
     except Skipped:
         return
     if declared == {"split"}:
-        require_none(invariants.within_capacity(sizes, case.capacity))
-    allowed = sorted((t.nbytes for t in case.tensors if t.nbytes > case.capacity), reverse=True)
+        require_none(invariants.within_capacity(sizes, most))
+    allowed = sorted((rounded(packer, t.nbytes) for t in case.tensors if t.nbytes > most), reverse=True)
     # What a bucket may have beyond its capacity is one tensor that is larger, and nothing beside it.
-    beyond = sorted((size for size in sizes if size > case.capacity), reverse=True)
+    beyond = sorted((size for size in sizes if size > most), reverse=True)
     if beyond > allowed or len(beyond) > len(allowed):
         raise Violation(f"buckets of {beyond} bytes are over the capacity, and the tensors over it have {allowed} bytes")
 
@@ -82,13 +93,13 @@ def _policies(declared: set[str]) -> str:
     return ", ".join(sorted(declared)) or "nothing"
 
 
-_MIXED = packer_cases(tensors=tensor_cases(min_size=2, max_size=5, shapes=SHAPES, dtypes=MIXED_DTYPES))
 _SLOTS_SCRIPT = """
 dtypes = {name: tensor.dtype for name, tensor in named}
 if hasattr(packer, "slots"):
     for bucket in packer.pack(named, capacity):
         for name, offset, nbytes in packer.slots(bucket):
-            assert offset % dtypes[name].itemsize == 0, (name, dtypes[name], offset)
+            step = max(dtypes[name].itemsize, getattr(packer, "align", 1))
+            assert offset % step == 0, (name, dtypes[name], offset)
 """
 
 
@@ -104,7 +115,7 @@ def alignment(packer: PackerUnderTest, case: PackerCase) -> None:
     buckets = packer.pack(named, case.capacity)
     if "slots" in packer.capabilities:
         by_name = {tensor.name: tensor for tensor in case.tensors}
-        problem = invariants.aligned([packer.slots(bucket) for bucket in buckets], by_name)
+        problem = invariants.aligned([packer.slots(bucket) for bucket in buckets], by_name, packer.align)
         if problem is not None:
             try:
                 packer.unpack(buckets)
@@ -206,7 +217,7 @@ def padding(packer: PackerUnderTest, case: PackerCase) -> None:
 
 
 _TWICE = """
-def layout():
+def layout(named=named):
     buckets = list(packer.pack(named, capacity))
     if hasattr(packer, "slots"):
         return [packer.slots(bucket) for bucket in buckets]
@@ -218,7 +229,11 @@ def layout():
     "packer/B6-repeat",
     "packing the same again gives the same layout",
     cases=plain_cases(),
-    script=_TWICE + "\nassert layout() == layout()\n",
+    script=_TWICE
+    + """
+others = [(name, (tensor.view(torch.uint8) ^ 85).view(tensor.dtype)) for name, tensor in named]
+assert layout() == layout(others)
+""",
 )
 def repeat(packer: PackerUnderTest, case: PackerCase) -> None:
     first = _layout(packer, case, seed=1)
@@ -235,12 +250,19 @@ def repeat(packer: PackerUnderTest, case: PackerCase) -> None:
 import os
 from unittest import mock
 
-os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8"})
-with mock.patch("torch.cuda.mem_get_info", return_value=(79 << 30, 80 << 30)):
-    first = layout()
-os.environ.update({"RANK": "7", "LOCAL_RANK": "7", "WORLD_SIZE": "8"})
-with mock.patch("torch.cuda.mem_get_info", return_value=(1 << 20, 80 << 30)):
-    assert layout() == first
+from hypothesis import strategies as st
+
+import random
+
+def elsewhere(rank, free):
+    random.seed(rank)
+    os.environ.update({"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "8", "CUDA_VISIBLE_DEVICES": rank})
+    with mock.patch("torch.cuda.mem_get_info", return_value=(free, 80 << 30)):
+        with mock.patch("torch.cuda.memory_allocated", return_value=(80 << 30) - free):
+            return layout()
+
+first = elsewhere("0", 79 << 30)
+assert elsewhere("7", 1 << 20) == first
 """,
 )  # fmt: skip
 def environment(packer: PackerUnderTest, case: PackerCase) -> None:

@@ -14,9 +14,16 @@ from rollout_core.testing.packers import PackerUnderTest, error_words
 from rollout_core.testing.registry import Violation
 
 _SECONDS: Final = 5.0
+#: What may stand behind a manifest and is not part of it.
+_ENDS: Final = (b"\0", b"\n", b" ", b"\0\0\0\0")
 _MODELS = plain_cases(max_size=4, places=2)
 #: A pickle, made by hand, of an object that sets builtins.rollout_core_unpickled when it is loaded.
 _EVIL: Final = b"cbuiltins\nsetattr\n(cbuiltins\n__import__\n(Vbuiltins\ntRVrollout_core_unpickled\nI01\ntR."
+
+
+def _must_refuse(statement: str) -> str:
+    """The end of a script whose last statement has to raise the declared error."""
+    return must_raise(statement, 'getattr(packer, "manifest_errors", ValueError)')
 
 
 @packer_check(
@@ -24,7 +31,7 @@ _EVIL: Final = b"cbuiltins\nsetattr\n(cbuiltins\n__import__\n(Vbuiltins\ntRVroll
     "a manifest that was cut off is refused",
     cases=_MODELS,
     needs=["manifest"],
-    script="\ndata = packer.manifest(named, capacity)\n" + must_raise("packer.read_manifest(data[: {at}[0] % len(data)])"),
+    script="\ndata = packer.manifest(named, capacity)\n" + _must_refuse("packer.read_manifest(data[: {at}[0] % len(data)])"),
 )
 def cut(packer: PackerUnderTest, case: PackerCase) -> None:
     data = packer.manifest(case.make(packer.device), case.capacity)
@@ -38,13 +45,14 @@ def cut(packer: PackerUnderTest, case: PackerCase) -> None:
     "a manifest with bytes after its end is refused",
     cases=_MODELS,
     needs=["manifest"],
-    script=must_raise("packer.read_manifest(packer.manifest(named, capacity) + bytes(1 + {at}[0] % 4))"),
+    script=_must_refuse(
+        "packer.read_manifest(packer.manifest(named, capacity) + (b'\\0', b'\\n', b' ', b'\\0\\0\\0\\0')[{at}[0] % 4])"
+    ),
 )
 def trailing(packer: PackerUnderTest, case: PackerCase) -> None:
-    data = packer.manifest(case.make(packer.device), case.capacity) + bytes(1 + case.at[0] % 4)
-    error = require_refusal(
-        packer, lambda: packer.read_manifest(data), f"{1 + case.at[0] % 4} zero bytes after the end were accepted"
-    )
+    more = _ENDS[case.at[0] % len(_ENDS)]
+    data = packer.manifest(case.make(packer.device), case.capacity) + more
+    error = require_refusal(packer, lambda: packer.read_manifest(data), f"{more!r} after the end was accepted")
     _require_declared(packer, error)
 
 

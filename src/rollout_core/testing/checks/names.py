@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
 from hypothesis import strategies as st
 
 from rollout_core.testing import strategies
-from rollout_core.testing.cases import PackerCase, TensorCase
+from rollout_core.testing.cases import PackerCase, related_case
 from rollout_core.testing.checks.base import (
     NBYTES,
     must_raise,
@@ -17,7 +22,7 @@ from rollout_core.testing.checks.base import (
     round_trip,
 )
 from rollout_core.testing.oracles import difference, picture
-from rollout_core.testing.packers import PackerUnderTest, error_words
+from rollout_core.testing.packers import PackerUnderTest, bucket_tensors, error_words
 from rollout_core.testing.registry import Violation
 from rollout_core.testing.strategies import packer_cases
 
@@ -30,12 +35,14 @@ packer_check(
 
 @st.composite
 def _with_duplicate(draw: st.DrawFn) -> PackerCase:
-    gap, place = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    gap, place, same = draw(st.integers(0, 3)), draw(st.integers(0, 3)), draw(st.booleans())
     case = draw(plain_cases(min_size=2, max_size=4))
     second = len(case.tensors) - 1 - place % (len(case.tensors) - 1)
     first = second - 1 - gap % second
-    twice = case.tensors[first].name
-    tensors = [TensorCase(twice, t.dtype, t.shape) if place == second else t for place, t in enumerate(case.tensors)]
+    tensors = list(case.tensors)
+    tensors[second] = msgspec.structs.replace(tensors[second], name=tensors[first].name)
+    if same:  # the same tensor again is no excuse
+        tensors[second] = related_case(tensors[first], first, "tied", tensors[first].name)
     return PackerCase(tensors=tuple(tensors), capacity=case.capacity)
 
 
@@ -44,12 +51,14 @@ def _with_duplicate(draw: st.DrawFn) -> PackerCase:
     "a name that comes twice is an error that names it",
     cases=_with_duplicate(),
     script="""
+import re
+
 names = [name for name, _ in named]
 twice = next(name for name in names if names.count(name) > 1)
 try:
     packer.unpack(list(packer.pack(named, capacity)))
 except Exception as error:
-    assert f"'{twice}'" in str(error) or f" {twice} " in f" {error} ", f"the error does not name {twice!r}: {error}"
+    assert re.search(rf"(?<!\\w){re.escape(twice)}(?!\\w)", str(error)), f"the error does not name {twice!r}: {error}"
 else:
     raise AssertionError("this was not refused")
 """,
@@ -65,7 +74,7 @@ def duplicate(packer: PackerUnderTest, case: PackerCase) -> None:
     error = packer.refusal(send)
     if error is None:
         raise Violation(f"two tensors are called {twice!r}, and no error was raised (sent: {names}, arrived: {arrived})")
-    if repr(twice) not in str(error) and f" {twice} " not in f" {error} " and f'"{twice}"' not in str(error):
+    if not re.search(rf"(?<!\w){re.escape(twice)}(?!\w)", str(error)):
         raise Violation(f"two tensors are called {twice!r}, and the error does not say so: {error_words(error)}")
 
 
@@ -101,15 +110,18 @@ def tied_once(packer: PackerUnderTest, case: PackerCase) -> None:
 
 
 @st.composite
-def _grouped(draw: st.DrawFn) -> PackerCase:
-    """Two names that share a bucket, which the capacity lets them, with others before, between and after."""
-    gap, place = draw(st.integers(0, 5)), draw(st.integers(0, 5))
-    case = draw(plain_cases(min_size=2, max_size=6))
-    second = len(case.tensors) - 1 - place % (len(case.tensors) - 1)
-    places = (second - 1 - gap % second, second)
-    group = tuple(case.tensors[place].name for place in places)
-    together = sum(case.tensors[place].nbytes for place in places)
-    return PackerCase(tensors=case.tensors, capacity=max(case.capacity, together), groups=(group,))
+def _grouped(draw: st.DrawFn, *, fits: bool = True) -> PackerCase:
+    """Two or three names that share a bucket, with others before, between and after. The capacity lets them, with room for
+    alignment, or does not."""
+    size, step, place = draw(st.integers(2, 3)), draw(st.integers(1, 2)), draw(st.integers(0, 5))
+    case = draw(plain_cases(min_size=3, max_size=6))
+    last = len(case.tensors) - 1 - place % (len(case.tensors) - 1)
+    places = list(range(last, -1, -step))[:size][::-1]
+    members = [case.tensors[at] for at in places]
+    largest, together = max(tensor.nbytes for tensor in case.tensors), sum(tensor.nbytes for tensor in members)
+    group = tuple(tensor.name for tensor in members)
+    capacity = max(case.capacity, together) if fits else max(largest, together - 1)
+    return PackerCase(tensors=case.tensors, capacity=capacity, groups=(group,))
 
 
 @packer_check(
@@ -118,19 +130,21 @@ def _grouped(draw: st.DrawFn) -> PackerCase:
     cases=_grouped(),
     needs=["groups"],
     script="""
-result = {}
-for bucket in packer.pack(named, capacity, groups={groups}):
+buckets = list(packer.pack(named, capacity, groups={groups}))
+for bucket in buckets:
     inside = [name for name, _, _ in packer.slots(bucket)] if hasattr(packer, "slots") else [name for name, _ in bucket]
     for group in {groups}:
         assert len(set(inside) & set(group)) in (0, len(group)), (inside, group)
         assert [name for name in inside if name in group] in ([], group), (inside, group)
+assert sorted((name, raw(t)) for name, t in packer.unpack(buckets)) == sorted((name, raw(t)) for name, t in named)
 """,
 )
 def group_together(packer: PackerUnderTest, case: PackerCase) -> None:
     named = case.make(packer.device)
     model = picture(named)
     groups = [list(group) for group in case.groups]
-    buckets = packer.pack(named, case.capacity, groups=groups)
+    room = packer.align * sum(map(len, groups)) if packer.align > 1 else 0  # for what lies between them
+    buckets = packer.pack(named, case.capacity + room, groups=groups)
     for index, bucket in enumerate(buckets):
         names = _names_in(packer, bucket)
         for group in groups:
@@ -139,6 +153,35 @@ def group_together(packer: PackerUnderTest, case: PackerCase) -> None:
                 raise Violation(f"bucket {index} holds {inside} of the group {group}")
     result = picture(packer.unpack(buckets))
     require_none(difference(sorted(model, key=lambda p: p.name), sorted(result, key=lambda p: p.name)))
+
+
+@packer_check(
+    "packer/B11-too-large",
+    "a group that no bucket can hold is an error, or gets a bucket of its own where that is the declared policy",
+    cases=_grouped(fits=False),
+    needs=["groups"],
+    script=NBYTES
+    + """
+if "oversize=own" not in getattr(packer, "capabilities", ()):
+    together = sum(t.numel() * t.element_size() for name, t in named if name in {groups}[0])
+    try:
+        sizes = [nbytes(bucket) for bucket in packer.pack(named, capacity, groups={groups})]
+    except Exception as error:
+        print("refused:", error)
+    else:
+        raise AssertionError(f"a group of {together} bytes was packed with capacity {capacity}: {sizes}")
+""",
+)
+def group_too_large(packer: PackerUnderTest, case: PackerCase) -> None:
+    group = list(case.groups[0])
+    together = sum(tensor.nbytes for tensor in case.tensors if tensor.name in group)
+    if together <= case.capacity or "oversize=own" in packer.capabilities:
+        return
+    require_refusal(
+        packer,
+        lambda: packer.pack(case.make(packer.device), case.capacity, groups=[group]),
+        f"the group {group} has {together} bytes and the capacity is {case.capacity}",
+    )
 
 
 @packer_check(
@@ -159,9 +202,9 @@ def group_incomplete(packer: PackerUnderTest, case: PackerCase) -> None:
     )
 
 
-def _names_in(packer: PackerUnderTest, bucket: object) -> list[str]:
+def _names_in(packer: PackerUnderTest, bucket: Any) -> list[str]:
     if "slots" in packer.capabilities:
         return [name for name, _offset, _nbytes in packer.slots(bucket)]
-    if isinstance(bucket, list | tuple):
-        return [name for name, _ in bucket]
+    if bucket_tensors(bucket) is not None:
+        return list(bucket) if isinstance(bucket, Mapping) else [pair[0] for pair in bucket]
     raise Violation("a packer with groups needs slots(bucket), or buckets that are lists of (name, tensor)")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from rollout_core.testing.cases import PackerCase
-from rollout_core.testing.checks.base import packer_check, plain_cases, require_same
+from rollout_core.testing.checks.base import content_of, packer_check, plain_cases, require_same
 from rollout_core.testing.machines import SourceBroke
-from rollout_core.testing.oracles import bytes_of, picture
+from rollout_core.testing.oracles import StorageRef, picture
 from rollout_core.testing.packers import PackerUnderTest, Pairs, Raised, error_words
 from rollout_core.testing.registry import Violation
 
@@ -26,12 +26,16 @@ assert [(name, raw(t)) for name, t in result] == [(name, raw(t)) for name, t in 
 
 @packer_check(
     "packer/B16-iterator", "an iterator works as a list does", cases=plain_cases(min_size=0), needs=["iterators"],
-    script=_script("iter(named)"),
+    script=_script("((name, tensor.clone()) for name, tensor in named)"),
 )  # fmt: skip
 def iterator(packer: PackerUnderTest, case: PackerCase) -> None:
-    named = case.make(packer.device)
-    model = picture(named)
-    require_same(model, packer.unpack(packer.pack(iter(named), case.capacity)))
+    model = picture(case.make(packer.device))
+
+    def source() -> Iterator[tuple[str, torch.Tensor]]:
+        for place in range(len(case.tensors)):  # each is gone before the next is made, often in the same memory
+            yield case.make(packer.device)[place]
+
+    require_same(model, packer.unpack(packer.pack(source(), case.capacity)))
 
 
 @packer_check(
@@ -45,25 +49,41 @@ def mapping(packer: PackerUnderTest, case: PackerCase) -> None:
 
 
 @packer_check(
-    "packer/B16-module", "a module's parameters and buffers travel", cases=plain_cases(), needs=["modules"],
+    "packer/B16-module",
+    "parameters and buffers of a module travel, those of its children and tied ones too",
+    cases=plain_cases(),
+    needs=["modules"],
     script="""
-module = torch.nn.Module()
+root, inner, expected = torch.nn.Module(), torch.nn.Module(), {}
+root.add_module("inner", inner)
 for place, (name, tensor) in enumerate(named):
-    module.register_buffer(name, tensor) if place % 2 else module.register_parameter(name, torch.nn.Parameter(tensor))
-result = dict(packer.unpack(list(packer.pack(module, capacity))))
-assert {name: raw(t) for name, t in result.items()} == {name: raw(t) for name, t in named}
+    home, path = (root, name) if place % 3 else (inner, f"inner.{name}")
+    expected[path] = raw(tensor)
+    if place % 2:
+        home.register_buffer(name, tensor)
+    else:
+        home.register_parameter(name, torch.nn.Parameter(tensor))
+        root.register_parameter(f"{name}_tied", home.get_parameter(name))
+        expected[f"{name}_tied"] = raw(tensor)
+result = {name: raw(t) for name, t in packer.unpack(list(packer.pack(root, capacity)))}
+assert result == expected, sorted(result.keys() ^ expected.keys())
 """,
 )  # fmt: skip
 def module(packer: PackerUnderTest, case: PackerCase) -> None:
-    model = torch.nn.Module()
-    named = case.make(packer.device)
-    for place, (name, tensor) in enumerate(named):
+    root, inner = torch.nn.Module(), torch.nn.Module()
+    root.add_module("inner", inner)
+    expected = []
+    for place, (name, tensor) in enumerate(case.make(packer.device)):
+        home, path = (root, name) if place % 3 else (inner, f"inner.{name}")
         if place % 2:
-            model.register_buffer(name, tensor)
+            home.register_buffer(name, tensor)
         else:
-            model.register_parameter(name, torch.nn.Parameter(tensor))
-    result = packer.unpack(packer.pack(model, case.capacity))
-    require_same(sorted(picture(named)), sorted(result, key=lambda pair: pair[0]))
+            home.register_parameter(name, torch.nn.Parameter(tensor))
+            root.register_parameter(f"{name}_tied", home.get_parameter(name))
+            expected.append((f"{name}_tied", tensor))
+        expected.append((path, tensor))
+    result = packer.unpack(packer.pack(root, case.capacity))
+    require_same(sorted(picture(expected)), sorted(result, key=lambda pair: pair[0]))
 
 
 @packer_check(
@@ -95,11 +115,61 @@ def from_async(packer: PackerUnderTest, case: PackerCase) -> None:
     async def collect() -> list[Any]:
         return [bucket async for bucket in packer.apack(source(), case.capacity)]
 
+    require_same(model, packer.unpack(_run(collect())))
+
+
+@packer_check(
+    "packer/B16-async-error", "an error inside an async source reaches the caller unchanged", cases=plain_cases(places=1),
+    needs=["async"],
+    script="""
+import asyncio
+
+broken = RuntimeError("the source broke")
+async def source():
+    for pair in named[: {at}[0] % (len(named) + 1)]:
+        yield pair
+    raise broken
+
+async def collect():
+    return [bucket async for bucket in packer.apack(source(), capacity)]
+
+try:
+    asyncio.run(collect())
+except Exception as error:
+    assert error is broken, error
+else:
+    raise AssertionError("no error came")
+""",
+)  # fmt: skip
+def error_in_async(packer: PackerUnderTest, case: PackerCase) -> None:
+    named = case.make(packer.device)
+    stop = case.at[0] % (len(named) + 1)
+    broken = SourceBroke(f"after {stop} tensors")
+
+    async def source() -> AsyncIterator[tuple[str, torch.Tensor]]:
+        for pair in named[:stop]:
+            yield pair
+        raise broken
+
+    async def collect() -> list[Any]:
+        return [bucket async for bucket in packer.apack(source(), case.capacity)]
+
     try:
-        buckets = asyncio.run(collect())
-    except Exception as error:
-        raise Raised("apack", error) from error
-    require_same(model, packer.unpack(buckets))
+        came = _run(collect())
+    except Raised as raised:
+        if raised.error is not broken:
+            raise Violation(f"the source raised SourceBroke, and what came was {error_words(raised.error)}") from raised
+    else:
+        raise Violation(f"the source raised after {stop} of {len(named)} tensors, and no error came: {len(came)} buckets did")
+
+
+def _run(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """What a coroutine gives, run in a thread: an event loop may run in this one. ``Raised`` if it raises."""
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            return thread.submit(asyncio.run, coroutine).result()
+        except Exception as error:
+            raise Raised("apack", error) from error
 
 
 @packer_check(
@@ -132,11 +202,11 @@ def error_in_source(packer: PackerUnderTest, case: PackerCase) -> None:
         yield from named[:stop]
         raise broken
 
-    whole = [_content(packer, bucket) for bucket in packer.pack(iter(named), case.capacity)]
+    whole = [content_of(packer, bucket) for bucket in packer.pack(iter(named), case.capacity)]
     came: list[Any] = []
     try:
         for bucket in packer.pack_lazily(source(), case.capacity):
-            came.append(_content(packer, bucket))
+            came.append(content_of(packer, bucket))
     except Exception as error:
         found = error.error if isinstance(error, Raised) else error
         if found is not broken:
@@ -154,29 +224,37 @@ def error_in_source(packer: PackerUnderTest, case: PackerCase) -> None:
     "packer/B16-close", "closing early closes the source and lets go of its tensors", cases=plain_cases(min_size=2),
     needs=["iterators"],
     script="""
-closed = []
+from torch.multiprocessing.reductions import StorageWeakRef
+
+closed, refs = [], [StorageWeakRef(tensor.untyped_storage()) for _, tensor in named]
+
 def source():
     try:
-        yield from named
+        while named:
+            yield named.pop(0)
     finally:
+        named.clear()
         closed.append(True)
 
 buckets = packer.pack(source(), capacity)
-next(iter(buckets))
+bucket = next(iter(buckets))
+del bucket
 buckets.close()
+del buckets
 assert closed, "the source is still open"
+assert all(ref.expired() for ref in refs), "source tensors are still held"
 """,
 )  # fmt: skip
 def closed_early(packer: PackerUnderTest, case: PackerCase) -> None:
     open_sources = 0
-    refs: list[weakref.ref[torch.Tensor]] = []
+    refs: list[StorageRef] = []
 
     def source() -> Iterator[tuple[str, torch.Tensor]]:
         nonlocal open_sources
         open_sources += 1
         try:
             pairs: Pairs = case.make(packer.device)
-            refs.extend(weakref.ref(tensor) for _, tensor in pairs)
+            refs.extend(StorageRef(tensor) for _, tensor in pairs)
             while pairs:
                 yield pairs.pop(0)
         finally:
@@ -184,22 +262,12 @@ def closed_early(packer: PackerUnderTest, case: PackerCase) -> None:
 
     buckets = packer.pack_lazily(source(), case.capacity)
     next(buckets, None)
-    close = getattr(buckets, "close", None)
-    if close is None:
-        raise Violation(f"pack gave {type(buckets).__name__}, which cannot be closed")
-    close()
+    if not buckets.can_close:
+        raise Violation(f"pack gave {buckets.kind}, which cannot be closed")
+    buckets.close()
     if open_sources:
         raise Violation("the buckets were closed after the first, and the source was not")
     del buckets
-    alive = sum(ref() is not None for ref in refs)
+    alive = sum(ref.is_alive() for ref in refs)
     if alive:
         raise Violation(f"the buckets were closed after the first, and {alive} of {len(refs)} source tensors are still held")
-
-
-def _content(packer: PackerUnderTest, bucket: Any) -> Any:
-    """What can be seen of a bucket's content, at the moment it comes."""
-    if "buffer" in packer.capabilities:
-        return bytes_of(packer.buffer(bucket))
-    if isinstance(bucket, list | tuple):
-        return picture(bucket)
-    return packer.nbytes(bucket)
