@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from typing import ClassVar
@@ -94,10 +95,10 @@ class OpaqueGroups(Plain):
     capabilities = frozenset({"groups"})
 
     def pack(self, named, capacity, groups=()):
-        return [{name: tensor.clone() for name, tensor in named}]
+        return [frozenset(named)]
 
     def unpack(self, buckets):
-        return [pair for bucket in buckets for pair in bucket.items()]
+        return [pair for bucket in buckets for pair in bucket]
 
 
 class WrongBuffer(ReferencePacker):
@@ -128,6 +129,32 @@ class Renews(Plain):
 
 
 MEMORY: dict = {}
+
+
+class SlicesOfArena(ReferencePacker):
+    def buffer_of(self, data):
+        return torch.zeros(1 << 16, dtype=torch.uint8)[: len(data)].copy_(super().buffer_of(data))
+
+
+class OneBuffer(Plain):
+    def pack(self, named, capacity):
+        kept = None
+        for name, tensor in named:
+            kept = tensor.clone() if kept is None else kept.copy_(tensor)
+            yield [(name, kept)]
+
+
+class WrapsAsync(ReferencePacker):
+    async def apack(self, source, capacity):
+        try:
+            async for bucket in super().apack(source, capacity):
+                yield bucket
+        except Exception as error:
+            raise RuntimeError("broken") from error
+
+
+class Grouped(OpaqueGroups):
+    pass
 
 
 class SlowManifest(ReferencePacker):
@@ -170,6 +197,30 @@ MESSAGES = [
     ("B16-close", ListsBuckets, case(), "pack gave list_iterator, which cannot be closed"),
     ("B16-close", Iterates, case(), "pack gave map, which cannot be closed"),
     ("B16-close", HoldsOn, case(), "the buckets were closed after the first, and 1 of 2 source tensors are still held"),
+    (
+        "B8-retained",
+        SlicesOfArena,
+        case(),
+        "bucket 0 keeps a storage of 65536 bytes for a buffer of 8",
+    ),
+    (
+        "B8-complete",
+        OneBuffer,
+        case(),
+        "bucket 0 of 2 is not what it was when it was handed out",
+    ),
+    (
+        "B16-async-error",
+        WrapsAsync,
+        case(at=(1,)),
+        "the source raised SourceBroke, and what came was RuntimeError: broken (in WrapsAsync.apack, test_messages.py:LINE)",
+    ),
+    (
+        "B11-too-large",
+        Grouped,
+        case(capacity=4, groups=(("a", "b"),)),
+        "the group ['a', 'b'] has 8 bytes and the capacity is 4: no error was raised",
+    ),
     (
         "B8-retained",
         KeepsViews,
@@ -228,7 +279,7 @@ MESSAGES = [
     (
         "B7-different",
         OtherCapacity,
-        case(at=(6,)),
+        case(at=(6, 0)),
         "the receiver's capacity differs (it expects 32 bytes), and no error was raised",
     ),
     ("B14-changed", SlowManifest, case(data=b"[]"), "reading 2 bytes took 0.0 s"),
@@ -243,7 +294,7 @@ def test_the_message(place, monkeypatch):
     HoldsOn.held.clear()
     with pytest.raises(Violation) as raised:
         get_check(f"packer/{id}").run(PackerUnderTest(packer()), drawn)
-    assert str(raised.value) == message
+    assert re.sub(r"\.py:\d+", ".py:LINE", str(raised.value)) == message
 
 
 def test_a_generator_is_closed():

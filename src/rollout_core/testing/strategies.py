@@ -340,7 +340,7 @@ def _can_relate(case: TensorCase, relation: Relation) -> bool:
     if relation == "transposed":
         return len(case.shape) == 2
     if relation == "as int32":
-        return case.dtype == "float32"
+        return case.dtype == "float32" and case.layout in ("contiguous", "sliced")
     return relation != "conj of" or case.torch_dtype.is_complex
 
 

@@ -77,15 +77,15 @@ fail  packer/B3-alignment  every slot begins at a multiple of its dtype's itemsi
 self.storage_offset() must be divisible by 4 to view Byte as Float (different element sizes), but got 2 (in Unaligned.unpack, \
 mytrainer.py:23)
       case: capacity 6 bytes; 'a' bf16[1]; 'b' f32[1]
-xfail packer/B2-capacity  no bucket is larger than the capacity when every tensor fits it
+xfail packer/B2-capacity  no bucket is larger than the capacity when every tensor fits it, padding included
       as expected: one bucket for all
       bucket 0 has 8 bytes (capacity: 7)
       case: capacity 7 bytes; 'a' f32[1]; 'b' f32[1]
 pass  packer/B12-empty  the empty model round-trips
-skip  packer/B12-truncated, packer/B12-repeated, packer/B12-reordered, packer/B12-after-end
+skip  packer/B12-truncated, packer/B12-missing, packer/B12-repeated, packer/B12-reordered, packer/B12-after-end
       needs 'end': claim: unpack refuses a stream that stops early, repeats a bucket, reorders them or goes on after its end
 
-2 of 8 checks failed: packer/B1-order, packer/B3-alignment; 1 passed, 4 skipped, 1 failed as expected, in N s
+2 of 9 checks failed: packer/B1-order, packer/B3-alignment; 1 passed, 5 skipped, 1 failed as expected, in N s
 scripts that show them: --scripts DIR; the same cases again later: --json FILE, then --replay FILE
 """
 
@@ -120,7 +120,7 @@ def test_scripts_and_replay(run, tmp_path):
     (script,) = (tmp_path / "scripts").iterdir()
     assert script.name == "B3_alignment.py"
     assert script.read_text() == SCRIPT
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "AssertionError: ('b', torch.float32, 2)" in done.stderr
     code, shown, _ = run("mytrainer:packer", "--replay", "report.json")
@@ -139,8 +139,11 @@ raised RuntimeError: self.storage_offset() must be divisible by 4 to view Byte a
 element sizes), but got 2 (in Unaligned.unpack, mytrainer.py:23)
 """
 
+import sys
+
 import torch
 
+sys.path.insert(0, "")  # run this where the packer can be imported
 from mytrainer import packer
 
 
@@ -168,7 +171,8 @@ dtypes = {name: tensor.dtype for name, tensor in named}
 if hasattr(packer, "slots"):
     for bucket in packer.pack(named, capacity):
         for name, offset, nbytes in packer.slots(bucket):
-            assert offset % dtypes[name].itemsize == 0, (name, dtypes[name], offset)
+            step = max(dtypes[name].itemsize, getattr(packer, "align", 1))
+            assert offset % step == 0, (name, dtypes[name], offset)
 
 result = list(packer.unpack(list(packer.pack(named, capacity))))
 assert [name for name, _ in result] == [name for name, _ in named], [name for name, _ in result]

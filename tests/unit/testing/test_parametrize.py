@@ -59,7 +59,7 @@ def test_one_line_gives_a_test_for_each_check_and_k_selects(run):
     assert code == 0, shown
     assert "test_it.py::test_packer[Plain-packer/B1-scalars] PASSED" in shown
     assert "test_it.py::test_packer[Plain-packer/B3-alignment] PASSED" in shown
-    assert "2 passed, 11 deselected" in shown
+    assert "2 passed, 14 deselected" in shown
 
 
 def test_a_failure_has_the_counterexample_and_the_script(run):
@@ -86,6 +86,12 @@ def test_expected_failures_are_strict(run):
     code, shown = run(packers="[Plain]", expected=expected)
     assert code == 1
     assert "[XPASS(strict)] known since spring" in shown
+
+
+def test_an_expected_failure_that_is_skipped_is_a_failure(run):
+    code, shown = run(only=["B14-cut"], expected={"packer/B14-cut": "no manifest"})
+    assert code == 1
+    assert "packer/B14-cut is expected to fail, and was skipped: needs 'manifest'" in shown
 
 
 def test_two_packers_of_one_class_have_ids_of_their_own(run):

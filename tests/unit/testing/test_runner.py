@@ -42,7 +42,7 @@ def test_an_instance_a_class_a_factory_and_a_name_are_packers():
 def test_every_check_is_run_and_no_failure_hides_another():
     report = check_packer(Halved, only=["B1", "B5"], max_examples=30)
     assert {ORDER, "packer/B1-dtypes", "packer/B1-strided", "packer/B1-offset"} <= {result.id for result in report.failed}
-    assert len(report.results) == len({result.id for result in report.results}) == 12
+    assert len(report.results) == len({result.id for result in report.results}) == 15
     assert not report.ok
 
 
@@ -190,7 +190,7 @@ def test_system_exit_in_a_packer_is_not_the_end():
         def pack(self, named, capacity):
             raise SystemExit(4)
 
-    assert "ended its process with exit code" in check_packer(Exits, only=[ORDER])[ORDER].text
+    assert check_packer(Exits, only=[ORDER])[ORDER].text.startswith("pack raised SystemExit: 4 (in ")
 
 
 def test_a_packer_that_answers_differently_the_second_time_is_told():
@@ -276,7 +276,7 @@ def test_a_packer_that_dies_while_it_is_made_is_refused_in_words():
     def make():
         os._exit(9)
 
-    with pytest.raises(SubjectError, match="loading it the check ended its process with exit code 9"):
+    with pytest.raises(SubjectError, match="loading it ended its process with exit code 9"):
         check_packer(make)
 
 
@@ -302,6 +302,77 @@ def test_the_users_hypothesis_profile_is_left_alone():
     check_packer(Halved, only=[ORDER], max_examples=5)
     assert settings.default is before
     assert settings.get_current_profile_name() in ("unit", "nightly", "mutation")
+
+
+def test_one_hang_says_nothing_of_how_long_the_next_check_may_take():
+    class Slow(Plain):
+        def pack(self, named, capacity):
+            if any(not tensor.numel() for _, tensor in named):
+                time.sleep(60)
+            if len(named) > 1000:
+                time.sleep(1.2)
+            return super().pack(named, capacity)
+
+    report = check_packer(Slow, only=["B1-zero-size", "B1-many"], timeout=4.0, max_examples=10)
+    assert report["packer/B1-zero-size"].text.startswith("pack did not end within ")
+    assert report["packer/B1-many"].status == "pass"
+
+
+def test_a_constructor_that_fails_later_is_a_failure_of_that_case():
+    class Once(Plain):
+        made = 0
+
+        def __init__(self):
+            Once.made += 1
+            if Once.made > 3:
+                raise OSError("no more of them")
+
+    text = check_packer(Once, only=[ORDER])[ORDER].text
+    assert text.startswith("making the packer anew raised OSError: no more of them (in ")
+
+
+def test_a_lazy_packer_is_named_when_a_step_of_it_raises():
+    class Lazy(Plain):
+        capabilities = frozenset({"iterators"})
+
+        def pack(self, named, capacity):
+            yield from [[pair] for pair in named][:1]
+            raise KeyError("lost")
+
+    assert check_packer(Lazy, only=["B8-complete"])["packer/B8-complete"].text.startswith("pack raised KeyError: 'lost' (in ")
+
+
+def test_processes_that_a_packer_starts_end_with_the_run():
+    import subprocess
+
+    class Starts(Plain):
+        def pack(self, named, capacity):
+            subprocess.Popen(["sleep", "98.7"])
+            return super().pack(named, capacity)
+
+    assert check_packer(Starts, only=[ORDER], max_examples=3).ok
+    assert b"98.7" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, check=True).stdout
+
+
+def test_what_cannot_be_imported_is_left_for_the_reader_to_fill_in():
+    script = check_packer(Halved(), only=[ORDER])[ORDER].script
+    assert "packer = ...  # put yours here: " in script
+    assert script.count("Halved (an instance)") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_examples": 0}, "max_examples is 0 and timeout 10.0; a check needs at least 1 case and some seconds for it"),
+        ({"timeout": 0}, "max_examples is 100 and timeout 0; a check needs at least 1 case and some seconds for it"),
+        ({"expected_failures": {ORDER: " "}}, "expected_failures gives no reason for packer/B1-order"),
+        ({"expected_failures": [ORDER]}, "expected_failures is a list; it is a mapping from check id to reason"),
+    ],
+)
+def test_a_number_or_reason_out_of_range_is_refused(options, message):
+    with pytest.raises(ValueError) as raised:
+        check_packer(Plain, only=[ORDER], **options)
+    assert str(raised.value) == message
 
 
 def test_progress_is_told():

@@ -52,7 +52,8 @@ if way in ("name", "dtype", "shape"):
     specs[place] = {
         "name": (name + "x", dtype, shape), "dtype": (name, torch.int32, shape), "shape": (name, dtype, (1, *shape))
     }[way]
-specs = {"order": specs[::-1], "missing": specs[:place] + specs[place + 1 :], "extra": [*specs, ("more", dtype, shape)]}.get(way, specs)
+others = {"order": specs[::-1], "missing": specs[:place] + specs[place + 1 :], "extra": [*specs, ("more", dtype, shape)]}
+specs = others.get(way, specs)
 capacity = 2 * capacity + 16 if way == "capacity" else capacity
 """
     + must_raise("print(packer.receive(specs, capacity, buckets))"),

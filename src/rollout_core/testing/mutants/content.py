@@ -70,6 +70,45 @@ class IgnoresNeg(ReferencePacker):
         return super().content(torch._neg_view(tensor) if tensor.is_neg() else tensor)
 
 
+@mutant("B1-strided", "transposed fp8 weights, as vLLM keeps them")
+class IgnoresStridesOfBytes(IgnoresStrides):
+    """Reads one-byte dtypes as they lie in memory."""
+
+    def content(self, tensor: torch.Tensor) -> bytes:
+        return super().content(tensor) if tensor.dtype.itemsize == 1 else ReferencePacker.content(self, tensor)
+
+
+@mutant("B1-parameter")
+class TakesNoParameters(ReferencePacker):
+    """Asks numpy for the data of a tensor that requires grad."""
+
+    def content(self, tensor: torch.Tensor) -> bytes:
+        if tensor.requires_grad:
+            tensor.numpy()
+        return super().content(tensor)
+
+
+@mutant("B1-large")
+class LosesABlock(ReferencePacker):
+    """Copies in blocks of 4 KiB, and the last byte of each is left out."""
+
+    def content(self, tensor: torch.Tensor) -> bytes:
+        data = bytearray(super().content(tensor))
+        data[4095::4096] = bytes(len(data[4095::4096]))
+        return bytes(data)
+
+
+@mutant("B1-split")
+class SplitsWhatLiesThere(ReferencePacker):
+    """Splits a tensor as it lies in memory, without looking at its strides."""
+
+    class stream(Stream):
+        def split(self, name: str, tensor: torch.Tensor, content: bytes) -> None:
+            if not tensor.is_contiguous():
+                content = IgnoresStrides().content(tensor)
+            super().split(name, tensor, content)
+
+
 @mutant("B1-bits", "verl's delta uses NaN as a mark")
 class CleansNaN(ReferencePacker):
     """Goes through arithmetic, which makes all NaNs one and loses payloads."""
@@ -114,6 +153,31 @@ class TiesByAddress(ReferencePacker):
 
     def view_key(self, tensor: torch.Tensor) -> Any:
         return (tensor.data_ptr(), tensor.dtype, tensor.shape[1:])
+
+
+@mutant("B1-shared")
+class TiesTransposes(ReferencePacker):
+    """Takes a square matrix and its transpose for the same tensor."""
+
+    def view_key(self, tensor: torch.Tensor) -> Any:
+        return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.is_conj(), tensor.is_neg())
+
+
+@mutant("B1-shared")
+class TiesConjugates(ReferencePacker):
+    """Takes a tensor and its conjugate for the same tensor."""
+
+    def view_key(self, tensor: torch.Tensor) -> Any:
+        return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+@mutant("B16-iterator")
+class TiesByAddressInStreams(ReferencePacker):
+    """Looks for tied tensors in a generator too, by their addresses, which are used again."""
+
+    class stream(Stream):
+        def __init__(self, packer: ReferencePacker, capacity: int, groups: Any, *, ties: bool) -> None:
+            super().__init__(packer, capacity, groups, ties=True)
 
 
 @mutant("B1-order", "SkyRL#1816, #1581")
@@ -198,6 +262,17 @@ class CollapsesDuplicates(ReferencePacker):
 
     def unpack(self, buckets: Sequence[RefBucket]) -> Pairs:
         return list(dict(super().unpack(buckets)).items())
+
+
+@mutant("B9-duplicate")
+class PassesOverTheSameTensor(ReferencePacker):
+    """Leaves out a tensor that comes a second time under the same name."""
+
+    class stream(Stream):
+        def add(self, name: str, tensor: torch.Tensor) -> list[RefBucket]:
+            if name in self.names and self.root_of(name + "?", tensor):
+                return []
+            return super().add(name, tensor)
 
 
 @mutant("B9-duplicate")

@@ -32,6 +32,16 @@ class OffByOne(ReferencePacker):
             return super().end_after(unit) - 1
 
 
+@mutant("B2-capacity")
+class ForgetsPadding(ReferencePacker):
+    """Counts the tensors of a bucket, and not what lies between them."""
+
+    class stream(Stream):
+        def end_after(self, unit: list[tuple[str, torch.Tensor]]) -> int:
+            sizes = [entry.nbytes for entry in self.entries]
+            return sum(sizes) + sum(tensor.numel() * tensor.dtype.itemsize for _, tensor in unit)
+
+
 @mutant("B2-oversize", "slime, miles: a bucket of its own")
 class DoesNotSplit(ReferencePacker):
     """Says that it splits tensors over the capacity, and gives them a bucket of their own."""
@@ -76,6 +86,13 @@ class AlignsToFour(ReferencePacker):
 
     def step(self, tensor: torch.Tensor) -> int:
         return 4
+
+
+@mutant("B3-alignment")
+class ForgetsItsAlignment(ReferencePacker):
+    """Says that offsets are multiples of 64, and aligns to the itemsize alone."""
+
+    align = 64
 
 
 @mutant("B3-views", "vLLM IPC, prime-rl: one copy more")
@@ -180,6 +197,27 @@ class SeparatesGroups(ReferencePacker):
     class stream(Stream):
         def place(self, unit: list[tuple[str, torch.Tensor]]) -> None:
             for pair in unit:
+                super().place([pair])
+
+
+@mutant("B11-too-large")
+class OverfillsForGroups(ReferencePacker):
+    """Packs a group into one bucket, however large it is."""
+
+    class stream(Stream):
+        def end_after(self, unit: list[tuple[str, torch.Tensor]]) -> int:
+            return super().end_after(unit) if len(unit) == 1 else 0
+
+
+@mutant("B11-together")
+class TakesPairsForGroups(ReferencePacker):
+    """Keeps the first two of a group together, and lets the third go where it likes."""
+
+    class stream(Stream):
+        def place(self, unit: list[tuple[str, torch.Tensor]]) -> None:
+            super().place(unit[:2])
+            for pair in unit[2:]:
+                self.close()
                 super().place([pair])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -50,6 +50,18 @@ class ReusesItsBuffer(ReferencePacker):
         return kept
 
 
+@mutant("B8-complete", "double buffering without waiting for the copy")
+class FillsLate(ReferencePacker):
+    """Hands a bucket out first, and writes its bytes when the next one is asked for."""
+
+    def pack(self, source: object, capacity: int, groups: Iterable[Iterable[str]] = ()) -> Iterator[RefBucket]:
+        for bucket in super().pack(source, capacity, groups):
+            data = bucket.buffer.clone()
+            bucket.buffer.zero_()
+            yield bucket
+            bucket.buffer.copy_(data)
+
+
 @mutant("B8-independent")
 class HandsTheSourceBack(ReferencePacker):
     """Where both sides are one process, hands out the source's own tensor."""
@@ -88,6 +100,28 @@ class KeepsEveryRound(ReferencePacker):
         sealed = super().seal(bucket)
         self.kept.append(sealed)
         return sealed
+
+
+@mutant("B15-rounds")
+class KeepsBytesOfEveryRound(ReferencePacker):
+    """Keeps what it packed as byte strings, for a comparison that is never made."""
+
+    kept: ClassVar[list[bytes]] = []
+
+    def content(self, tensor: torch.Tensor) -> bytes:
+        data = super().content(tensor)
+        self.kept.append(data)
+        return data
+
+
+@mutant("B15-lookahead")
+class HoldsStorages(ReferencePacker):
+    """Keeps a detached tensor of every source until its round is over."""
+
+    class stream(Stream):
+        def add(self, name: str, tensor: torch.Tensor) -> list[RefBucket]:
+            self.roots[name] = tensor.detach()  # type: ignore[assignment]
+            return super().add(name, tensor)
 
 
 @mutant("B15-lookahead", "verl#6733: out of memory")

@@ -31,6 +31,19 @@ class TrustsTheOtherSide(ReferencePacker):
         return pairs
 
 
+@mutant("B7-different")
+class ComparesTheLastOnly(TrustsTheOtherSide):
+    """Compares the number of tensors and the last of them."""
+
+    def receive(self, specs: Sequence[SpecRow], capacity: int, buckets: Sequence[RefBucket]) -> Pairs:
+        entries = [entry for bucket in buckets for entry in bucket.entries]
+        name, dtype, shape = specs[-1] if specs else ("", None, ())
+        last = entries[-1] if entries else None
+        if len(specs) != len(entries) or (last and (last.name, last.dtype, last.shape) != (name, str(dtype)[6:], shape)):
+            raise Refused(f"the two sides differ in tensor {len(specs) - 1}")
+        return super().receive(specs, capacity, buckets)
+
+
 @mutant("B7-same")
 class PlansWithAnotherCapacity(ReferencePacker):
     """The receiving side rounds the capacity up to a power of two, and refuses what the sender made."""
@@ -55,6 +68,14 @@ class AcceptsLess(ReferencePacker):
 
     def check_end(self, ended: bool, count: int) -> None:
         pass
+
+
+@mutant("B12-missing")
+class CountsTheLastOnly(ReferencePacker):
+    """Takes a stream for whole once its last bucket is there."""
+
+    def check(self, bucket: RefBucket, place: int, ended: bool, version: int) -> None:
+        super().check(bucket, max(place, bucket.index), ended, version)
 
 
 @mutant("B12-repeated")
@@ -88,6 +109,14 @@ class HasNoDigest(ReferencePacker):
 
     def digest(self, bucket: RefBucket) -> bytes:
         return repr((bucket.version, bucket.index, bucket.last, bucket.entries)).encode()
+
+
+@mutant("B13-flipped-bit")
+class DigestsTheBeginning(ReferencePacker):
+    """A digest of the first 512 bytes."""
+
+    def digest(self, bucket: RefBucket) -> bytes:
+        return super().digest(replace(bucket, buffer=bucket.buffer[:512]))
 
 
 @mutant("B13-swapped-values", "verl's delta checksum")

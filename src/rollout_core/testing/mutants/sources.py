@@ -18,7 +18,7 @@ class ReadsTwice(ReferencePacker):
     """Goes over its source once to count and once to pack."""
 
     def pairs(self, source: Any) -> Iterable[tuple[str, torch.Tensor]]:
-        if isinstance(source, Iterator) and not hasattr(source, "gi_frame"):
+        if isinstance(source, Iterator):
             sum(1 for _ in source)
         return super().pairs(source)
 
@@ -39,6 +39,22 @@ class StopsOneShort(ReferencePacker):
             yield bucket
 
 
+@mutant("B16-async-error")
+class EndsWithItsSource(ReferencePacker):
+    """Takes an error of an async source for its end."""
+
+    async def apack(self, source: AsyncIterable[tuple[str, torch.Tensor]], capacity: int) -> AsyncIterator[RefBucket]:
+        async def quiet() -> AsyncIterator[tuple[str, torch.Tensor]]:
+            try:
+                async for pair in source:
+                    yield pair
+            except Exception:
+                return
+
+        async for bucket in super().apack(quiet(), capacity):
+            yield bucket
+
+
 @mutant("B16-mapping")
 class TakesKeysOnly(ReferencePacker):
     """Sorts a mapping by name."""
@@ -54,6 +70,27 @@ class LeavesBuffersBehind(ReferencePacker):
     def pairs(self, source: Any) -> Iterable[tuple[str, torch.Tensor]]:
         if isinstance(source, torch.nn.Module):
             return list(source.named_parameters(remove_duplicate=False))
+        return super().pairs(source)
+
+
+@mutant("B16-module")
+class ForgetsTiedParameters(ReferencePacker):
+    """Asks a module for its parameters as it gives them by itself: each once."""
+
+    def pairs(self, source: Any) -> Iterable[tuple[str, torch.Tensor]]:
+        if isinstance(source, torch.nn.Module):
+            return [*source.named_parameters(), *source.named_buffers()]
+        return super().pairs(source)
+
+
+@mutant("B16-module")
+class ForgetsChildren(ReferencePacker):
+    """Sends what a module holds itself, and nothing of its children."""
+
+    def pairs(self, source: Any) -> Iterable[tuple[str, torch.Tensor]]:
+        if isinstance(source, torch.nn.Module):
+            parameters = source.named_parameters(recurse=False, remove_duplicate=False)
+            return [*parameters, *source.named_buffers(recurse=False)]
         return super().pairs(source)
 
 
