@@ -17,10 +17,12 @@ from rollout_core.testing.registry import select_checks
 from rollout_core.testing.scripts import reproduction
 
 GOLDEN = Path(__file__).parent / "golden" / "mutants.json"
-#: Not run in this process: they end it or never end. The last three run others.
+#: Whether its bug shows depends on which memory is used again.
+BY_CHANCE = {"TiesByAddressInStreams"}
+#: Not run in this process: they end it, never end, or start others.
 APART = {"DiesOfScalars", "WaitsForTheFirst", "HangsOnAnExactFit", "PlansByHash"}
 #: A case of these is large or depends on when the search gave up waiting.
-NOT_EXACT = {"CountsInOneByte", "HangsOnAnExactFit"}
+NOT_EXACT = {"CountsInOneByte", "HangsOnAnExactFit"} | BY_CHANCE
 
 
 def without_places(text: str) -> str:
@@ -46,13 +48,13 @@ def test_it_is_killed_by_the_clause_that_it_breaks(name, reports):
     assert [without_places(result.text), result.words] == golden[name]
 
 
-@pytest.mark.parametrize("name", sorted(set(MUTANTS) - {"WaitsForTheFirst", "HangsOnAnExactFit"}))
+@pytest.mark.parametrize("name", sorted(set(MUTANTS) - {"WaitsForTheFirst", "HangsOnAnExactFit"} - BY_CHANCE))
 def test_its_counterexample_fails_again_and_passes_without_the_bug(name, reports):
     assert replay(MUTANTS[name].target, reports[name]).failed
     assert replay("reference", reports[name]).ok
 
 
-@pytest.mark.parametrize("name", sorted(set(MUTANTS) - APART))
+@pytest.mark.parametrize("name", sorted(set(MUTANTS) - APART - BY_CHANCE))
 def test_its_script_shows_the_bug(name, reports):
     mutant = MUTANTS[name]
     check = get_check(mutant.killed_by)
