@@ -76,7 +76,7 @@ def wheel(session: nox.Session) -> None:
 def peers(session: nox.Session) -> None:
     """The kit on the packing code of SGLang, vLLM, verl, checkpoint-engine and torch, unmodified; writes docs/peers.md."""
     listed = Path("src/rollout_core/testing/peers/requirements.txt").read_text()
-    alone, with_dependencies = listed.split("# With dependencies")
+    alone, with_dependencies = listed.split("# With dependencies:")
     install(session, "test", extras="[cli,testing]")
     session.install("--no-deps", *_requirements(alone))
     session.install(*_requirements(with_dependencies))
@@ -85,7 +85,7 @@ def peers(session: nox.Session) -> None:
 
 
 def _requirements(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [line for line in text.splitlines() if "==" in line and not line.startswith("#")]
 
 
 @nox.session

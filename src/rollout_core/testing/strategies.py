@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -107,9 +108,7 @@ def tensor_specs(
     )
 
 
-@st.composite
 def tensor_cases(
-    draw: st.DrawFn,
     *,
     min_size: int = 0,
     max_size: int = 6,
@@ -120,29 +119,35 @@ def tensor_cases(
     fills: st.SearchStrategy[Fill] | None = None,
     relations: st.SearchStrategy[Relation | None] | None = None,
     same_dtype: bool = False,
-) -> tuple[TensorCase, ...]:
+) -> st.SearchStrategy[tuple[TensorCase, ...]]:
     """The recipes of ``min_size`` to ``max_size`` named tensors, of which ``make_tensors`` makes data.
 
     Without ``names`` they are called a, b, c, ... in order. A layout that a tensor cannot have (a transposed vector) falls back to
     contiguous, and ``conj`` asks for a complex dtype. ``same_dtype``: one dtype for all of them, so that nothing needs padding.
     """
     if not 0 <= min_size <= max_size:
-        raise InvalidArgument(f"min_size={min_size}, max_size={max_size}: 0 <= min_size <= max_size must hold")
-    element = st.tuples(
-        _strategy(dtypes, "dtypes", "st.just(torch.float32)", _DTYPES),
-        _strategy(shapes, "shapes", "st.just((2, 3))", _SHAPES),
-        _twists(layouts, fills, relations),
-    )
-    if names is None:
-        drawn = [(_letters(i), parts) for i, parts in enumerate(draw(st.lists(element, min_size=min_size, max_size=max_size)))]
-    else:
-        named = st.tuples(_strategy(names, "names", "st.just('weight')", _NAMES), element)
-        drawn = draw(st.lists(named, min_size=min_size, max_size=max_size, unique_by=lambda pair: pair[0]))
+        return _refuse(f"min_size={min_size}, max_size={max_size}: 0 <= min_size <= max_size must hold")
+    try:
+        element = st.tuples(
+            _strategy(dtypes, "dtypes", "st.just(torch.float32)", _DTYPES),
+            _strategy(shapes, "shapes", "st.just((2, 3))", _SHAPES),
+            _twists(layouts, fills, relations),
+        )
+        named = st.tuples(st.just("") if names is None else _strategy(names, "names", "st.just('weight')", _NAMES), element)
+    except InvalidArgument as error:
+        return _refuse(str(error))
+    unique = None if names is None else lambda pair: pair[0]
+    # Made once and not in a composite: drawing is most of the time that a check takes.
+    return st.lists(named, min_size=min_size, max_size=max_size, unique_by=unique).map(partial(_assembled, same_dtype=same_dtype))
+
+
+def _assembled(drawn: Sequence[tuple[str, tuple[Any, ...]]], *, same_dtype: bool) -> tuple[TensorCase, ...]:
     cases: list[TensorCase] = []
-    for name, (dtype, shape, (layout, fill, relation, pick)) in drawn:
+    for place, (name, (dtype, shape, (layout, fill, relation, pick))) in enumerate(drawn):
+        name = name or _letters(place)
         if same_dtype and cases:
             dtype = cases[0].torch_dtype
-        of = pick % len(cases) if relation is not None and cases else None
+        of = len(cases) - 1 - pick % len(cases) if relation is not None and cases else None
         if of is not None and relation is not None and _can_relate(cases[of], relation):
             cases.append(related_case(cases[of], of, relation, name))
         else:
@@ -194,32 +199,40 @@ def capacities(specs: Sequence[TensorSpec], *, oversize: bool = False) -> st.Sea
     return _marks(oversize=oversize).map(lambda mark: _capacity(mark, sizes, itemsizes, oversize=oversize))
 
 
-@st.composite
 def packer_cases(
-    draw: st.DrawFn,
     *,
     tensors: st.SearchStrategy[tuple[TensorCase, ...]] | None = None,
     oversize: bool = False,
     tiny: st.SearchStrategy[int] | None = None,
     other_capacities: bool = False,
     places: int = 0,
-) -> PackerCase:
+) -> st.SearchStrategy[PackerCase]:
     """What a packer check is tried on: tensors and a capacity that suits them. ``oversize``: the capacity may be smaller than a
     tensor. ``tiny``: how many one-byte tensors follow. ``other_capacities``: further capacities too. ``places``: so many numbers in
     ``at``."""
     mark = _marks(oversize=oversize)
-    first = draw(mark)
-    others = draw(st.lists(mark, min_size=1, max_size=3)) if other_capacities else []
-    at = draw(st.tuples(*[st.integers(0, 1 << 16)] * places))
-    extra = draw(_strategy(tiny, "tiny", "st.just(1000)", st.just(0)))
-    drawn = draw(_strategy(tensors, "tensors", "tensor_cases()", _TENSOR_CASES))
+    try:
+        return st.builds(
+            partial(_packer_case, oversize),
+            mark,
+            st.lists(mark, min_size=1, max_size=3) if other_capacities else st.just([]),
+            st.tuples(*[st.integers(0, 1 << 16)] * places),
+            _strategy(tiny, "tiny", "st.just(1000)", st.just(0)),
+            _strategy(tensors, "tensors", "tensor_cases()", _TENSOR_CASES),
+        )
+    except InvalidArgument as error:
+        return _refuse(str(error))
 
-    def capacity(mark: _Mark) -> int:
-        sizes = [case.nbytes for case in drawn]
-        itemsizes = [case.torch_dtype.itemsize for case in drawn]
-        return _capacity(mark, [*sizes, extra], itemsizes, oversize=oversize, largest=max(sizes, default=1))
 
-    return PackerCase(tensors=drawn, capacity=capacity(first), tiny=extra, others=tuple(map(capacity, others)), at=at)
+def _packer_case(
+    oversize: bool, mark: _Mark, others: list[_Mark], at: tuple[int, ...], tiny: int, tensors: tuple[TensorCase, ...]
+) -> PackerCase:
+    sizes = [case.nbytes for case in tensors]
+    itemsizes = [case.torch_dtype.itemsize for case in tensors]
+    first, *rest = (
+        _capacity(each, [*sizes, tiny], itemsizes, oversize=oversize, largest=max(sizes, default=1)) for each in (mark, *others)
+    )
+    return PackerCase(tensors=tensors, capacity=first, tiny=tiny, others=tuple(rest), at=at)
 
 
 @st.composite
@@ -264,16 +277,6 @@ def hostile_manifests(draw: st.DrawFn, *, manifests: st.SearchStrategy[bytes] | 
         return bytes(good) + draw(st.binary(min_size=1, max_size=8))
     good[place] ^= draw(st.integers(1, 255))
     return bytes(good)
-
-
-_NAMES: Final = names()
-_DTYPES: Final = dtypes()
-_SHAPES: Final = shapes()
-_LAYOUTS: Final = layouts()
-_FILLS: Final = fills()
-_RELATIONS: Final = relations()
-_TENSOR_CASES: Final = tensor_cases()
-_MANIFESTS: Final = manifests()
 
 
 def _twists(
@@ -374,3 +377,14 @@ def _refuse(message: str) -> st.SearchStrategy[Any]:
         raise InvalidArgument(message)
 
     return st.builds(fail)
+
+
+#: Defaults of arguments, made once.
+_NAMES: Final = names()
+_DTYPES: Final = dtypes()
+_SHAPES: Final = shapes()
+_LAYOUTS: Final = layouts()
+_FILLS: Final = fills()
+_RELATIONS: Final = relations()
+_TENSOR_CASES: Final = tensor_cases()
+_MANIFESTS: Final = manifests()
