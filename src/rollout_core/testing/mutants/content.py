@@ -163,7 +163,7 @@ class TiesTransposes(ReferencePacker):
         return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.is_conj(), tensor.is_neg())
 
 
-@mutant("B1-shared")
+@mutant("B1-conj")
 class TiesConjugates(ReferencePacker):
     """Takes a tensor and its conjugate for the same tensor."""
 
