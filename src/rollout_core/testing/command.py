@@ -57,11 +57,14 @@ def check_command(
             with _progress(console) as bar:
 
                 def show(check: Check, result: Result | None, total: int) -> None:
+                    if not bar.tasks[task].total:
+                        console.print(Text(f"{heading}\n"))
                     bar.update(task, description=check.id, total=total, advance=0 if result is None else 1)
                     if result is not None and result.status in ("fail", "stale"):  # shown when it is found, not at the end
                         console.print(Text("\n".join(result_lines(result))))
 
                 task = bar.add_task("loading the packer", total=None)
+                heading = f"{target}: level {level}, seed {seed}, up to {max_examples} cases a check"
                 report = runner.check_packer(
                     target,
                     level=level,

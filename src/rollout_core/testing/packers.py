@@ -190,9 +190,10 @@ def resolve(target: Any) -> Any:
         try:
             inspect.signature(target).bind()
         except TypeError as error:
-            raise TypeError(
-                f"{name_of(target)} cannot be called without arguments ({error}); pass an instance or a factory"
-            ) from error
+            what = "pass an instance or a factory"
+            if inspect.isfunction(target):
+                what += "; a function that groups tensors becomes a packer by rollout_core.testing.grouping_packer(...)"
+            raise TypeError(f"{name_of(target)} cannot be called without arguments ({error}); {what}") from error
         except ValueError:
             pass  # a callable of C has no signature
         target = target()

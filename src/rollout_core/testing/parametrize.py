@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import pytest
 
 from rollout_core.testing.packers import name_of
-from rollout_core.testing.registry import LEVELS, Check
+from rollout_core.testing.registry import LEVELS, Check, select_checks
 from rollout_core.testing.report import Result, result_lines
-from rollout_core.testing.runner import check_packer, checks_of
+from rollout_core.testing.runner import check_packer, expected_of
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 
@@ -36,8 +36,8 @@ def parametrize_packer_checks(
     reason; such a check that passes fails the test. The other arguments are those of ``check_packer``. A skipped check is a skipped
     test that says why; the option ``--rollout-core-max-examples`` goes before ``max_examples``.
     """
-    expected = dict(expected_failures or {})
-    checks = checks_of("packer", level, only, expected)
+    expected = expected_of("packer", expected_failures)
+    checks = select_checks("packer", level=level, only=only)
     options = {"level": level, "max_examples": max_examples, "seed": seed, "timeout": timeout, "isolate": isolate}
     rows = []
     labels = [packer if isinstance(packer, str) else name_of(packer).rpartition(" ")[2] for packer in packers]

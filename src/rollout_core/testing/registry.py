@@ -101,7 +101,8 @@ def _order(check: Check) -> tuple[str, int]:
 
 def _selects(word: str, check: Check) -> bool:
     local = check.id.partition("/")[2]
-    return word in (check.id, local, check.clause, f"{check.subject}/{check.clause}")
+    names = (check.id, local, check.clause, f"{check.subject}/{check.clause}")
+    return word.lower() in (name.lower() for name in names)
 
 
 def _unknown(id: str, known: Collection[str]) -> str:

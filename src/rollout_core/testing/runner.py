@@ -48,7 +48,7 @@ def check_packer(
     Raises ``SubjectError`` if this is no packer, ``ValueError`` for an unknown id or level or a number out of range, and
     ``RuntimeError`` if it is to be isolated in a process that has used CUDA.
     """
-    return _run("packer", packer, level, only, expected_failures or {}, max_examples, seed, timeout, isolate, progress)
+    return _run("packer", packer, level, only, expected_failures, max_examples, seed, timeout, isolate, progress)
 
 
 def replay(packer: Any, report: Report, *, timeout: float = 10.0, isolate: bool = True) -> Report:
@@ -83,7 +83,7 @@ def _run(
     target: Any,
     level: str,
     only: Iterable[str],
-    expected: Mapping[str, str],
+    expected: Mapping[str, str] | None,
     max_examples: int,
     seed: int,
     timeout: float,
@@ -95,7 +95,7 @@ def _run(
         raise ValueError(
             f"max_examples is {max_examples} and timeout {timeout}; a check needs at least 1 case and some seconds for it"
         )
-    checks = checks_of(kind, level, only, expected)
+    checks, expected = select_checks(kind, level=level, only=only), expected_of(kind, expected)
     results = []
     with _Executor(kind, target, timeout, isolate) as execute:
         for check in checks:
@@ -119,16 +119,17 @@ def _run(
     )
 
 
-def checks_of(kind: SubjectKind, level: str, only: Iterable[str], expected: Mapping[str, str]) -> list[Check]:
-    """The checks to run. ``ValueError`` for an unknown id, also among those that are expected to fail, and for one without a
-    reason."""
-    if not isinstance(expected, Mapping):
+def expected_of(kind: SubjectKind, expected: Mapping[str, str] | None) -> dict[str, str]:
+    """Full check id -> why it is expected to fail; the ids may be given without their subject. ``ValueError`` for an unknown id and
+    for one without a reason."""
+    if not isinstance(expected, Mapping | None):
         raise ValueError(f"expected_failures is a {type(expected).__name__}; it is a mapping from check id to reason")
-    for id, reason in expected.items():
-        get_check(id)
+    reasons = {}
+    for id, reason in (expected or {}).items():
         if not isinstance(reason, str) or not reason.strip():
             raise ValueError(f"expected_failures gives no reason for {id}")
-    return select_checks(kind, level=level, only=only)
+        reasons[get_check(id if "/" in id else f"{kind}/{id}").id] = reason
+    return reasons
 
 
 def _find(check: Check, execute: _Executor, max_examples: int, seed: int) -> Finding:

@@ -70,6 +70,8 @@ def run(tmp_path, monkeypatch):
 
 
 GOLDEN = """\
+mytrainer:packer: level 2026.1, seed 0, up to 100 cases a check
+
 stale packer/B1-order  plain tensors come out under their names, in their order
       expected to fail (was broken once), and it passed: take it off the list
 fail  packer/B3-alignment  every slot begins at a multiple of its dtype's itemsize, after any sequence of dtypes and sizes

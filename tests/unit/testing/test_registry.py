@@ -58,7 +58,16 @@ def test_a_level_never_changes():
 
 
 @pytest.mark.parametrize(
-    ("word", "count"), [("packer/B3-alignment", 1), ("B3-alignment", 1), ("B3", 2), ("packer/B3", 2), ("B1", 14), ("B13-replay", 1)]
+    ("word", "count"),
+    [
+        ("packer/B3-alignment", 1),
+        ("B3-alignment", 1),
+        ("B3", 2),
+        ("packer/B3", 2),
+        ("B1", 14),
+        ("B13-replay", 1),
+        ("b13-REPLAY", 1),
+    ],
 )
 def test_a_word_selects_by_id_or_clause(word, count):
     assert len(select_checks("packer", only=[word])) == count

@@ -98,6 +98,10 @@ def test_an_expected_failure_is_no_failure():
     assert "1 failed as expected" in report.summary()
 
 
+def test_an_expected_failure_may_be_named_without_its_subject():
+    assert check_packer(Halved, only=[ORDER], expected_failures={"B1-order": "known since spring"})[ORDER].status == "xfail"
+
+
 def test_an_expected_failure_that_passes_is_stale():
     report = check_packer(Plain, only=[ORDER], expected_failures={ORDER: "known since spring"})
     assert (report[ORDER].status, report[ORDER].text) == ("stale", "it passed")
@@ -228,6 +232,10 @@ def test_a_process_that_used_cuda_is_told_what_to_do(monkeypatch):
     assert check_packer(Plain, only=[ORDER], isolate=False, max_examples=3).ok
 
 
+def grouping(named, capacity):
+    return [named]
+
+
 class NeedsArgument(Plain):
     def __init__(self, size):
         pass
@@ -257,6 +265,10 @@ class Lying(Plain):
         (3, "an int has no method pack; a packer under test has pack(named_tensors, capacity) and unpack(buckets)."),
         (Lacks, "a Lacks has no method unpack; a packer under test has"),
         (len, "len cannot be called without arguments (missing a required argument: 'obj'); pass an instance or a factory"),
+        (
+            grouping,
+            "grouping cannot be called without arguments (missing a required argument: 'named'); pass an instance or a factory; ",
+        ),
         (NeedsArgument, "NeedsArgument cannot be called without arguments (missing a required argument: 'size'); pass an instance"),
         (Misspelt, "capabilities has 'integrety'; it may have bucket_nbytes, slots,"),
         (Letters, "capabilities is 'end'; it is a set of names, for example {'end', 'integrity'}"),
