@@ -23,7 +23,7 @@ def check_command(
     only: Annotated[list[str] | None, typer.Option(help="Only these checks or clauses, for example B3 or B13-replay.")] = None,
     max_examples: Annotated[int, typer.Option(min=1, help="Cases tried by each check.")] = 100,
     seed: Annotated[int, typer.Option(help="The same seed tries the same cases.")] = 0,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that one case may take.")] = 10.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that one case may take.")] = 5.0,
     level: Annotated[str, typer.Option(help="The set of checks; a level never changes.")] = "2026.1",
     expect: Annotated[Path | None, typer.Option(help="A file of lines 'check id: reason' for checks that may fail.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the report here, for machines and --replay.")] = None,

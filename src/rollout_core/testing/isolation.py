@@ -24,6 +24,7 @@ from rollout_core.transfer.lifetime import end_with_parent
 
 _PHASE_BYTES: Final = 64
 _MOST_PRINTED: Final = 1 << 20
+_FIRST: Final = 3  # times the timeout for the first case of all
 #: Seconds for a process to load the packer: torch and an engine's modules may be imported on the way.
 _START_TIMEOUT: Final = 120.0
 
@@ -116,18 +117,33 @@ class Isolated:
         self._phase = mmap.mmap(-1, _PHASE_BYTES)
         self._number = 0
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
+        self._hello: Hello | None = None
         try:
-            self.hello = self._launch()
+            self._launch()
         except BaseException:
             self.close()
             raise
+
+    @property
+    def hello(self) -> Hello:
+        """What the process said once it had the subject; waits for it. ``SubjectError`` if it could not."""
+        if self._hello is None:
+            try:
+                self._hello = self._greet()
+            except BaseException:
+                self.close()
+                raise
+        return self._hello
 
     def run(self, check: Check, case: bytes, timeout: float) -> Outcome:
         """What came of one case; a hang of ``timeout`` seconds and the end of the process are violations."""
         if self._channel is None:
             self._launch()
+        assert self.hello
         assert self._channel is not None
         self._number += 1
+        if self._number == 1:
+            timeout *= _FIRST  # libraries may load, and kernels compile
         if os.fstat(self._printed.fileno()).st_size > _MOST_PRINTED:
             self._printed.truncate(0)  # what earlier cases printed
         try:
@@ -150,7 +166,9 @@ class Isolated:
         self._kill()
         self._printed.close()
 
-    def _launch(self) -> Hello:
+    def _launch(self) -> None:
+        """Start the process; ``hello`` waits until it has the subject."""
+        self._hello = None
         ours, theirs = socket.socketpair()
         self._printed.seek(0)
         self._printed.truncate()
@@ -176,6 +194,9 @@ class Isolated:
         theirs.close()
         self._pid = pid
         self._channel = Channel(ours.detach(), Hello | Outcome)
+
+    def _greet(self) -> Hello:
+        assert self._channel is not None
         try:
             hello = self._channel.receive(_START_TIMEOUT)
         except PeerGone:

@@ -23,7 +23,7 @@ def parametrize_packer_checks(
     expected_failures: Mapping[str, str] | None = None,
     max_examples: int = 100,
     seed: int = 0,
-    timeout: float = 10.0,
+    timeout: float = 5.0,
     isolate: bool = True,
 ) -> Callable[[Test], Test]:
     """Parametrize a test over packers and the checks of a level:

@@ -31,7 +31,7 @@ def check_packer(
     expected_failures: Mapping[str, str] | None = None,
     max_examples: int = 100,
     seed: int = 0,
-    timeout: float = 10.0,
+    timeout: float = 5.0,
     isolate: bool = True,
     progress: Progress | None = None,
 ) -> Report:
@@ -40,7 +40,8 @@ def check_packer(
     ``packer``: an object with ``pack`` and ``unpack`` (``rollout_core.testing.packers`` says what else it may have), a class or
     factory that makes one (then every case gets a new one), or a name such as ``"mytrainer.sync:packer"``. ``only``: check ids, or
     clauses. ``expected_failures``: check id -> reason; one that passes, or is skipped, is reported as stale. ``max_examples``:
-    cases tried per check. The same ``seed`` tries the same cases. ``timeout``: seconds that a case may take.
+    cases tried per check. The same ``seed`` tries the same cases. ``timeout``: seconds that a case may take, and the first of all
+    three times as long.
 
     With ``isolate`` the packer runs in a forked process, so that a hang or a crash is a failed check. A process that has used CUDA
     cannot be forked: pass ``isolate=False`` there, or use ``rollout-core check``.
@@ -51,7 +52,7 @@ def check_packer(
     return _run("packer", packer, level, only, expected_failures, max_examples, seed, timeout, isolate, progress)
 
 
-def replay(packer: Any, report: Report, *, timeout: float = 10.0, isolate: bool = True) -> Report:
+def replay(packer: Any, report: Report, *, timeout: float = 5.0, isolate: bool = True) -> Report:
     """Run the counterexamples of a saved report again, and nothing else."""
     started = time.monotonic()
     saved = [result for result in report.results if bytes(result.case) != b"null"]
@@ -98,6 +99,8 @@ def _run(
     checks, expected = select_checks(kind, level=level, only=only), expected_of(kind, expected)
     results = []
     with _Executor(kind, target, timeout, isolate) as execute:
+        if any(check.twins for check in checks):
+            execute.start_twins()
         for check in checks:
             if progress:
                 progress(check, None, len(checks))
@@ -204,9 +207,13 @@ class _Executor:
             self._patience = min(self._patience, max(1.0, 20 * self._slowest))
         return outcome
 
-    def _run_twins(self, check: Check, case: bytes) -> Outcome:
-        if not self._twins:
+    def start_twins(self) -> None:
+        """Start the new interpreters now: they take seconds, in which other checks can run."""
+        if self.importable and not self._twins:
             self._twins = [Isolated(self._start, target=self._target.name, hash_seed=seed) for seed in _HASH_SEEDS]
+
+    def _run_twins(self, check: Check, case: bytes) -> Outcome:
+        self.start_twins()
         one, other = (runner.run(check, case, self._timeout) for runner in self._twins)
         for outcome in (one, other):
             if outcome.result != "pass":

@@ -375,7 +375,7 @@ def test_what_cannot_be_imported_is_left_for_the_reader_to_fill_in():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_examples": 0}, "max_examples is 0 and timeout 10.0; a check needs at least 1 case and some seconds for it"),
+        ({"max_examples": 0}, "max_examples is 0 and timeout 5.0; a check needs at least 1 case and some seconds for it"),
         ({"timeout": 0}, "max_examples is 100 and timeout 0; a check needs at least 1 case and some seconds for it"),
         ({"expected_failures": {ORDER: " "}}, "expected_failures gives no reason for packer/B1-order"),
         ({"expected_failures": [ORDER]}, "expected_failures is a list; it is a mapping from check id to reason"),
