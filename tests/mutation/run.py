@@ -185,10 +185,16 @@ class AtImport:
 
     def _run(self, mutant: Mutant, note: int) -> None:
         signal.setitimer(signal.ITIMER_REAL, IMPORT_PATIENCE)
-        sys.meta_path.insert(0, Instead(mutant))
+        self._instead = Instead(mutant)
+        sys.meta_path.insert(0, self._instead)
         self._kills_here = self._kills[mutant.module]
         if pytest.main([*QUIET, TESTS], plugins=[Watch(note, self._seconds), self]):
             os._exit(1)
+
+    def pytest_sessionstart(self) -> None:
+        # pytest rewrites the modules of a distribution that has a plugin, as this one has: its finder would come first.
+        sys.meta_path.remove(self._instead)
+        sys.meta_path.insert(0, self._instead)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
