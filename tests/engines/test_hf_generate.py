@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from rollout_core.errors import WorkerError
 from rollout_core.workers.contract import Completion, SamplingParams, to_batch
 from rollout_core.workers.hf_generate import generate
-
-transformers = pytest.importorskip("transformers")
 
 VOCAB = 128
 PAD = 0

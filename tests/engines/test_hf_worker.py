@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import xxhash
 
 from rollout_core.bucketing import plan_buckets, specs_of
@@ -31,11 +32,9 @@ from rollout_core.errors import (
     TransferError,
     WorkerError,
 )
+from rollout_core.testing.oracles import bytes_of
 from rollout_core.workers import HFWorker, SamplingParams
 from rollout_core.workers import hf_link as hf_link_module
-from support.oracle import bytes_of
-
-transformers = pytest.importorskip("transformers")
 
 SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "max_position_embeddings": 64}
 TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

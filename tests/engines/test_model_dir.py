@@ -3,13 +3,12 @@
 import json
 
 import pytest
+import safetensors.torch as safetensors_torch
 import torch
+import transformers
 
 from rollout_core.errors import DuplicateNameError, SourceError
 from rollout_core.preflight.model_dir import specs_from_dir
-
-transformers = pytest.importorskip("transformers")
-safetensors_torch = pytest.importorskip("safetensors.torch")
 
 TOKENS = {"vocab_size": 100, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 TEXT = {

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 import torch
+import transformers
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -25,8 +26,6 @@ from rollout_core.preflight.command import table_of, verdict_of
 from rollout_core.preflight.runner import Outcome, Report, run_checks
 from rollout_core.workers import HFWorker, hf_generate
 from support.tensors import from_bytes
-
-transformers = pytest.importorskip("transformers")
 
 PLAN, START, EQUAL, ARRIVE, GREEDY, SHAPES, FLIP, HALF, LEFT = (check.id for check in CHECKS)
 NORM, INV_FREQ, EMBEDDING = "model.norm.weight", "model.rotary_emb.inv_freq", "model.embed_tokens.weight"

@@ -8,7 +8,7 @@ import torch
 from rollout_core.bucketing import Packer, Unpacker, iter_buckets, pack, pack_stream, plan_buckets, specs_of, unpack, unpack_stream
 from rollout_core.bucketing.digest import multilinear, payload_digest
 from rollout_core.errors import IntegrityError
-from support.oracle import bytes_of
+from rollout_core.testing.oracles import bytes_of
 from support.tensors import odd_inputs, patterned
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf:UserWarning")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def main() -> None:
         place = run(
             sys.executable, "-c", "import rollout_core, sys; print(rollout_core.__file__, *sys.path, sep='\\n')"
         ).splitlines()
-        assert "site-packages" in place[0], place[0]
+        assert Path(place[0]).is_relative_to(sysconfig.get_path("purelib")), place[0]
         assert not any(Path(entry or folder).resolve() in (here, here / "src", here / "tests") for entry in place[1:]), place
         script = Path(sys.executable).parent / "rollout-core"
         report = run(script, "check", "mytrainer.sync:packer", "--json", "report.json", "--scripts", "scripts", code=1)

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rollout_core.testing.packers import Pairs
+from rollout_core.testing.packers import Pairs, collect, run_async
 
 #: (named tensors, capacity in bytes) -> buckets, each a list of (name, tensor) or a mapping; sync or async.
 Grouping = Callable[[Any, int], Any]
-
-
-class _GroupingPacker:
-    def __init__(self, function: Grouping, capabilities: frozenset[str]) -> None:
-        self._function = function
-        self.capabilities = capabilities
-
-    def pack(self, named: Any, capacity: int) -> Iterable[Any]:
-        return _buckets(self._function(named, capacity))
-
-    def unpack(self, buckets: Sequence[Any]) -> Pairs:
-        return [pair for bucket in buckets for pair in (bucket.items() if isinstance(bucket, Mapping) else bucket)]
 
 
 class _FunctionsPacker:
@@ -45,7 +31,7 @@ def grouping_packer(function: Grouping, *, capabilities: Collection[str] = ()) -
 
     A function with other arguments takes a lambda: ``grouping_packer(lambda named, capacity: group(named, mb=capacity / 2**20))``.
     """
-    return _GroupingPacker(function, frozenset(capabilities))
+    return _FunctionsPacker(function, _ungrouped, frozenset(capabilities))
 
 
 def functions_packer(
@@ -58,21 +44,17 @@ def functions_packer(
 def _buckets(result: Any) -> Iterable[Any]:
     """The buckets that a function gave: an iterable, an async iterable, or a coroutine that gives one."""
     if isinstance(result, Coroutine):
-        return _buckets(_run(result))
+        return _buckets(run_async(result))
     if isinstance(result, AsyncIterable):
-        collected: list[Any] = _run(_collect(result))
+        collected: list[Any] = run_async(collect(result))
         return collected
     return _lazily(result)
 
 
-def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    with ThreadPoolExecutor(1) as thread:  # an event loop may run in this one
-        return thread.submit(asyncio.run, coroutine).result()
-
-
-async def _collect(buckets: AsyncIterable[Any]) -> list[Any]:
-    return [bucket async for bucket in buckets]
-
-
 def _lazily(buckets: Iterable[Any]) -> Iterator[Any]:
     yield from buckets
+
+
+def _ungrouped(buckets: Sequence[Any]) -> Iterator[Any]:
+    for bucket in buckets:
+        yield from bucket.items() if isinstance(bucket, Mapping) else bucket

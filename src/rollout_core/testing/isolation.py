@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, NoReturn, Protocol, TypeAlias
 import msgspec
 
 from rollout_core.errors import RolloutCoreError, TransferError
+from rollout_core.testing.packers import error_words
 from rollout_core.testing.registry import Check, Skipped, Violation, get_check
 from rollout_core.transfer.channel import Channel, PeerGone
 from rollout_core.transfer.lifetime import end_with_parent
@@ -60,10 +61,9 @@ class Subject(Protocol):
     """A subject under test, wrapped for the checks of its kind."""
 
     capabilities: frozenset[str]
-    phase: Any
 
 
-#: Makes the subject, noting in the given phase what it is doing.
+#: Makes the subject, which notes in the given phase, if there is one, what it is doing.
 Start: TypeAlias = Callable[[Any], Subject]
 
 
@@ -77,8 +77,6 @@ def run_case(subject: Any, check: Check, case: bytes, number: int = 0) -> Outcom
     except Violation as violation:
         return Outcome(number=number, result="violation", text=str(violation))
     except (Exception, SystemExit) as error:
-        from rollout_core.testing.packers import error_words
-
         return Outcome(number=number, result="violation", text=f"the check met {error_words(error)}")
     return Outcome(number=number, result="pass", value=value if isinstance(value, str) else "")
 
@@ -89,13 +87,13 @@ class Here:
     def __init__(self, start: Start) -> None:
         self._start = start
         try:
-            self.hello = Hello(sorted(start(_NoPhase()).capabilities))
+            self.hello = Hello(sorted(start(None).capabilities))
         except Exception as error:
             raise SubjectError(_loading_words(error)) from error
 
     def run(self, check: Check, case: bytes, timeout: float) -> Outcome:
         """What came of one case. There is nobody here to end it: ``timeout`` is not kept."""
-        return _start_and_run(self._start, _NoPhase(), check, case)
+        return _start_and_run(self._start, None, check, case)
 
     def close(self) -> None:
         pass
@@ -240,11 +238,6 @@ class Isolated:
             return 0
 
 
-class _NoPhase:
-    def set(self, method: str) -> None:
-        pass
-
-
 class _SharedPhase:
     """What the child is doing, in memory that its parent reads when it no longer answers."""
 
@@ -287,13 +280,11 @@ def twin(fd: str, target: str, parent: str, path: str) -> None:
     import rollout_core.testing.checks  # noqa: F401 - registers the checks
     from rollout_core.testing.targets import load_target, wrap
 
-    _serve(socket.socket(fileno=int(fd)), lambda phase: wrap("packer", load_target(target), phase), _NoPhase())
+    _serve(socket.socket(fileno=int(fd)), lambda phase: wrap("packer", load_target(target), phase), None)
 
 
 def _start_and_run(start: Start, phase: Any, check: Check, case: bytes, number: int = 0) -> Outcome:
     """Run a case on a subject of its own."""
-    from rollout_core.testing.packers import error_words
-
     try:
         subject = start(phase)
     except (Exception, SystemExit) as error:
@@ -302,8 +293,6 @@ def _start_and_run(start: Start, phase: Any, check: Check, case: bytes, number: 
 
 
 def _loading_words(error: BaseException) -> str:
-    from rollout_core.testing.packers import error_words
-
     if isinstance(error, RolloutCoreError | TypeError):
         return str(error)
     return f"loading it raised {error_words(error)}"

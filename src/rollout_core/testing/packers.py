@@ -12,9 +12,11 @@ where the tensors are made ("cpu" unless given), ``align`` what all its offsets 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -99,9 +101,11 @@ class PackerUnderTest:
         with self._calling("pack"):
             return _Watched(self, iter(self.packer.pack(named, capacity, **options)))
 
-    def apack(self, source: AsyncIterable[Any], capacity: int) -> AsyncIterator[Any]:
-        result: AsyncIterator[Any] = self.packer.apack(source, capacity)
-        return result
+    def apack(self, source: AsyncIterable[Any], capacity: int) -> list[Any]:
+        """All buckets of an async source, or ``Raised``."""
+        with self._calling("apack"):
+            buckets: list[Any] = run_async(collect(self.packer.apack(source, capacity)))
+            return buckets
 
     def unpack(self, buckets: Sequence[Any]) -> Pairs:
         """The named tensors, or ``Raised``; ``Violation`` if they are none."""
@@ -182,6 +186,16 @@ class _Watched(Iterator[Any]):
         if self.can_close:
             with self._subject._calling("closing what pack gave"):
                 self._buckets.close()  # type: ignore[attr-defined]
+
+
+async def collect(items: AsyncIterable[Any]) -> list[Any]:
+    return [item async for item in items]
+
+
+def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine gives, run in a thread: an event loop may run in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
 
 
 def resolve(target: Any) -> Any:

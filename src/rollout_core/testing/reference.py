@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
@@ -32,10 +33,7 @@ class Entry:
     @property
     def total(self) -> int:
         """Bytes of the whole tensor."""
-        count = getattr(torch, self.dtype).itemsize
-        for side in self.shape:
-            count *= side
-        return int(count)
+        return int(math.prod(self.shape) * getattr(torch, self.dtype).itemsize)
 
 
 @dataclass(frozen=True, eq=False)

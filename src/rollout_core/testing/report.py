@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -72,7 +72,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_json(self) -> str:
         """The report as JSON; ``from_json`` reads it."""
-        return msgspec.json.format(msgspec.json.encode({"ok": self.ok, **_fields(self)}), indent=2).decode()
+        return msgspec.json.format(msgspec.json.encode({"ok": self.ok, **msgspec.structs.asdict(self)}), indent=2).decode()
 
     @classmethod
     def from_json(cls, data: str | bytes) -> Report:
@@ -150,7 +150,3 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "hypothesis": hypothesis.__version__,
     }
-
-
-def _fields(report: Report) -> dict[str, Any]:
-    return {name: getattr(report, name) for name in report.__struct_fields__}

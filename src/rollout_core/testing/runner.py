@@ -173,7 +173,6 @@ class _Executor:
 
     def __init__(self, kind: SubjectKind, target: Any, timeout: float, isolate: bool) -> None:
         self._timeout = timeout
-        self._isolate = isolate
         self._start = _starter(kind, target)
         self._target = target_of(target)
         self._twins: list[Isolated] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import textwrap
 from dataclasses import dataclass
 from typing import Any, Final
@@ -101,9 +102,8 @@ def reproduction(check: Check, case: Any, target: Any, text: str) -> str:
         "data": case.data,
         "steps": [*case.steps],
     }
-    used = {name: value for name, value in fields.items() if f"{{{name}}}" in check.script}
     tail = check.script
-    for name, value in used.items():
+    for name, value in fields.items():
         tail = tail.replace(f"{{{name}}}", repr(value))
     return head + tail.strip("\n") + "\n"
 
@@ -136,7 +136,7 @@ def _tensor_text(case: TensorCase, place: int) -> str:
         case "contiguous":
             return _base(case, shape, place)
         case "sliced":
-            return f"{_base(case, (_count(shape) + 1,), place)}[1:].view({list(shape)})"
+            return f"{_base(case, (math.prod(shape) + 1,), place)}[1:].view({list(shape)})"
         case "strided":
             return f"{_base(case, (*shape[:-1], 2 * shape[-1]), place)}[..., ::2]" if shape else f"{_base(case, (2,), place)}[1]"
         case "transposed":
@@ -150,7 +150,7 @@ def _tensor_text(case: TensorCase, place: int) -> str:
         case "one element, odd stride":
             return f"{_base(case, (10,), place)}[::5][:1]"
         case "detached slice":
-            count = _count(shape)
+            count = math.prod(shape)
             return f"{_base(case, (8 * count + 64,), place)}[1 : {1 + count}].view({list(shape)}).detach()"
         case "conj":
             return f"{_base(case, shape, place)}.conj()"
@@ -159,17 +159,10 @@ def _tensor_text(case: TensorCase, place: int) -> str:
 
 
 def _base(case: TensorCase, shape: tuple[int, ...], place: int) -> str:
-    nbytes = _count(shape) * case.torch_dtype.itemsize
+    nbytes = math.prod(shape) * case.torch_dtype.itemsize
     seed = place + 1
     if nbytes <= _WRITTEN_OUT or case.fill != "pattern" or case.dtype == "bool":
         data = f"bytes.fromhex('{fill_bytes(case.fill, case.dtype, nbytes, seed).hex()}')"
     else:
         data = f"[({31 * seed} + 7 * i + i // 256) % 120 for i in range({nbytes})]"
     return f"bits(torch.{case.dtype}, {list(shape)}, {data})"
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count

@@ -46,8 +46,6 @@ def search(
     known: dict[bytes, Outcome] = {}
     last: list[tuple[bytes, Outcome]] = []
     deadline: list[float] = []
-    skipped: list[str] = []
-    examples = 0
 
     @seed(random_seed)
     @settings(
@@ -64,16 +62,12 @@ def search(
     )
     @given(strategy)
     def attempt(case: msgspec.Struct) -> None:
-        nonlocal examples
         data = msgspec.json.encode(case)
         outcome = known.get(data)
         if outcome is None:
             if deadline and time.monotonic() > deadline[0]:
                 return  # what was found is small enough
-            examples += 1
             outcome = known[data] = execute(data)
-        if outcome.result == "skip":
-            skipped.append(outcome.text)
         if outcome.result == "violation":
             last[:] = [(data, outcome)]
             if not deadline:
@@ -89,6 +83,7 @@ def search(
             outcome = msgspec.structs.replace(
                 outcome, text=f"{outcome.text} (a second run of the same case passed: it does not depend on the case alone)"
             )
-        return Finding(examples=examples, case=data, outcome=outcome)
+        return Finding(examples=len(known), case=data, outcome=outcome)
     judged = any(outcome.result == "pass" for outcome in known.values())
-    return Finding(examples=examples, skip=skipped[0] if skipped and not judged else "")
+    reasons = [outcome.text for outcome in known.values() if outcome.result == "skip"]
+    return Finding(examples=len(known), skip=reasons[0] if reasons and not judged else "")

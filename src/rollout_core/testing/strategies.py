@@ -155,9 +155,7 @@ def _assembled(drawn: Sequence[tuple[str, tuple[Any, ...]]], *, same_dtype: bool
     return tuple(cases)
 
 
-@st.composite
 def named_tensors(
-    draw: st.DrawFn,
     *,
     min_size: int = 0,
     max_size: int = 6,
@@ -169,23 +167,21 @@ def named_tensors(
     relations: st.SearchStrategy[Relation | None] | None = None,
     same_dtype: bool = False,
     device: str = "cpu",
-) -> list[tuple[str, torch.Tensor]]:
+) -> st.SearchStrategy[list[tuple[str, torch.Tensor]]]:
     """A list of (name, tensor) with unique names, as a packer takes it. By default of every dtype, memory layout, fill and
     relation; arguments as for ``tensor_cases``."""
-    cases = draw(
-        tensor_cases(
-            min_size=min_size,
-            max_size=max_size,
-            names=names,
-            dtypes=dtypes,
-            shapes=shapes,
-            layouts=_LAYOUTS if layouts is None else layouts,
-            fills=_FILLS if fills is None else fills,
-            relations=_RELATIONS if relations is None else relations,
-            same_dtype=same_dtype,
-        )
+    cases = tensor_cases(
+        min_size=min_size,
+        max_size=max_size,
+        names=names,
+        dtypes=dtypes,
+        shapes=shapes,
+        layouts=_LAYOUTS if layouts is None else layouts,
+        fills=_FILLS if fills is None else fills,
+        relations=_RELATIONS if relations is None else relations,
+        same_dtype=same_dtype,
     )
-    return make_tensors(cases, device)
+    return cases.map(partial(make_tensors, device=device))
 
 
 def capacities(specs: Sequence[TensorSpec], *, oversize: bool = False) -> st.SearchStrategy[int]:

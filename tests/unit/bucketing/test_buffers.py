@@ -13,7 +13,7 @@ from rollout_core.bucketing.buffers import BufferPool
 from rollout_core.bucketing.tensors import own_copy
 from rollout_core.bucketing.unpacker import join_piece
 from rollout_core.errors import IntegrityError
-from support.oracle import bytes_of, picture
+from rollout_core.testing.oracles import bytes_of, picture
 from support.tensors import patterned, placed_at
 
 CPU = torch.device("cpu")

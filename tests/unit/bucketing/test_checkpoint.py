@@ -25,7 +25,7 @@ from rollout_core.bucketing import (
 )
 from rollout_core.bucketing.checkpoint import _TO_FORMAT
 from rollout_core.errors import DuplicateNameError, IncompleteStreamError, IntegrityError, SourceError
-from support.oracle import picture
+from rollout_core.testing.oracles import picture
 from support.tensors import DTYPES, named, odd_inputs, patterned
 
 ODD = [(name, tensor) for name, tensor in odd_inputs().items() if tensor.dtype in _TO_FORMAT and name != "tied"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout_core.bucketing import Packer, pack, pack_stream, plan_buckets, specs_of, unpack, unpack_stream
-from support.oracle import bytes_of, picture
+from rollout_core.testing.oracles import bytes_of, picture
 from support.tensors import DTYPES, capacities, from_bytes, named, odd_inputs, patterned, plan_options
 
 ODD = odd_inputs()

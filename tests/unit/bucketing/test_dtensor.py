@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from rollout_core.bucketing import iter_buckets, pack, pack_stream, plan_buckets, specs_of, unpack, unpack_stream
-from support.oracle import picture
+from rollout_core.testing.oracles import picture
 from support.tensors import patterned
 
 

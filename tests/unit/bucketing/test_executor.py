@@ -10,7 +10,7 @@ import torch
 
 from rollout_core.bucketing import Packer, copying, plan_buckets, specs_of, unpack
 from rollout_core.errors import PlanMismatchError
-from support.oracle import bytes_of, picture
+from rollout_core.testing.oracles import bytes_of, picture
 from support.tensors import from_bytes, patterned
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rollout_core.bucketing import aiter_buckets, iter_buckets
 from rollout_core.errors import CapacityError
-from support.oracle import picture
+from rollout_core.testing.oracles import picture
 from support.tensors import capacities, named, odd_inputs, patterned
 
 MIB = 1 << 20

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rollout_core.bucketing import BucketPlan, TensorSpec, pack, pack_stream, plan_buckets, specs_of
 from rollout_core.errors import CapacityError
-from support.oracle import bytes_of
+from rollout_core.testing.oracles import bytes_of
 from support.tensors import DTYPES, capacities, named, patterned, plan_options
 
 specs = st.lists(

@@ -30,7 +30,7 @@ from rollout_core.errors import (
     PlanMismatchError,
     SourceError,
 )
-from support.oracle import picture
+from rollout_core.testing.oracles import picture
 from support.tensors import names, patterned
 
 ONE = torch.ones(2)

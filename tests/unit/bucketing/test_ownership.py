@@ -26,7 +26,7 @@ from rollout_core.bucketing import (
     unpack,
     unpack_stream,
 )
-from support.oracle import bytes_of, picture
+from rollout_core.testing.oracles import bytes_of, picture
 from support.tensors import capacities, named, patterned, plan_options
 
 

@@ -25,7 +25,7 @@ from rollout_core.bucketing import (
     unpack,
 )
 from rollout_core.errors import PlanMismatchError
-from support.oracle import picture
+from rollout_core.testing.oracles import picture
 from support.tensors import patterned
 
 F32 = torch.float32

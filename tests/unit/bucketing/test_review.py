@@ -33,8 +33,8 @@ from rollout_core.errors import (
     ManifestError,
     SourceError,
 )
+from rollout_core.testing.oracles import picture
 from support.manifests import body_fields, rebuild, u32
-from support.oracle import picture
 from support.tensors import from_bytes, patterned
 
 U8 = torch.uint8

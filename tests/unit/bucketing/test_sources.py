@@ -27,7 +27,7 @@ from rollout_core.bucketing import (
     unpack_stream,
 )
 from rollout_core.errors import IncompleteStreamError, IntegrityError, PlanMismatchError, SourceError
-from support.oracle import picture
+from rollout_core.testing.oracles import picture
 from support.tensors import capacities, named, patterned, plan_options
 
 PAIRS = [(f"w{i}", patterned(torch.float32, i + 1, seed=i)) for i in range(6)]

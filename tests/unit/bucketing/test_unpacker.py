@@ -21,7 +21,7 @@ from rollout_core.bucketing import (
     unpack_stream,
 )
 from rollout_core.errors import IncompleteStreamError, IntegrityError
-from support.oracle import picture
+from rollout_core.testing.oracles import picture
 from support.tensors import from_bytes, patterned, placed_at
 
 U8, F32 = torch.uint8, torch.float32

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rollout_core.errors import TransferError
+from rollout_core.testing.oracles import bytes_of
 from rollout_core.transfer.arena import Arena
-from support.oracle import bytes_of
 
 PAGE = 4096
 

@@ -61,14 +61,15 @@ def swapped_values(packer: PackerUnderTest, case: PackerCase) -> None:
     if not buckets:
         return
     index = case.at[0] % len(buckets)
-    words = packer.buffer(buckets[index])[: packer.buffer(buckets[index]).numel() // 4 * 4].clone().view(torch.int32)
+    buffer = packer.buffer(buckets[index])
+    words = buffer[: buffer.numel() // 4 * 4].clone().view(torch.int32)
     if len(words) < 2:
         return
     one = case.at[1] % (len(words) - 1)
     if words[one] == words[one + 1]:
         return
     words[[one, one + 1]] = words[[one + 1, one]]
-    packer.buffer(buckets[index])[: 4 * len(words)].copy_(words.view(torch.uint8))
+    buffer[: 4 * len(words)].copy_(words.view(torch.uint8))
     require_refusal(packer, lambda: packer.unpack(buckets), f"values {one} and {one + 1} of bucket {index} changed places")
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import torch
@@ -112,10 +111,7 @@ def from_async(packer: PackerUnderTest, case: PackerCase) -> None:
             await asyncio.sleep(0)
             yield pair
 
-    async def collect() -> list[Any]:
-        return [bucket async for bucket in packer.apack(source(), case.capacity)]
-
-    require_same(model, packer.unpack(_run(collect())))
+    require_same(model, packer.unpack(packer.apack(source(), case.capacity)))
 
 
 @packer_check(
@@ -151,25 +147,13 @@ def error_in_async(packer: PackerUnderTest, case: PackerCase) -> None:
             yield pair
         raise broken
 
-    async def collect() -> list[Any]:
-        return [bucket async for bucket in packer.apack(source(), case.capacity)]
-
     try:
-        came = _run(collect())
+        came = packer.apack(source(), case.capacity)
     except Raised as raised:
         if raised.error is not broken:
             raise Violation(f"the source raised SourceBroke, and what came was {error_words(raised.error)}") from raised
     else:
         raise Violation(f"the source raised after {stop} of {len(named)} tensors, and no error came: {len(came)} buckets did")
-
-
-def _run(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
-    """What a coroutine gives, run in a thread: an event loop may run in this one. ``Raised`` if it raises."""
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            return thread.submit(asyncio.run, coroutine).result()
-        except Exception as error:
-            raise Raised("apack", error) from error
 
 
 @packer_check(
