@@ -5,14 +5,19 @@ Importing this package loads neither torch nor an engine; import the part you ne
 
 from rollout_core.errors import (
     CapacityError,
+    ConversationError,
     DuplicateNameError,
     IncompleteStreamError,
     IntegrityError,
     ManifestError,
+    MediaError,
     PlanMismatchError,
     RolloutCoreError,
     SourceError,
     TransferError,
+    TruncationError,
+    UnstableTemplateError,
+    UnsupportedProcessorError,
     WorkerError,
 )
 
@@ -20,14 +25,19 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CapacityError",
+    "ConversationError",
     "DuplicateNameError",
     "IncompleteStreamError",
     "IntegrityError",
     "ManifestError",
+    "MediaError",
     "PlanMismatchError",
     "RolloutCoreError",
     "SourceError",
     "TransferError",
+    "TruncationError",
+    "UnstableTemplateError",
+    "UnsupportedProcessorError",
     "WorkerError",
     "__version__",
 ]

@@ -39,3 +39,23 @@ class TransferError(RolloutCoreError):
 
 class WorkerError(RolloutCoreError):
     """A rollout worker could not do what was asked of it."""
+
+
+class ConversationError(RolloutCoreError, ValueError):
+    """A turn cannot be added to a conversation, or a call asks what the conversation cannot give; it is unchanged."""
+
+
+class MediaError(ConversationError):
+    """A picture, video or sound cannot be read, is empty, or is larger than the stated bounds."""
+
+
+class UnstableTemplateError(ConversationError):
+    """The chat template changes what it rendered earlier once more messages follow; the message says which one."""
+
+
+class UnsupportedProcessorError(ConversationError):
+    """Outputs of this processor cannot be put together from those of single items, or nobody has said how."""
+
+
+class TruncationError(ConversationError):
+    """A conversation cannot be cut as asked."""

@@ -1,0 +1,1 @@
+"""Multimodal conversations that grow by deltas."""
