@@ -1,0 +1,421 @@
+"""A conversation that grows by deltas: immutable, shared by its forks, and at every moment what processing it whole would give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from rollout_core.errors import ConversationError, UnstableTemplateError
+from rollout_core.multimodal import cutting, stored
+from rollout_core.multimodal.arrays import Arrays
+from rollout_core.multimodal.deltas import SAMPLED, Bytes, Delta, Item, Payload, Tokens
+from rollout_core.multimodal.layout import Laid
+from rollout_core.multimodal.messages import take
+from rollout_core.multimodal.positions import Segment, Text
+from rollout_core.multimodal.renderer import Past, Renderer, Tools
+from rollout_core.multimodal.sampled import Finish, check_sampled
+from rollout_core.multimodal.templates import features
+from rollout_core.multimodal.tracks import Ids, SpanMap
+
+Message = Mapping[str, Any]
+OnUnstable = Literal["refuse", "segment"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ConversationDelta:
+    """What came after an earlier state of a conversation.
+
+    Attributes:
+        input_ids, compact_ids: the new tokens on both tracks, int64.
+        position_ids: (axes, n) int64, of the new tokens.
+        loss_mask: (n,) int64, 1 where sampled.
+        logprobs: per new token, its logprob or None.
+        items: the new items only, at their places in the whole conversation.
+        start, compact_start: how many tokens came before, on each track.
+    """
+
+    input_ids: Ids
+    compact_ids: Ids
+    position_ids: Ids
+    loss_mask: Ids
+    logprobs: tuple[float | None, ...]
+    items: tuple[Item, ...]
+    start: int
+    compact_start: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conversation:
+    """An immutable conversation. Every method returns another one, or fails and changes nothing.
+
+    Start one with `Conversation.start`; the constructor is private. A fork is another reference; rolling back is dropping one.
+
+    Attributes:
+        renderer: what turns messages into tokens.
+        tip: the last delta; all before it are its ancestors.
+        tools: tool schemas that the template shows.
+        on_unstable: what `extend` does when the template changes what it wrote before.
+        segments: what this conversation was before each change of that kind, oldest first; each is a training sample of its own.
+        cut: whether `truncate` removed tokens at the end, so that nothing can follow.
+    """
+
+    renderer: Renderer
+    tip: Delta
+    tools: Tools = None
+    on_unstable: OnUnstable = "refuse"
+    segments: tuple[Conversation, ...] = ()
+    cut: bool = False
+
+    # ---------------------------------------------------------------- growing
+
+    @classmethod
+    def start(
+        cls, renderer: Renderer, messages: Iterable[Message], tools: Tools = None, *, on_unstable: OnUnstable = "refuse"
+    ) -> Conversation:
+        """Begin with messages: a system prompt, a question, or a whole history.
+
+        Args:
+            renderer: e.g. `HFRenderer`.
+            messages: see `rollout_core.multimodal.messages`.
+            tools: JSON schemas for the template.
+            on_unstable: ``refuse``: an extension after which the template would write earlier messages differently raises
+                UnstableTemplateError. ``segment``: it begins a new segment, with the whole history rendered anew as its prompt.
+
+        Raises:
+            ConversationError: messages or media cannot be used; MediaError, UnsupportedProcessorError and UnstableTemplateError are
+                kinds of it.
+        """
+        if on_unstable not in ("refuse", "segment"):
+            raise ConversationError(f"on_unstable is {on_unstable!r}; it is 'refuse' or 'segment'")
+        tools = None if tools is None else tuple(tools)
+        taken = take(messages)
+        laid = renderer.begin(taken, tools)
+        return cls(renderer, _delta(renderer, None, "messages", laid, taken.items), tools, on_unstable)
+
+    def extend(self, messages: Iterable[Message]) -> Conversation:
+        """Add messages of users, tools or anyone but the policy. Only they are rendered, encoded and processed.
+
+        A sampled turn before them is ended with what the template writes there and the policy did not sample.
+
+        Raises:
+            UnstableTemplateError: the template changes earlier text (with ``on_unstable="refuse"``); it names the message.
+            ConversationError: a generation prompt is open; the conversation was cut at its end; messages or media cannot be used.
+        """
+        self._may_grow()
+        if self.tip.kind == "generation_prompt":
+            raise ConversationError("the assistant's turn is open: add what was sampled, or extend the conversation from before the prompt")
+        taken = take(messages, first=self.tip.message_count)
+        try:
+            laid = self.renderer.add(self._past(), taken, self.tools)
+        except UnstableTemplateError:
+            if self.on_unstable != "segment":
+                raise
+            return self._segment(messages)
+        return self._with(_delta(self.renderer, self.tip, "messages", laid, taken.items))
+
+    def with_generation_prompt(self) -> Conversation:
+        """Open the assistant's turn: what an engine must see before it samples. Harmless if it is open already."""
+        self._may_grow()
+        if self.tip.turn == "open":
+            return self
+        if self.tip.turn == "stopped":
+            raise ConversationError("the assistant's turn has ended: extend the conversation with messages before sampling again")
+        laid = self.renderer.generation_prompt(self._past(), self.tools)
+        return self._with(_delta(self.renderer, self.tip, "generation_prompt", laid, (), turn="open"))
+
+    def append_sampled(
+        self,
+        ids: Sequence[int] | Any,
+        *,
+        logprobs: Sequence[float | None] | Any = None,
+        finish: Finish = "stop",
+        message: Message | None = None,
+    ) -> Conversation:
+        """Add what the policy sampled, verbatim; the generation prompt first, where it is not there yet.
+
+        Args:
+            ids: sampled token ids, as the engine returned them: list, array or tensor.
+            logprobs: one per id, None where there is none; or None for no logprobs at all.
+            finish: ``stop``: the policy ended its turn. ``length``: it was cut by a limit. ``aborted``: it was interrupted. After the
+                last two the turn stays open: more may be sampled, or messages may follow.
+            message: the turn as a message, if the template must see it parsed (tool calls, reasoning); the decoded text otherwise.
+
+        Raises:
+            ConversationError: ids that are no token ids or outside the vocabulary; logprobs of another length or not finite; an
+                unknown finish; a turn that has ended already.
+        """
+        self._may_grow()
+        sampled, values = check_sampled(ids, logprobs, finish, self.renderer.vocab_size)
+        parsed = None if message is None else take([message], first=self.tip.message_count)
+        if parsed is not None and (parsed.items[0]["role"] != "assistant" or parsed.media):
+            raise ConversationError("the message of a sampled turn has role 'assistant' and no media")
+        at = self.with_generation_prompt()
+        before = at._sampled_so_far()
+        whole = np.concatenate([before, sampled]) if len(before) else sampled
+        said = parsed.items[0] if parsed is not None else {"role": "assistant", "content": self.renderer.text_of(whole)}
+        number = at.tip.message_count - (1 if len(before) or at.tip.kind == "sampled" else 0)
+        n = len(sampled)
+        tokens = Tokens(
+            sampled, sampled.copy(), values, np.full(n, SAMPLED, np.uint8), np.full(n, number, np.int64)
+        )
+        tip = _step(
+            self.renderer, at.tip, "sampled", tokens, (), (Text(n),), (said,),
+            message_count=number + 1, turn="stopped" if finish == "stop" else "open", finish=finish,
+        )  # fmt: skip
+        return at._with(tip)
+
+    def truncate(
+        self, max_length: int, side: Literal["right", "left"] = "right", policy: Literal["drop_item", "drop_message", "error"] = "drop_item"
+    ) -> Conversation:
+        """At most ``max_length`` expanded tokens; those at ``side`` go. See `rollout_core.multimodal.cutting`.
+
+        Args:
+            max_length: tokens to keep at most, at least 1.
+            side: ``right`` removes the end, ``left`` the beginning.
+            policy: where the cut would fall inside an item. ``drop_item``: the whole item goes, with what the template wrote around
+                it. ``drop_message``: cut only between messages. ``error``: raise.
+
+        Raises:
+            TruncationError: nothing would be left; or the cut falls inside an item under ``error``.
+        """
+        tip = cutting.truncated(self.renderer.rule, self.tip, max_length, side, policy)
+        return self if tip is self.tip else replace(self, tip=tip, cut=self.cut or side == "right")
+
+    # ---------------------------------------------------------------- reading
+
+    def __len__(self) -> int:
+        """Expanded tokens."""
+        return self.tip.length
+
+    @property
+    def tokens(self) -> Tokens:
+        """All tokens with all that is known of each."""
+        return Tokens.concatenate([delta.tokens for delta in self.tip.path()])
+
+    @property
+    def input_ids(self) -> Ids:
+        """(n,) int64: expanded ids, as the trainer needs them."""
+        return _joined(self.tip, lambda d: d.tokens.input_ids)
+
+    @property
+    def compact_ids(self) -> Ids:
+        """(m,) int64: with one placeholder per item, as vLLM and SGLang accept them."""
+        return _joined(self.tip, lambda d: d.tokens.compact_ids)
+
+    @property
+    def loss_mask(self) -> Ids:
+        """(n,) int64: 1 where the policy sampled the token."""
+        return _joined(self.tip, lambda d: d.tokens.loss_mask)
+
+    @property
+    def logprobs(self) -> list[float | None]:
+        """Per token the logprob that came with it, None where there is none."""
+        return _optional(_joined(self.tip, lambda d: d.tokens.logprobs))
+
+    @property
+    def origin(self) -> Bytes:
+        """(n,) uint8: index into `ORIGINS` for each token."""
+        return _joined(self.tip, lambda d: d.tokens.origin)
+
+    @property
+    def message_ids(self) -> Ids:
+        """(n,) int64: the number of the message that each token belongs to."""
+        return _joined(self.tip, lambda d: d.tokens.message)
+
+    @property
+    def position_ids(self) -> Ids:
+        """(axes, n) int64 by the renderer's position rule: one axis, or time, height and width."""
+        return np.concatenate([delta.positions for delta in self.tip.path()], axis=1)
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """Pictures, videos and sounds, in token order."""
+        return tuple(item for delta in self.tip.path() for item in delta.items)
+
+    @property
+    def span_map(self) -> SpanMap:
+        """How the two tracks lie beside each other; `SpanMap.expand` and `SpanMap.compact_ids` go from one to the other."""
+        items, ids, compact = self.items, self.input_ids, self.compact_ids
+        return SpanMap(
+            tuple(item.region for item in items),
+            tuple(compact[item.region.compact_start : item.region.compact_stop] for item in items),
+            tuple(ids[item.region.start : item.region.stop] for item in items),
+            len(compact),
+            len(ids),
+        )
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All messages as a template sees them; media are bare parts, in the order of `items` per modality."""
+        return tuple(_messages(self.tip))
+
+    @property
+    def finish(self) -> str | None:
+        """How the last sampled turn ended, if it is the last thing here."""
+        return self.tip.finish
+
+    def multi_modal_inputs(self) -> dict[str, Any]:
+        """The processor's outputs other than ids and attention mask, as one call over everything would give them: torch tensors."""
+        return self.renderer.merged(self.items, self.input_ids)
+
+    def arrays(self, backend: Literal["numpy", "torch"] = "numpy") -> Arrays:
+        """Everything a trainer batches, of one length, as numpy arrays or torch tensors."""
+        return Arrays.of(self.tokens, self.position_ids, backend)
+
+    def delta(self, since: Conversation | None = None) -> ConversationDelta:
+        """What came after ``since``, an earlier state of this conversation; everything without it.
+
+        Raises:
+            ConversationError: this conversation does not go on from ``since``.
+        """
+        start = None if since is None else since.tip
+        try:
+            steps = self.tip.path(start)
+        except LookupError:
+            raise ConversationError(
+                "this conversation does not go on from the one given as since: it is another fork, or a new segment began; send it whole"
+            ) from None
+        tokens = Tokens.concatenate([step.tokens for step in steps])
+        positions = [step.positions for step in steps] or [np.zeros((self.renderer.rule.axes, 0), np.int64)]
+        return ConversationDelta(
+            tokens.input_ids,
+            tokens.compact_ids,
+            np.concatenate(positions, axis=1),
+            tokens.loss_mask,
+            tuple(_optional(tokens.logprobs)),
+            tuple(item for step in steps for item in step.items),
+            0 if start is None else start.length,
+            0 if start is None else start.compact_length,
+        )
+
+    # ---------------------------------------------------------------- storing
+
+    def to_bytes(self, *, payloads: bool = True) -> bytes:
+        """This conversation as MessagePack. Each item's payload is stored once, by identity; or not at all."""
+        return stored.encode(self, payloads=payloads)
+
+    @classmethod
+    def from_bytes(cls, renderer: Renderer, data: bytes, payloads: Mapping[str, Payload] | None = None) -> Conversation:
+        """The conversation that `to_bytes` stored.
+
+        Args:
+            renderer: with the fingerprint of the one that the conversation was made with.
+            data: from `to_bytes`.
+            payloads: by artifact identity, for conversations stored without.
+
+        Raises:
+            ConversationError: other bytes; another renderer; a payload that is missing.
+        """
+        tip, tools, on_unstable, cut, earlier = stored.decode(renderer, data, payloads or {})
+        parts = tuple(cls(renderer, old, tools, on_unstable, (), was_cut) for old, was_cut in earlier)
+        parts = tuple(replace(part, segments=parts[:index]) for index, part in enumerate(parts))
+        return cls(renderer, tip, tools, on_unstable, parts, cut)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Conversation of {len(self)} tokens ({self.tip.compact_length} compact), {sum(self.tip.item_counts.values())} items, "
+            f"{self.tip.message_count} messages, segment {len(self.segments)}>"
+        )
+
+    # ---------------------------------------------------------------- inside
+
+    def _with(self, tip: Delta) -> Conversation:
+        return replace(self, tip=tip)
+
+    def _may_grow(self) -> None:
+        if self.cut:
+            raise ConversationError("this conversation was cut at its end; grow the one it was cut from")
+
+    def _past(self) -> Past:
+        tip = self.tip
+        sampled = tip.kind == "sampled"
+        last = int(tip.tokens.input_ids[-1]) if sampled and len(tip.tokens) else None
+        return Past(tip.role, tip.features, lambda: list(_messages(tip)), tip.message_count, sampled, last)
+
+    def _sampled_so_far(self) -> Ids:
+        """Ids of the open turn."""
+        parts, step = [], self.tip
+        while step.kind == "sampled":
+            parts.append(step.tokens.input_ids)
+            if step.parent is None:
+                break
+            step = step.parent
+        return np.concatenate(parts[::-1]) if parts else np.zeros(0, np.int64)
+
+    def _segment(self, messages: Iterable[Message]) -> Conversation:
+        """A new segment: the whole history and the new messages, rendered at once, as the prompt of what follows."""
+        items = {modality: iter([i for i in self.items if i.modality == modality]) for modality in self.tip.item_counts}
+        past = [_refilled(message, items) for message in self.messages]
+        fresh = type(self).start(self.renderer, [*past, *messages], self.tools, on_unstable=self.on_unstable)
+        return replace(fresh, segments=(*self.segments, self))
+
+
+def _delta(
+    renderer: Renderer, parent: Delta | None, kind: str, laid: Laid, messages: tuple[Message, ...], turn: str = "none"
+) -> Delta:
+    tokens = Tokens(laid.input_ids, laid.compact_ids, np.full(len(laid.input_ids), np.nan), laid.origin, laid.message)
+    count = len(messages) + (parent.message_count if parent else 0)
+    return _step(renderer, parent, kind, tokens, laid.items, laid.segments, messages, message_count=count, turn=turn, finish=None)
+
+
+def _step(
+    renderer: Renderer,
+    parent: Delta | None,
+    kind: str,
+    tokens: Tokens,
+    items: Sequence[Item],
+    parts: tuple[Segment, ...],
+    messages: tuple[Message, ...],
+    *,
+    message_count: int,
+    turn: str,
+    finish: str | None,
+) -> Delta:
+    """A delta after another one: its items moved to their places, its positions counted on."""
+    length, compact = (parent.length, parent.compact_length) if parent else (0, 0)
+    counts = dict(parent.item_counts) if parent else {}
+    placed = []
+    for item in items:
+        placed.append(item.moved(length, compact, sum(counts.values()), counts.get(item.modality, 0)))
+        counts[item.modality] = counts.get(item.modality, 0) + 1
+    positions, following = renderer.rule.advance(parent.next_position if parent else 0, parts)
+    positions.flags.writeable = False
+    found = {*(parent.features if parent else ()), *features(messages)}
+    return Delta(
+        parent, kind, tokens, tuple(placed), parts, positions, messages,
+        length + len(tokens), compact + len(tokens.compact_ids), counts, message_count, following,
+        tuple(sorted(found)), turn, finish, messages[-1]["role"] if messages else parent.role if parent else "",
+    )  # fmt: skip
+
+
+def _messages(tip: Delta) -> Iterable[Message]:
+    """All messages, the parts of a turn that was sampled in several pieces as one: the last piece tells the whole turn."""
+    path = tip.path()
+    for index, step in enumerate(path):
+        continued = step.kind == "sampled" and index + 1 < len(path) and path[index + 1].kind == "sampled"
+        if not continued:
+            yield from step.messages
+
+
+def _refilled(message: Message, items: Mapping[str, Any]) -> Message:
+    """A message with its media in it again."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    parts = []
+    for part in content:
+        modality = part.get("type")
+        parts.append({**part, modality: next(items[modality]).payload} if modality in items else part)
+    return {**message, "content": parts}
+
+
+def _joined(tip: Delta, get: Callable[[Delta], Any]) -> Any:
+    parts = [get(delta) for delta in tip.path()]
+    return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+
+
+def _optional(values: Any) -> list[float | None]:
+    return [None if missing else value for value, missing in zip(values.tolist(), np.isnan(values).tolist(), strict=True)]

@@ -1,0 +1,124 @@
+"""Cutting a conversation to a length: no item is ever split, and nothing that opened one is left dangling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from rollout_core.errors import TruncationError
+from rollout_core.multimodal.deltas import Delta, Item
+from rollout_core.multimodal.layout import segments
+from rollout_core.multimodal.positions import PositionRule
+
+_SIDES, _POLICIES = ("right", "left"), ("drop_item", "drop_message", "error")
+
+
+def truncated(rule: PositionRule, tip: Delta, max_length: Any, side: str, policy: str) -> Delta:
+    """The tip of a conversation of at most ``max_length`` tokens. A conversation that is short enough is returned as it is.
+
+    On the right, deltas before the cut are shared; on the left, positions begin at 0 again, as recomputing them would give.
+    """
+    if isinstance(max_length, bool) or not isinstance(max_length, (int, np.integer)) or max_length < 1:
+        raise TruncationError(f"max_length is {max_length!r}; it is a whole number of tokens, at least 1")
+    if side not in _SIDES or policy not in _POLICIES:
+        raise TruncationError(f"side is one of {_SIDES} and policy one of {_POLICIES}, not {side!r} and {policy!r}")
+    if tip.length <= max_length:
+        return tip
+    path = tip.path()
+    wanted = int(max_length) if side == "right" else tip.length - int(max_length)
+    at = _cut(path, wanted, side, policy)
+    if at in (0, tip.length):
+        raise TruncationError(f"no whole {'message' if policy == 'drop_message' else 'part'} fits in {max_length} of {tip.length} tokens")
+    return _head(path, at) if side == "right" else _tail(rule, path, at)
+
+
+def _cut(path: Sequence[Delta], wanted: int, side: str, policy: str) -> int:
+    """Where to cut, at ``wanted`` or on the side where less is kept."""
+    if policy == "drop_message":
+        ids = np.concatenate([delta.tokens.message for delta in path])
+        starts = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
+        return max(s for s in starts if s <= wanted) if side == "right" else min(s for s in starts if s >= wanted)
+    for delta in path:
+        for item in delta.items:
+            start, stop = item.envelope
+            if start < wanted < stop:
+                if policy == "error":
+                    raise TruncationError(
+                        f"token {wanted}, where the cut would be, is inside {item.modality} {item.modality_index} (tokens {start} to {stop})"
+                    )
+                return start if side == "right" else stop
+    return wanted
+
+
+def _head(path: Sequence[Delta], at: int) -> Delta:
+    last = next(delta for delta in path if delta.length >= at)
+    if last.length == at:
+        return last
+    before = last.length - len(last.tokens)
+    kept = tuple(item for item in last.items if item.envelope[1] <= at)
+    stop = _compact(last, at)
+    return replace(
+        last,
+        kind="truncated",
+        tokens=last.tokens.sliced(0, at - before, 0, stop - (last.compact_length - len(last.tokens.compact_ids))),
+        items=kept,
+        segments=tuple(segments(kept, before, at)),
+        positions=last.positions[:, : at - before].copy(),
+        length=at,
+        compact_length=stop,
+        item_counts=_counts(last, kept),
+        finish="length" if last.kind == "sampled" else None,
+    )
+
+
+def _tail(rule: PositionRule, path: Sequence[Delta], at: int) -> Delta:
+    parent: Delta | None = None
+    counts: dict[str, int] = {}
+    compact_at = next(_compact(delta, at) for delta in path if delta.length >= at)
+    for delta in path:
+        if delta.length <= at and delta is not path[-1]:
+            continue
+        before, compact_before = delta.length - len(delta.tokens), delta.compact_length - len(delta.tokens.compact_ids)
+        items = []
+        for item in delta.items:
+            if item.envelope[0] >= at:
+                items.append(item.moved(-at, -compact_at, sum(counts.values()), counts.get(item.modality, 0)))
+                counts[item.modality] = counts.get(item.modality, 0) + 1
+        skip, compact_skip = max(at - before, 0), max(compact_at - compact_before, 0)
+        start = max(before - at, 0)
+        parts = tuple(segments(items, start, delta.length - at))
+        positions, following = rule.advance(parent.next_position if parent else 0, parts)
+        positions.flags.writeable = False
+        parent = replace(
+            delta,
+            parent=parent,
+            tokens=delta.tokens.sliced(skip, len(delta.tokens), compact_skip, len(delta.tokens.compact_ids)) if skip else delta.tokens,
+            items=tuple(items),
+            segments=parts,
+            positions=positions,
+            messages=delta.messages if parent else tuple(m for d in path[: path.index(delta) + 1] for m in d.messages),
+            length=delta.length - at,
+            compact_length=delta.compact_length - compact_at,
+            item_counts=dict(counts),
+            next_position=following,
+        )
+    assert parent is not None
+    return parent
+
+
+def _compact(delta: Delta, at: int) -> int:
+    """The place on the compact track of a cut at ``at``, which lies in ``delta`` and in no region."""
+    earlier = [item for item in delta.items if item.region.stop <= at]
+    if not earlier:
+        return at - (delta.length - len(delta.tokens)) + delta.compact_length - len(delta.tokens.compact_ids)
+    return at - earlier[-1].region.stop + earlier[-1].region.compact_stop
+
+
+def _counts(delta: Delta, kept: Sequence[Item]) -> dict[str, int]:
+    counts = dict(delta.item_counts)
+    for item in delta.items[len(kept) :]:
+        counts[item.modality] -= 1
+    return {modality: count for modality, count in counts.items() if count}

@@ -1,0 +1,8 @@
+"""What is known of each family of processors: how its outputs merge, what stands for an item in the text, how many feature rows it has."""
+
+from __future__ import annotations
+
+from rollout_core.multimodal.families.family import Family, Pin, Support
+from rollout_core.multimodal.families.registry import families, family_of, register_family
+
+__all__ = ["Family", "Pin", "Support", "families", "family_of", "register_family"]

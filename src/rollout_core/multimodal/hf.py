@@ -1,0 +1,371 @@
+"""The renderer for tokenizers and processors of transformers, or anything that behaves like them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from rollout_core.errors import ConversationError, MediaError, RolloutCoreError, UnsupportedProcessorError
+from rollout_core.multimodal import templates
+from rollout_core.multimodal.deltas import Item, Payload
+from rollout_core.multimodal.families import Family, family_of
+from rollout_core.multimodal.fingerprint import processor_fingerprint
+from rollout_core.multimodal.identity import artifact_identity
+from rollout_core.multimodal.layout import Laid, Medium, Script, lay_out
+from rollout_core.multimodal.loading import load_picture, load_sound, load_video
+from rollout_core.multimodal.media import WHITE, Picture, Sound, Video
+from rollout_core.multimodal.messages import MediaSource, Messages, replaced, texts
+from rollout_core.multimodal.positions import PositionRule, rule
+from rollout_core.multimodal.processing import merge_outputs, process_one, sequence_outputs
+from rollout_core.multimodal.renderer import Past, Tools
+from rollout_core.multimodal.templates import Verdict
+from rollout_core.multimodal.tracks import Encoded, Ids
+
+#: Verdicts by the hash of template, its settings and tokenizer: probing one takes a moment, and a trainer makes many renderers.
+_VERDICTS: dict[str, Verdict] = {}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "look somewhere",
+        "parameters": {"type": "object", "properties": {"where": {"type": "string"}}, "required": ["where"]},
+    },
+}
+
+
+class HFRenderer:
+    """Renders with a chat template of transformers, and processes items one at a time with its processor.
+
+    Args:
+        processor: a processor, or a tokenizer for text alone. It must have a fast tokenizer (character offsets) and a chat template.
+        chat_template: another template (Jinja) instead of the processor's own.
+        template_kwargs: passed to the template, e.g. ``{"enable_thinking": False}``.
+        processor_kwargs: passed to the processor for every item, e.g. ``{"images_kwargs": {"do_pan_and_scan": True}}``.
+        background: RGB colour under transparent pixels.
+        positions: a position rule or its full name; by default that of the processor's family.
+        vocab_size: sampled ids are below it; by default the tokenizer's length. Models with padded embeddings can sample more.
+        family: how the processor's outputs merge; by default found by its class name.
+
+    Raises:
+        UnsupportedProcessorError: no chat template, no character offsets, or a family that is unknown or cannot be taken apart.
+        UnstableTemplateError: a template that cannot render a user and an assistant message one after the other.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        chat_template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        background: tuple[int, int, int] = WHITE,
+        positions: PositionRule | str | None = None,
+        vocab_size: int | None = None,
+        family: Family | None = None,
+    ) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.family = family or family_of(processor)
+        if self.family.refuse is not None:
+            raise UnsupportedProcessorError(f"{type(processor).__name__} (family {self.family.name!r}) is refused: {self.family.refuse}")
+        self._template = chat_template or getattr(processor, "chat_template", None)
+        if not self._template and not callable(getattr(processor, "apply_chat_template", None)):
+            raise UnsupportedProcessorError(f"{type(processor).__name__} has no chat template; give chat_template=")
+        self._own_template = chat_template is not None
+        self._template_kwargs = dict(template_kwargs or {})
+        self._processor_kwargs = dict(processor_kwargs or {})
+        self._background = background
+        self.rule: PositionRule = positions if isinstance(positions, PositionRule) else rule(positions or self.family.positions)
+        self.vocab_size: int = len(self.tokenizer) if vocab_size is None else vocab_size
+        self._usable = {m: s for m, s in self.family.modalities.items() if s.refuse is None}
+        self._placeholders = {m: s.placeholder(processor) for m, s in self._usable.items()}
+        self._feature_ids = {m: (self._token_id(s.feature(processor)),) for m, s in self._usable.items()}
+        self._artifact = self._processing_fingerprint()
+        self._payloads: WeakValueDictionary[str, Payload] = WeakValueDictionary()
+        self._anchor = self._needs_anchor()
+
+    # ---------------------------------------------------------------- Renderer
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over template, template settings, tokenizer, processor with its settings, background and position rule."""
+        return _sha(self._template_key, self._artifact, self.rule.name)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """What probing the template found."""
+        if self._template_key not in _VERDICTS:
+            verdicts = [self._probe(tools) for tools in (None, (_TOOL,))]
+            _VERDICTS[self._template_key] = templates.both(*verdicts)
+        return _VERDICTS[self._template_key]
+
+    def begin(self, messages: Messages, tools: Tools) -> Laid:
+        """The first tokens of a conversation."""
+
+        def write(given: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+            return templates.begin(self._render_with(tools), self.verdict, given)
+
+        return self._lay_out(messages, 0, "", None, write, first=True)
+
+    def add(self, past: Past, messages: Messages, tools: Tools) -> Laid:
+        """Tokens that messages add, with those that end a sampled turn before them."""
+
+        def write(given: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+            return templates.add(self._render_with(tools), self.verdict, self._joined, past, given)
+
+        closing = self.verdict.closing if past.sampled else ""
+        return self._lay_out(messages, past.message_count, closing, past.last_id if past.sampled else None, write, first=False)
+
+    def generation_prompt(self, past: Past, tools: Tools) -> Laid:
+        """Tokens that open an assistant's turn."""
+        text = templates.generation_prompt(self._render_with(tools), self.verdict, past)
+        script = Script(text, {}, (), (0,), past.message_count, 0, first=False)
+        return lay_out(script, (), self.encode, {}, {}, {})
+
+    def text_of(self, ids: Ids) -> str:
+        """The text of sampled ids, without the token that ends a turn."""
+        end = self._closing_ids
+        kept = ids[:-1] if len(ids) and len(end) and ids[-1] == end[0] else ids
+        return str(self.tokenizer.decode(kept.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def merged(self, items: Sequence[Item], input_ids: Ids) -> dict[str, Any]:
+        """The processor's outputs for a whole sequence, from those of its items: torch tensors."""
+        given = [(item.modality, item.payload.outputs) for item in items]
+        spans = [item.spans for item in items]
+        return {**merge_outputs(self.family, given), **sequence_outputs(self.family, len(input_ids), given, spans)}
+
+    # ---------------------------------------------------------------- text
+
+    def encode(self, text: str, *, plain: bool = False, first: bool = False) -> Encoded:
+        """Ids and character offsets. ``first`` adds what the tokenizer puts before a sequence, as transformers' processors do
+        unless the text begins with it; ``plain`` takes control tokens as ordinary text."""
+        bos = getattr(self.tokenizer, "bos_token", None)
+        special = first and self.processor is not self.tokenizer and not (bos and text.startswith(bos))
+        lead = "\n" if self._anchor and not first else ""
+        out = self.tokenizer(
+            lead + text, add_special_tokens=special, return_offsets_mapping=True, split_special_tokens=plain, verbose=False
+        )
+        ids = np.asarray(out["input_ids"], np.int64).reshape(-1)
+        offsets = np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2)
+        if lead:
+            skip = int((offsets[:, 1] <= len(lead)).sum())
+            ids, offsets = ids[skip:], np.maximum(offsets[skip:] - len(lead), 0)
+        if special and len(ids) and tuple(offsets[-1]) == (0, 0) and text:
+            raise UnsupportedProcessorError(
+                f"{type(self.tokenizer).__name__} adds a token after the text (id {ids[-1]}): nothing can follow; turn that off in the tokenizer"
+            )
+        return Encoded(ids, offsets)
+
+    @cached_property
+    def _closing_ids(self) -> Ids:
+        return self.encode(self.verdict.closing).ids
+
+    def _joined(self, before: str, after: str) -> bool:
+        one, two = self.encode(before, first=True), self.encode(after)
+        return bool(np.array_equal(np.concatenate([one.ids, two.ids]), self.encode(before + after, first=True).ids))
+
+    def _needs_anchor(self) -> bool:
+        """Whether the tokenizer treats the front of a text unlike its middle, as SentencePiece's do."""
+        self._anchor = False
+        try:
+            return not self._joined("a\n", "a b")
+        except (KeyError, NotImplementedError) as error:
+            raise UnsupportedProcessorError(f"{type(self.tokenizer).__name__} gives no character offsets; use a fast tokenizer") from error
+
+    def _token_id(self, text: str) -> int:
+        found = self.tokenizer.convert_tokens_to_ids(text)
+        if not isinstance(found, int) or found == getattr(self.tokenizer, "unk_token_id", None):
+            raise UnsupportedProcessorError(f"{type(self.tokenizer).__name__} has no token {text!r}, which {self.family.name!r} needs")
+        return found
+
+    # ---------------------------------------------------------------- template
+
+    @cached_property
+    def _template_key(self) -> str:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        words = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
+        settings = json.dumps([self._template, self._template_kwargs], sort_keys=True, default=repr)
+        return _sha(settings, words, self.family.name, json.dumps(self._placeholders, sort_keys=True))
+
+    def _render_with(self, tools: Tools) -> Callable[..., str]:
+        if not self._own_template and getattr(self.processor, "chat_template", None) != self._template:
+            raise ConversationError("the processor's chat template was changed after the renderer was made: make a new renderer")
+        options = {"chat_template": self._template} if self._own_template else {}
+
+        def render(messages: Sequence[Mapping[str, Any]], *, generation: bool) -> str:
+            return str(
+                self.processor.apply_chat_template(
+                    [dict(m) for m in messages],
+                    tools=None if tools is None else list(tools),
+                    add_generation_prompt=generation,
+                    tokenize=False,
+                    **options,
+                    **self._template_kwargs,
+                )
+            )
+
+        return render
+
+    def _probe(self, tools: Tools) -> Verdict:
+        return templates.probe(self._render_with(tools), self._placeholders, self._joined)
+
+    def _lay_out(
+        self,
+        messages: Messages,
+        number: int,
+        closing: str,
+        last_id: int | None,
+        write: Callable[[Sequence[Mapping[str, Any]]], tuple[str, ...]],
+        *,
+        first: bool,
+    ) -> Laid:
+        marks = _marks(texts(list(messages.items)))
+        guards: dict[str, str] = {}
+        guarded = [replaced(message, lambda text: _guard(text, self._literals, guards, marks)) for message in messages.items]
+        pieces = write(guarded)
+        contents, owners = _contents(pieces, guarded, write, marks)
+        bounds = [0]
+        if len(pieces) == len(guarded):
+            for piece in pieces[:-1]:
+                bounds.append(bounds[-1] + len(piece))
+        else:
+            for index in range(1, len(guarded)):
+                earlier = [stop for (_, stop), owner in zip(contents, owners, strict=True) if owner < index]
+                bounds.append(max([bounds[-1], *earlier]))
+        shift = len(closing)
+        script = Script(
+            closing + "".join(pieces),
+            guards,
+            tuple((start + shift, stop + shift) for start, stop in contents),
+            (0, *(b + shift for b in bounds)) if shift else tuple(bounds),
+            number - 1 if shift else number,
+            shift,
+            first,
+        )
+        media = [Medium(s.modality, s.message, self._payload(s)) for s in messages.media]
+        drop = last_id if last_id is not None and self._atomic(last_id) else None
+        return lay_out(script, media, self.encode, self._placeholders, self._feature_ids, self.verdict.envelopes, drop)
+
+    @cached_property
+    def _literals(self) -> re.Pattern[str]:
+        """Text that must come from the template alone: placeholders and feature tokens."""
+        features = [support.feature(self.processor) for support in self._usable.values()]
+        words = sorted({*self._placeholders.values(), *features}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, words)) or "(?!)")
+
+    def _atomic(self, token_id: int) -> bool:
+        """Whether an id is a control token, which a tokenizer never merges."""
+        return token_id in getattr(self.tokenizer, "added_tokens_decoder", {token_id: None})
+
+    # ---------------------------------------------------------------- items
+
+    def _payload(self, source: MediaSource) -> Payload:
+        """An item processed, once: the same picture again, here or in another conversation, is found by its identity."""
+        if isinstance(source.source, Payload):
+            return source.source
+        self.family.support(self.processor, source.modality)
+        media = self._load(source)
+        if self._processing_fingerprint() != self._artifact:
+            raise ConversationError("the processor was changed after the renderer was made: make a new renderer and a new conversation")
+        artifact = artifact_identity(media.identity, self._artifact)
+        known = self._payloads.get(artifact)
+        if known is not None:
+            return known
+        done = process_one(self.processor, self.family, source.modality, media, processor_kwargs=self._processor_kwargs)
+        grids = done.grids if self.rule.axes > 1 else ()
+        payload = Payload(artifact, media.identity, media, done.outputs, done.replacement, done.rows, grids)
+        self._payloads[artifact] = payload
+        return payload
+
+    def _load(self, source: MediaSource) -> Picture | Video | Sound:
+        if isinstance(source.source, (Picture, Video, Sound)):
+            if source.source.modality != source.modality:
+                raise MediaError(f"{source.where()} holds a {source.source.modality}")
+            return source.source
+        try:
+            if source.modality == "image":
+                return load_picture(source.source, background=self._background)
+            if source.modality == "video":
+                return load_video(source.source, source.options.get("metadata"))
+            return load_sound(source.source, source.options.get("sampling_rate"))
+        except RolloutCoreError as error:
+            raise MediaError(f"{source.where()}: {error}") from error
+
+    def _processing_fingerprint(self) -> str:
+        return _sha(processor_fingerprint(self.processor, self._processor_kwargs), repr(tuple(self._background)))
+
+
+def _sha(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _marks(given: Iterable[str]) -> tuple[str, str, str]:
+    """Three characters of Unicode's private use area that stand nowhere in the texts."""
+    used = {c for text in given for c in text if "\ue000" <= c <= "\uf8ff"}
+    free = (chr(c) for c in range(0xE100, 0xF8FF) if chr(c) not in used)
+    return next(free), next(free), next(free)
+
+
+def _guard(text: str, literals: re.Pattern[str], guards: dict[str, str], marks: tuple[str, str, str]) -> str:
+    def stand_in(match: re.Match[str]) -> str:
+        guard = f"{marks[0]}{len(guards)}{marks[1]}"
+        guards[guard] = match.group()
+        return guard
+
+    return literals.sub(stand_in, text)
+
+
+def _contents(
+    pieces: Sequence[str],
+    messages: Sequence[Mapping[str, Any]],
+    write: Callable[[Sequence[Mapping[str, Any]]], tuple[str, ...]],
+    marks: tuple[str, str, str],
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """The character ranges that came from the messages' contents, and the message of each.
+
+    The same messages are written again with a mark in place of each text. Where a template alters texts so that the two do not fit
+    together, everything counts as content.
+    """
+    whole = "".join(pieces)
+    said: list[tuple[str, int]] = []
+    marked = []
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, str) and content:
+            said.append((content, index))
+            marked.append({**message, "content": marks[2]})
+        elif isinstance(content, list):
+            spoken = [p.get("text") if p.get("type") == "text" else None for p in content]
+            said += [(text, index) for text in spoken if text]
+            parts = [{**p, "text": marks[2]} if text else p for p, text in zip(content, spoken, strict=True)]
+            marked.append({**message, "content": parts})
+        else:
+            marked.append(dict(message))
+    everything = [(0, len(whole))], [0]
+    try:
+        literals = "".join(write(marked)).split(marks[2])
+    except RolloutCoreError:
+        return everything
+    if len(literals) != len(said) + 1 or not whole.startswith(literals[0]):
+        return everything
+    at, ranges, owners = len(literals[0]), [], []
+    for (text, owner), literal in zip(said, literals[1:], strict=True):
+        shown = next((t for t in (text, text.strip(), text.rstrip(), text.lstrip()) if whole.startswith(t + literal, at)), None)
+        if shown is None:
+            return everything
+        ranges.append((at, at + len(shown)))
+        owners.append(owner)
+        at += len(shown) + len(literal)
+    return (ranges, owners) if at == len(whole) else everything

@@ -1,0 +1,155 @@
+"""Messages as the caller writes them, made into private values: text checked, media taken out, everything else copied.
+
+A message is a mapping with a ``role`` and, mostly, a ``content``: a string, or a list of parts ``{"type": "text", "text": ...}``,
+``{"type": "image", "image": picture}``, ``{"type": "video", "video": frames, "metadata": {...}}``,
+``{"type": "audio", "audio": samples, "sampling_rate": 16000}``. Other keys (``tool_calls``, ``reasoning_content``, ``name``, ...)
+are JSON values and reach the template unchanged. A part of OpenAI's form (``image_url``) is taken as an image.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rollout_core.errors import ConversationError
+
+MODALITIES = ("image", "video", "audio")
+#: Keys of a media part that hold the medium or say how to read it; they never reach the template.
+_SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path"), "audio": ("audio", "url", "path")}
+_OPTIONS = {"image": (), "video": ("metadata",), "audio": ("sampling_rate",)}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSource:
+    """One medium of a message, not yet loaded: what the caller gave, and where it stood."""
+
+    modality: str
+    source: Any
+    options: Mapping[str, Any]
+    message: int
+    part: int
+
+    def where(self) -> str:
+        return f"message {self.message}, part {self.part} ({self.modality})"
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """Checked messages: what a template sees (media parts are bare markers), and the media in their order."""
+
+    items: tuple[dict[str, Any], ...]
+    media: tuple[MediaSource, ...]
+
+
+def take(messages: Iterable[Mapping[str, Any]], *, first: int = 0) -> Messages:
+    """Check and copy ``messages``; ``first`` is the number of the first one, for errors.
+
+    Raises:
+        ConversationError: no messages; a message that is no mapping or has no role; a part without a type or without its medium;
+            text with a lone surrogate (no tokenizer can encode it); a value that is not JSON.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise ConversationError(f"messages must be a list of mappings with 'role' and 'content', not {type(messages).__name__}")
+    taken: list[dict[str, Any]] = []
+    media: list[MediaSource] = []
+    for number, message in enumerate(messages, start=first):
+        if not isinstance(message, Mapping):
+            raise ConversationError(
+                f"message {number} is a {type(message).__name__}; it must be a mapping with 'role' and 'content'"
+            )
+        role = message.get("role")
+        if not isinstance(role, str) or not role:
+            raise ConversationError(f"message {number} has role {role!r}; it must be a non-empty string such as 'user' or 'tool'")
+        copy = {str(key): _plain(value, f"message {number}, {key!r}") for key, value in message.items() if key != "content"}
+        copy = {key: value for key, value in copy.items() if value is not None}
+        if message.get("content") is not None:
+            copy["content"] = _content(message["content"], number, media)
+        taken.append(copy)
+    if not taken:
+        raise ConversationError("there are no messages to add")
+    return Messages(tuple(taken), tuple(media))
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every string in a message, keys left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from texts(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from texts(entry)
+
+
+def replaced(value: Any, replace: Any, *, keep: tuple[str, ...] = ("role", "type")) -> Any:
+    """A copy of a message with ``replace`` applied to every string but those under the keys of ``keep``."""
+    if isinstance(value, str):
+        return replace(value)
+    if isinstance(value, Mapping):
+        return {key: entry if key in keep else replaced(entry, replace) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [replaced(entry, replace) for entry in value]
+    return value
+
+
+def _content(content: Any, number: int, media: list[MediaSource]) -> Any:
+    if isinstance(content, str):
+        return _text(content, f"message {number}")
+    if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
+        raise ConversationError(
+            f"message {number} has content of type {type(content).__name__}; it must be a string or a list of parts"
+        )
+    return [_part(part, number, index, media) for index, part in enumerate(content)]
+
+
+def _part(part: Any, number: int, index: int, media: list[MediaSource]) -> dict[str, Any]:
+    where = f"message {number}, part {index}"
+    if isinstance(part, str):
+        return {"type": "text", "text": _text(part, where)}
+    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+        raise ConversationError(
+            f"{where} must be a mapping with a 'type' ('text', {', '.join(map(repr, MODALITIES))}), not {part!r:.80}"
+        )
+    kind = "image" if part["type"] == "image_url" else part["type"]
+    if kind not in MODALITIES:
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise ConversationError(f"{where} is of type 'text' and has no string under 'text'")
+        return {str(key): _plain(value, f"{where}, {key!r}") for key, value in part.items()}
+    given = dict(part)
+    if part["type"] == "image_url":
+        url = part.get("image_url")
+        given = {"type": "image", "url": url.get("url") if isinstance(url, Mapping) else url}
+    found = [key for key in _SOURCES[kind] if given.get(key) is not None]
+    if len(found) != 1:
+        what = f"{len(found)} of them" if found else "none"
+        raise ConversationError(f"{where} is of type {kind!r} and must hold one of {', '.join(_SOURCES[kind])}; it has {what}")
+    options = {key: given[key] for key in _OPTIONS[kind] if key in given}
+    media.append(MediaSource(kind, given[found[0]], options, number, index))
+    rest = {str(key): value for key, value in given.items() if key not in (*_SOURCES[kind], *_OPTIONS[kind], "type")}
+    return {"type": kind, **{key: _plain(value, f"{where}, {key!r}") for key, value in rest.items()}}
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A deep copy of a JSON value."""
+    if isinstance(value, str):
+        return _text(value, where)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry, where) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry, where) for entry in value]
+    raise ConversationError(f"{where} holds a {type(value).__name__}; only JSON values reach a template")
+
+
+def _text(text: str, where: str) -> str:
+    lone = _SURROGATE.search(text)
+    if lone:
+        raise ConversationError(
+            f"{where} holds the lone surrogate {lone.group()!r} at character {lone.start()}: no tokenizer encodes it"
+        )
+    return text
