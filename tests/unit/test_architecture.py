@@ -29,8 +29,8 @@ EFFECTS = {
     *("time", "datetime", "random", "secrets", "threading", "multiprocessing", "subprocess", "socket", "pathlib", "io", "tempfile"),
     *("shutil", "signal", "ctypes", "pickle", "vllm", "sglang", "transformers", "logging"),
 }
-#: The one module of the pure packages that opens files: it is given a path, and reads or writes safetensors there.
-FILE_MODULES = {"bucketing/checkpoint.py"}
+#: The modules of the pure packages that open files: each is given a path, and reads (or writes safetensors) there.
+FILE_MODULES = {"bucketing/checkpoint.py", "multimodal/loading.py"}
 
 
 def modules() -> list[Path]:

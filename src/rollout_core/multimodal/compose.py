@@ -72,12 +72,12 @@ def rgb_bytes(
     if transparency is not None:
         key = np.frombuffer(transparency, np.uint8)
         alpha = np.where((colours[..., : len(key)] == key).all(axis=-1), 0, 255).astype(np.uint8)
-    if alpha is None:
+    if alpha is None or (alpha == 255).all():
         return np.broadcast_to(colours, (size[1], size[0], 3)).tobytes()
     weight = alpha[..., None].astype(np.uint16)
-    below = np.array(background, np.uint16)
-    # 255 is odd, so there are no ties, and adding 127 before the division rounds to nearest; at most 65152, which uint16 holds
-    composed: Any = ((weight * colours + (255 - weight) * below + 127) // 255).astype(np.uint8)
+    total = weight * colours + (255 - weight) * np.array(background, np.uint16) + 128
+    # division by 255, rounded to nearest, as Pillow writes it (DIV255, ImagingUtils.h); at most 65407, so uint16 holds it
+    composed: Any = ((total + (total >> 8)) >> 8).astype(np.uint8)
     return bytes(composed.data)
 
 
@@ -95,8 +95,7 @@ def _colours(mode: str, size: tuple[int, int], pixels: bytes, palette: bytes | N
         return raw[..., :-1], raw[..., -1]
     if mode in ("P", "PA"):
         entries = np.frombuffer(palette or b"", np.uint8).reshape(_ENTRIES, 4)[raw[..., 0]]
-        alpha = raw[..., 1] if mode == "PA" else entries[..., 3]
-        return entries[..., :3], None if (alpha == 255).all() else alpha
+        return entries[..., :3], raw[..., 1] if mode == "PA" else entries[..., 3]
     return raw, None
 
 

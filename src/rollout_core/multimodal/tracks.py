@@ -6,6 +6,7 @@ wrote a placeholder, and the text that the processor put there. No id is ever se
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,14 +103,17 @@ def align(compact: Encoded, expanded: Encoded, compact_chars: Sequence[tuple[int
     bounds = [_tokens(compact, *span) for span in compact_chars]
     wide = [_tokens(expanded, *span) for span in chars]
     regions: list[list[int]] = [[*w, *b] for w, b in zip(wide, bounds, strict=True)]
+    for left, right in itertools.pairwise(regions):
+        # One token made of the ends of two neighbours belongs to the first.
+        right[0], right[2] = max(right[0], left[1]), max(right[2], left[3])
     for index in range(len(regions) + 1):
-        left = regions[index - 1] if index else None
-        right = regions[index] if index < len(regions) else None
-        between = expanded.ids[left[1] if left else 0 : right[0] if right else None]
-        beside = compact.ids[left[3] if left else 0 : right[2] if right else None]
+        before = regions[index - 1] if index else None
+        after = regions[index] if index < len(regions) else None
+        between = expanded.ids[before[1] if before else 0 : after[0] if after else None]
+        beside = compact.ids[before[3] if before else 0 : after[2] if after else None]
         if np.array_equal(between, beside):
             continue
-        for grow in _growths(left is not None, right is not None):
+        for grow in _growths(before is not None, after is not None):
             a, b, c, d = grow
             if np.array_equal(between[a : len(between) - b], beside[c : len(beside) - d]):
                 break
@@ -117,10 +121,10 @@ def align(compact: Encoded, expanded: Encoded, compact_chars: Sequence[tuple[int
             raise UnsupportedProcessorError(
                 f"the tokenizer merges the expansion of item {index} with the text around it over more than {_REACH} tokens"
             )
-        if left:
-            left[1], left[3] = left[1] + a, left[3] + c
-        if right:
-            right[0], right[2] = right[0] - b, right[2] - d
+        if before:
+            before[1], before[3] = before[1] + a, before[3] + c
+        if after:
+            after[0], after[2] = after[0] - b, after[2] - d
     return [Region(*region) for region in regions]
 
 
