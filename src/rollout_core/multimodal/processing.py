@@ -75,8 +75,8 @@ def process_one(
         processor_kwargs: more keywords of the call, flat or in ``images_kwargs`` and its like.
 
     Raises:
-        UnsupportedProcessorError: a refused family or modality, a missing setting, an output that no rule knows, a processor that does
-            not say what it put in the placeholder's place.
+        UnsupportedProcessorError: a refused family or modality, a missing setting, an output that no rule knows, a processor that
+            does not say what it put in the placeholder's place.
         MediaError: a sound of another sampling rate.
         ConversationError: a keyword in ``processor_kwargs`` that is decided here.
         What the processor raises, with a note of what it was given.
@@ -118,8 +118,8 @@ def merge_outputs(family: Family, items: Sequence[tuple[str, Outputs]]) -> dict[
         new tensors by key; a key that no item has is absent. Outputs of the whole sequence are ``sequence_outputs``.
 
     Raises:
-        UnsupportedProcessorError: a refused family or modality, a key without a rule, a key that only some items of a modality have,
-            or tensors that do not fit each other.
+        UnsupportedProcessorError: a refused family or modality, a key without a rule, a key that only some items of a modality
+            have, or tensors that do not fit each other.
     """
     _check_modalities(family, items)
     values: dict[str, list[torch.Tensor]] = {}
@@ -166,10 +166,10 @@ def _arguments(processor: Any, modality: str, media: Media, more: dict[str, Any]
         if any(value is not None for value in metadata.values()):
             decided["video_metadata"] = [_complete(metadata, len(media.frames))]
         return {**more, "videos": [media.frames.copy()], "videos_kwargs": {**more.get("videos_kwargs", {}), **decided}}
-    parts = [getattr(processor, name, None) for name in ("feature_extractor", "audio_processor")]
-    rate = next((part.sampling_rate for part in parts if hasattr(part, "sampling_rate")), None)
+    extractor = getattr(processor, "audio_processor", None) or getattr(processor, "feature_extractor", None)
+    rate = getattr(extractor, "sampling_rate", None)
     if rate != media.sampling_rate:
-        raise MediaError(f"{media!r} has {media.sampling_rate} samples a second and {type(processor).__name__} takes {rate}; resample it")
+        raise MediaError(f"{media!r} is at {media.sampling_rate} Hz and {type(processor).__name__} takes {rate} Hz; resample it")
     audio = {**more.get("audio_kwargs", {}), "sampling_rate": media.sampling_rate}
     return {**more, "audio": [media.samples.copy()], "audio_kwargs": audio}
 
@@ -206,8 +206,8 @@ def _replacement(processor: Any, modality: str, text: str, offsets: Any) -> str:
     name = type(processor).__name__
     if not offsets or len(offsets) != 1:
         raise UnsupportedProcessorError(
-            f"{name} does not report text_replacement_offsets, so nobody knows what it writes for an item; use a transformers whose "
-            "processors do (5.23), or register a family for it with a Support(verbatim=True) if it leaves the placeholder as it is"
+            f"{name} does not report text_replacement_offsets, so nobody knows what it writes for an item; use a transformers "
+            "whose processors do (5.23), or register a family with Support(verbatim=True) if it leaves the placeholder alone"
         )
     entries = offsets[0]
     if len(entries) != 1 or entries[0]["type"] != modality or entries[0]["text"] != text:
@@ -218,5 +218,3 @@ def _replacement(processor: Any, modality: str, text: str, offsets: Any) -> str:
 def _check_modalities(family: Family, items: Sequence[tuple[str, Outputs]]) -> None:
     for modality in dict.fromkeys(modality for modality, _ in items):
         family.support(None, modality)
-
-

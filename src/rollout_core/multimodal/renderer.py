@@ -12,6 +12,9 @@ from rollout_core.multimodal.messages import Messages
 from rollout_core.multimodal.positions import PositionRule
 from rollout_core.multimodal.tracks import Ids
 
+#: Sampled ids at the end of a turn among which the tokens that end it are looked for.
+TAIL = 16
+
 Tools = Sequence[Mapping[str, Any]] | None
 
 
@@ -25,7 +28,7 @@ class Past:
         messages: gives all messages; called only where a template is not known to be stable.
         message_count: how many there are.
         sampled: whether the last message was sampled.
-        last_id: the last token, where it was sampled.
+        tail: the last sampled ids of a turn, (k,) int64, k at most `TAIL`; empty where the last message was not sampled.
     """
 
     role: str
@@ -33,7 +36,7 @@ class Past:
     messages: Callable[[], Sequence[Mapping[str, Any]]]
     message_count: int
     sampled: bool
-    last_id: int | None
+    tail: Ids
 
 
 class Renderer(Protocol):
@@ -64,8 +67,8 @@ class Renderer(Protocol):
         """Tokens that open an assistant's turn."""
         ...
 
-    def text_of(self, ids: Ids) -> str:
-        """The text of sampled ids, for a template that must see it; without the token that ends a turn."""
+    def said(self, ids: Ids) -> Mapping[str, Any]:
+        """Sampled ids as an assistant's message, for a template that must see it; without the tokens that end a turn."""
         ...
 
     def merged(self, items: Sequence[Item], input_ids: Ids) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Verdict:
         generation: the generation prompt, e.g. ``<|im_start|>assistant`` and a line break; None where it depends on the history.
         generation_kept: whether an assistant message in a history starts with the generation prompt.
         separate: whether the tokenizer keeps the text that ends a turn apart from the answer before it.
+        parts: whether the template takes contents only as lists of parts.
         envelopes: per modality, the text that the template writes before and after a placeholder and drops with the medium.
         probed: conversations rendered.
     """
@@ -72,6 +73,7 @@ class Verdict:
     generation: str | None
     generation_kept: bool
     separate: bool
+    parts: bool
     envelopes: Mapping[str, tuple[str, str]]
     probed: int
 
@@ -171,6 +173,8 @@ def probe(render: Render, placeholders: Mapping[str, str], joined: Joined) -> Ve
     broken: dict[Join, str] = {}
     kept = constant = True
     probed = 0
+    parts = _wants_parts(render)
+    render = _remembering(render, parts)
     closing, generation = _turn_texts(render)
     for shape in dict.fromkeys(_Key(s) for s in _shapes(tuple(placeholders))):
         messages = shape.messages
@@ -181,7 +185,7 @@ def probe(render: Render, placeholders: Mapping[str, str], joined: Joined) -> Ve
         probed += 1
         for n in range(1, len(messages)):
             join = Join(messages[n - 1]["role"], messages[n]["role"], features(messages[:n]))
-            problem = _problem(render, messages, n, whole, joined)
+            problem = _problem(render, messages, n, whole, closing, joined)
             if problem:
                 broken.setdefault(join, problem)
             else:
@@ -192,12 +196,12 @@ def probe(render: Render, placeholders: Mapping[str, str], joined: Joined) -> Ve
             constant = constant and prompt == whole[n - 1] + generation
             if not whole[n].startswith(prompt):
                 kept = False
-    separate = joined("an answer", closing)
+    separate = all(joined(answer, closing) for answer in _ENDINGS)
     if not separate:
         broken.setdefault(Join("assistant", "user"), f"the tokenizer merges an answer with the text that ends a turn, {closing!r}")
     envelopes = {m: e for m, p in placeholders.items() if (e := _envelope(render, m, p)) is not None}
     breaks = tuple(Break(join, what) for join, what in sorted(broken.items()))
-    return Verdict(frozenset(good - set(broken)), breaks, closing, generation if constant else None, kept, separate, envelopes, probed)
+    return Verdict(frozenset(good - set(broken)), breaks, closing, generation if constant else None, kept, separate, parts, envelopes, probed)
 
 
 def both(one: Verdict, two: Verdict) -> Verdict:
@@ -212,6 +216,7 @@ def both(one: Verdict, two: Verdict) -> Verdict:
         one.generation if one.generation == two.generation else None,
         one.generation_kept and two.generation_kept,
         one.separate and two.separate,
+        one.parts,
         {modality: around for modality, around in one.envelopes.items() if two.envelopes.get(modality) == around},
         one.probed + two.probed,
     )
@@ -231,11 +236,13 @@ class _Key:
 
 
 def _problem(
-    render: Render, messages: Sequence[Message], n: int, whole: Sequence[str], joined: Callable[[str, str], bool]
+    render: Render, messages: Sequence[Message], n: int, whole: Sequence[str], closing: str, joined: Joined
 ) -> str | None:
     before, after = whole[n - 1], whole[n]
     if not after.startswith(before):
         return f"a {messages[n]['role']} message changes earlier text: {_difference(before, after)}"
+    if messages[n - 1]["role"] == "assistant" and not before.endswith(closing):
+        return f"the template ends this turn with {before[-len(closing):]!r} and others with {closing!r}"
     try:
         short = _added(render, messages[n - 1]["role"], messages[n : n + 1])
     except Exception as error:  # noqa: BLE001 - see above
@@ -245,6 +252,43 @@ def _problem(
     if not joined(before, short):
         return f"the tokenizer merges across the join {before[-12:]!r} + {short[:12]!r}"
     return None
+
+
+#: Answers that tokenizers may merge with what follows.
+_ENDINGS = ("an answer", "done.", "5", "a\n", "so ", "x <", "(", "\u00e9\u00e9", "```")
+
+
+def _wants_parts(render: Render) -> bool:
+    """Whether the template writes an assistant's content only if it is a list of parts."""
+    user, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "\ue000"}
+    for parts in (False, True):
+        try:
+            shown = render(tuple(formed(m, parts) for m in (user, answer)), generation=False)
+        except Exception:  # noqa: BLE001, S112 - a template may refuse either form, with any error
+            continue
+        if "\ue000" in shown:
+            return parts
+    return False
+
+
+def formed(message: Message, parts: bool) -> Message:
+    """A message whose content is text, as text or as a list of one part."""
+    if parts and isinstance(message.get("content"), str):
+        return {**message, "content": [{"type": "text", "text": message["content"]}]}
+    return message
+
+
+def _remembering(render: Render, parts: bool) -> Render:
+    """The same, with contents as the template takes them, and every render made once."""
+    known: dict[str, str] = {}
+
+    def once(messages: Sequence[Message], *, generation: bool) -> str:
+        key = repr((messages, generation))
+        if key not in known:
+            known[key] = render(tuple(formed(m, parts) for m in messages), generation=generation)
+        return known[key]
+
+    return once
 
 
 def _turn_texts(render: Render) -> tuple[str, str]:
@@ -280,8 +324,8 @@ def _envelope(render: Render, modality: str, placeholder: str) -> tuple[str, str
 # ------------------------------------------------------------------------------------------------ use
 
 
-def _added(render: Render, role: str, messages: Sequence[Message]) -> str:
-    base = stand_in(role)
+def _added(render: Render, role: str, messages: Sequence[Message], parts: bool = False) -> str:
+    base = tuple(formed(m, parts) for m in stand_in(role))
     before, after = render(base, generation=False), render((*base, *messages), generation=False)
     if not after.startswith(before):
         raise UnstableTemplateError(f"after a {role} message earlier text changes: {_difference(before, after)}")
@@ -301,7 +345,7 @@ def begin(render: Render, verdict: Verdict, messages: Sequence[Message]) -> tupl
         raise ConversationError(f"the chat template refuses these messages ({' -> '.join(roles)}): {error}") from error
     if any(Join(*pair, features(messages[:n])) not in verdict.stable for n, pair in enumerate(itertools.pairwise(roles), 1)):
         return (whole,)
-    later = [_added(render, role, (message,)) for role, message in zip(roles, messages[1:], strict=False)]
+    later = [_added(render, role, (message,), verdict.parts) for role, message in zip(roles, messages[1:], strict=False)]
     rest = "".join(later)
     return (whole[: len(whole) - len(rest)], *later) if whole.endswith(rest) else (whole,)
 
@@ -334,8 +378,8 @@ def add(render: Render, verdict: Verdict, joined: Joined, past: Past, messages: 
     try:
         if not known:
             return (_added_to_all(render, verdict, joined, past, messages),)
-        pieces = tuple(_added(render, role, (message,)) for role, message in zip(roles, messages, strict=False))
-        whole = pieces[0] if len(pieces) == 1 else _added(render, roles[0], messages)
+        pieces = tuple(_added(render, role, (message,), verdict.parts) for role, message in zip(roles, messages, strict=False))
+        whole = pieces[0] if len(pieces) == 1 else _added(render, roles[0], messages, verdict.parts)
     except ConversationError:
         raise
     except Exception as error:
@@ -355,6 +399,10 @@ def _added_to_all(render: Render, verdict: Verdict, joined: Joined, past: Past, 
                 f"message {len(earlier) - 1} (assistant) was sampled after {prompt[-40:]!r}, which the template does not keep in a history: "
                 f"{_difference(prompt, before)}. {_ADVICE}"
             )
+    if past.sampled and not before.endswith(verdict.closing):
+        raise UnstableTemplateError(
+            f"the template ends message {len(earlier) - 1} (assistant) with {before[-20:]!r} and not with {verdict.closing!r}. {_ADVICE}"
+        )
     added = after[len(before) :]
     if not joined(before[-_TAIL:], added[:_TAIL]):
         raise UnstableTemplateError(f"the tokenizer merges across the join {before[-12:]!r} + {added[:12]!r}. {_ADVICE}")

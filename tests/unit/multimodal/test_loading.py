@@ -183,6 +183,8 @@ def test_transparency():
         assert load_picture(data) != load_picture(image)
     assert load_picture(encoded(grey, transparency=10), background=blue).rgb.tolist() == [[[0, 0, 255], [40, 40, 40]]]
     assert load_picture(encoded(bits, transparency=0), background=blue).rgb.tolist() == [[[0, 0, 255], [255, 255, 255]]]
+    bits.info["transparency"] = 1  # as older Pillow gives the white of a PNG of one bit
+    assert load_picture(bits, background=blue).rgb.tolist() == [[[0, 0, 0], [0, 0, 255]]]
     assert load_picture(encoded(palette, transparency=0)) == load_picture(encoded(palette, transparency=b"\0"))
     half = load_picture(encoded(palette, transparency=b"\xff\x80"), background=(0, 0, 0))
     assert half.rgb.tolist() == [[[10, 20, 30], [20, 25, 30]]]
@@ -217,6 +219,8 @@ def test_of_a_jpeg_with_several_pictures_the_first_is_read():
     data = encoded(SEVERAL[0], "MPO", save_all=True, append_images=SEVERAL[1:])
     assert Image.open(io.BytesIO(data)).is_animated
     assert same(load_picture(data), load_picture(Image.open(io.BytesIO(data))))
+    place = data.index(b"MPF\0") + 4
+    assert same(load_picture(data), load_picture(data[:place] + b"damaged" + data[place + 7 :]))  # the list of the others
 
 
 def test_an_image_whose_file_is_closed(tmp_path):
@@ -344,13 +348,20 @@ def test_the_bound_holds_for_every_source():
         assert len(load_video(source, max_pixels=300).frames) == 3
         with pytest.raises(MediaError, match="300 pixels, and max_pixels is 299"):
             load_video(source, max_pixels=299)
+    with pytest.raises(MediaError, match=f"frame 0 of the video: .* max_pixels is {MAX_PIXELS}"):
+        load_video([png_header(9460, 9460)])
 
 
 def test_zero_sized_pictures():
     sources = [Image.new("RGB", (0, 5)), np.zeros((0, 5, 3), np.uint8), np.zeros((5, 0), np.uint8), torch.zeros(5, 0, 3).byte()]
-    for source in [*sources, png_header(0, 5), b"GIF89a" + bytes(20)]:
-        with pytest.raises(MediaError):
+    for source in sources:
+        with pytest.raises(MediaError, match="at least one pixel|side is 0"):
             load_picture(source)
+    for source in [png_header(0, 5), b"GIF89a" + bytes(20)]:
+        with pytest.raises(MediaError, match="cannot be read"):
+            load_picture(source)
+    with pytest.raises(MediaError, match="the Pillow image has size"):
+        load_picture(sources[0])
 
 
 @pytest.mark.parametrize("mode", ["I", "F", "I;16", "YCbCr", "HSV", "LAB", "La", "RGBa", "RGBX"])

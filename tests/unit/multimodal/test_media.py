@@ -65,6 +65,12 @@ def test_rgb_is_what_pillow_lays_over_the_background(arguments, background):
     assert picture.to_pil().mode == "RGB"
 
 
+def test_only_the_very_colour_is_transparent():
+    pixels = bytes([1, 2, 3, 1, 2, 4, 1, 5, 3, 6, 2, 3])
+    rgb = Picture("RGB", (4, 1), pixels, transparency=bytes([1, 2, 3]), background=(9, 9, 9)).rgb
+    assert rgb.tolist() == [[[9, 9, 9], [1, 2, 4], [1, 5, 3], [6, 2, 3]]]
+
+
 def test_every_alpha_is_rounded_to_nearest():
     """All pairs of alpha and colour, in exact integers."""
     pixels = bytes(part for alpha in range(256) for value in range(256) for part in (value, alpha))

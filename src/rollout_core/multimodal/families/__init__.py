@@ -1,4 +1,4 @@
-"""What is known of each family of processors: how its outputs merge, what stands for an item in the text, how many feature rows it has."""
+"""Families of processors: how outputs merge, what stands for an item in the text, how many feature rows it has."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollout_core.errors import UnsupportedProcessorError
-from rollout_core.multimodal.merge import Outputs, OutputRule, SequenceRule
+from rollout_core.multimodal.merge import OutputRule, Outputs, SequenceRule
 from rollout_core.multimodal.positions import Segment
 
 #: The keyword groups of a transformers processor call, and the part of the processor that each belongs to.

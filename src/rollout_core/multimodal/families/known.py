@@ -1,7 +1,7 @@
-"""The families that this package knows, compared with transformers 5.23: every rule here is checked against one call over all items.
+"""The families that this package knows. Every rule was compared with one call over all items, in transformers 5.23.
 
-Where a single item does not come out as it does among others, the family (or one of its modalities) either needs a setting, a ``Pin``,
-or is refused with the reason. What stands for an item in the text must not depend on what stands beside it, for the same reason.
+Where a single item does not come out as it does among others, the family (or one of its modalities) either needs a setting, a
+``Pin``, or is refused with the reason. The text that stands for an item must not depend on its neighbours either.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from rollout_core.multimodal.families import rows
 from rollout_core.multimodal.families.family import Family, Pin, Support
-from rollout_core.multimodal.merge import Cat, Outputs, OutputRule, PadCat, PerToken, Rebuild, Spans
+from rollout_core.multimodal.merge import Cat, OutputRule, Outputs, PadCat, PerToken, Rebuild, Spans
 
 _IMAGE: Final = attrgetter("image_token")
 _VIDEO: Final = attrgetter("video_token")
@@ -146,8 +146,8 @@ _GOOGLE: Final = (
             "audio": Support(_AUDIO, _AUDIO, rows.quartered_frames, pins=(_FULL_LENGTH,)),
         },
         {
-            **{"pixel_values": _CAT, "image_position_ids": _CAT},
-            **{"pixel_values_videos": _CAT, "video_position_ids": _CAT, "num_frames_per_video": _CAT},
+            **dict.fromkeys(("pixel_values", "image_position_ids"), _CAT),
+            **dict.fromkeys(("pixel_values_videos", "video_position_ids", "num_frames_per_video"), _CAT),
             **_MASKED_SOUNDS,
         },
         {"mm_token_type_ids": _TYPES},
@@ -187,8 +187,9 @@ _GRIDS: Final = (
             "video": Support(_VIDEO, _VIDEO, rows.compressed_video),
         },
         {
-            **{**_GRID_IMAGES, **_GRID_VIDEOS, "image_merge_sizes": _CAT},
-            **{"video_merge_sizes": _CAT, "video_compression_mask": _CAT},
+            **_GRID_IMAGES,
+            **_GRID_VIDEOS,
+            **dict.fromkeys(("image_merge_sizes", "video_merge_sizes", "video_compression_mask"), _CAT),
         },
     ),
 )
@@ -241,7 +242,9 @@ _TILES: Final = (
         ("AriaProcessor",),
         _image(
             rows.aria_queries,
-            pins=(Pin("images_kwargs", "split_image", False, "every picture's text then has the tokens of the one with most crops"),),
+            pins=(
+                Pin("images_kwargs", "split_image", False, "every picture's text then has the tokens of the one with most crops"),
+            ),
         ),
         {"pixel_values": _CAT, "pixel_mask": _CAT},
     ),
@@ -306,7 +309,9 @@ _REFUSED: Final = (
         ("Idefics2Processor",),
         "the text of a picture depends on its neighbours: pictures side by side share a token, and a space is put before a letter",
     ),
-    _refused("voxtral", ("VoxtralProcessor",), "its call takes no sound, only its chat template does, for a whole conversation at once"),
+    _refused(
+        "voxtral", ("VoxtralProcessor",), "its call takes no sound; only its chat template does, and it takes whole conversations"
+    ),
 )
 
 _TEXT: Final = Family("text", ("PreTrainedTokenizerBase",))

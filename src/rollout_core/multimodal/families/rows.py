@@ -1,7 +1,7 @@
 """How many feature rows the model makes of one item, from the item's outputs, and the grids that position rules need.
 
-Each formula follows the vision or audio tower of the model in transformers 5.23 (``models/*/modeling_*.py``): patches, pooling, merging
-and separators that are features. None reads the text, so comparing with placeholder tokens means something.
+Each formula follows the vision or audio tower of the model in transformers 5.23 (``models/*/modeling_*.py``): patches, pooling,
+merging, and separators that are features. None reads the text, so comparing with placeholder tokens means something.
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ def whisper_frames(processor: Any, outputs: Outputs) -> int:
 
 
 def chunked_frames(processor: Any, outputs: Outputs) -> int:
-    """Qwen3-Omni: chunks of ``2 * n_window`` frames, 13 rows each at the released 100; the rest is halved three times, rounded up."""
+    """Qwen3-Omni: 13 rows for each ``2 * n_window`` frames (100 as released); the rest is halved three times, rounded up."""
     whole, rest = divmod(int(outputs["feature_attention_mask"].sum()), 2 * processor.n_window)
-    return whole * 13 + _ceil(_ceil(_ceil(rest, 2), 2), 2)
+    return int(whole * 13 + _ceil(_ceil(_ceil(rest, 2), 2), 2))
 
 
 def compressed_video(processor: Any, outputs: Outputs) -> int:
