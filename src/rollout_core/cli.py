@@ -1,4 +1,4 @@
-"""The command line: ``rollout-core preflight | check | plan | bench``. Heavy imports wait until a command needs them."""
+"""The command line: ``rollout-core preflight | check | plan | conversation | bench``. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from rollout_core.bench.command import bench_command
 from rollout_core.errors import RolloutCoreError
 from rollout_core.preflight.plan_command import plan_command
 from rollout_core.testing.command import check_command
+from rollout_core.viewing.command import conversation_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 app.command("check")(check_command)
 app.command("plan")(plan_command)
+app.command("conversation")(conversation_command)
 app.command("bench")(bench_command)
 
 

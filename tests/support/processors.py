@@ -465,6 +465,38 @@ def minicpm(backend: str = "pil") -> Processor:
     )
 
 
+def glm5_next(backend: str = "pil") -> Processor:
+    return glm("5Next", backend)
+
+
+def exaone4_5(backend: str = "pil") -> Processor:
+    return qwen_vl("Exaone4_5_Processor", "Qwen2VLVideoProcessor", backend)
+
+
+def lfm3_vl(backend: str = "pil") -> Processor:
+    return qwen_vl("Lfm3VlProcessor", "Qwen3VLVideoProcessor", backend, patch_size=16)
+
+
+def paddleocr_vl(backend: str = "pil") -> Processor:
+    return build(
+        "PaddleOCRVLProcessor",
+        chat_template=template("<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"),
+        image_processor=part("PaddleOCRVLImageProcessor", backend),
+        tokenizer=tokenizer("<|IMAGE_START|>", "<|IMAGE_END|>", image_token="<|IMAGE_PLACEHOLDER|>"),
+    )
+
+
+def lighton_ocr(backend: str = "pil") -> Processor:
+    return build(
+        "LightOnOcrProcessor",
+        chat_template=template("<|image_pad|>"),
+        image_processor=part("PixtralImageProcessor", backend, patch_size=28),
+        tokenizer=tokenizer(image_token="<|image_pad|>", image_break_token="<|vision_pad|>", image_end_token="<|vision_end|>"),
+        patch_size=14,
+        spatial_merge_size=2,
+    )
+
+
 #: name -> builder; ``builder(backend="pil" | "torchvision")``, where families without a Pillow twin take torchvision in any case.
 PROCESSORS: Mapping[str, Callable[..., Processor]] = {
     made.__name__: made
@@ -472,6 +504,7 @@ PROCESSORS: Mapping[str, Callable[..., Processor]] = {
         *(qwen2_vl, qwen2_5_vl, qwen3_vl, glm4v, glm46v, gemma3, gemma3_crops, gemma3n, gemma4, paligemma, llava, llava_next),
         *(llava_onevision, pixtral, internvl, idefics2, idefics3, smolvlm, mllama, llama4, aria, aya_vision, cohere2_vision),
         *(lfm2_vl, phi4_multimodal, kimi, ovis2, perception_lm, qwen2_audio, qwen2_5_omni, qwen3_omni, video_llama_3, minicpm),
+        *(glm5_next, exaone4_5, lfm3_vl, paddleocr_vl, lighton_ocr),
     )
 }
 #: Families whose pictures, or only videos, need torchvision: they have no Pillow twin in transformers 5.23.

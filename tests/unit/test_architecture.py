@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "testing": {"workers", "transfer", "bucketing", "multimodal"},
     "bench": {"workers", "transfer", "bucketing", "multimodal"},
     "preflight": {"workers", "transfer", "bucketing", "multimodal"},
-    "cli": {"preflight", "bench", "testing", "workers", "transfer", "bucketing", "multimodal"},
+    "viewing": {"multimodal"},
+    "cli": {"viewing", "preflight", "bench", "testing", "workers", "transfer", "bucketing", "multimodal"},
 }
 PURE = ("bucketing", "multimodal")
 #: What a pure module has no business with: files, processes, threads, clocks, the environment, chance, engines.

@@ -108,13 +108,14 @@ class Conversation:
         if self.tip.kind == "generation_prompt":
             raise ConversationError("the assistant's turn is open: add what was sampled, or extend the conversation from before the prompt")
         taken = take(messages, first=self.tip.message_count)
+        past = self._past()
         try:
-            laid = self.renderer.add(self._past(), taken, self.tools)
+            laid = self.renderer.add(past, taken, self.tools)
         except UnstableTemplateError:
             if self.on_unstable != "segment":
                 raise
             return self._segment(messages)
-        return self._with(_delta(self.renderer, self.tip, "messages", laid, taken.items))
+        return self._with(_delta(self.renderer, self.tip, "messages", laid, taken.items, found=past.features))
 
     def with_generation_prompt(self) -> Conversation:
         """Open the assistant's turn: what an engine must see before it samples. Harmless if it is open already."""
@@ -123,8 +124,9 @@ class Conversation:
             return self
         if self.tip.turn == "stopped":
             raise ConversationError("the assistant's turn has ended: extend the conversation with messages before sampling again")
-        laid = self.renderer.generation_prompt(self._past(), self.tools)
-        return self._with(_delta(self.renderer, self.tip, "generation_prompt", laid, (), turn="open"))
+        past = self._past()
+        laid = self.renderer.generation_prompt(past, self.tools)
+        return self._with(_delta(self.renderer, self.tip, "generation_prompt", laid, (), turn="open", found=past.features))
 
     def append_sampled(
         self,
@@ -153,18 +155,23 @@ class Conversation:
         if parsed is not None and (parsed.items[0]["role"] != "assistant" or parsed.media):
             raise ConversationError("the message of a sampled turn has role 'assistant' and no media")
         at = self.with_generation_prompt()
-        before = at._sampled_so_far()
-        whole = np.concatenate([before, sampled]) if len(before) else sampled
-        said = parsed.items[0] if parsed is not None else self.renderer.said(whole)
-        number = at.tip.message_count - (1 if len(before) or at.tip.kind == "sampled" else 0)
+        resumed = at.tip.kind == "sampled"
+        number = at.tip.message_count - resumed
         n = len(sampled)
-        tokens = Tokens(
-            sampled, sampled.copy(), values, np.full(n, SAMPLED, np.uint8), np.full(n, number, np.int64)
-        )
+        tokens = Tokens(sampled, sampled.copy(), values, np.full(n, SAMPLED, np.uint8), np.full(n, number, np.int64))
         tip = _step(
-            self.renderer, at.tip, "sampled", tokens, (), (Text(n),), (said,),
-            message_count=number + 1, turn="stopped" if finish == "stop" else "open", finish=finish,
-        )  # fmt: skip
+            self.renderer,
+            at.tip,
+            "sampled",
+            tokens,
+            (),
+            (Text(n),),
+            () if parsed is None else parsed.items,
+            message_count=number + 1,
+            turn="stopped" if finish == "stop" else "open",
+            finish=finish,
+            role="assistant",
+        )
         return at._with(tip)
 
     def truncate(
@@ -250,7 +257,7 @@ class Conversation:
     @property
     def messages(self) -> tuple[Message, ...]:
         """All messages as a template sees them; media are bare parts, in the order of `items` per modality."""
-        return tuple(_messages(self.tip))
+        return tuple(_messages(self.renderer, self.tip))
 
     @property
     def finish(self) -> str | None:
@@ -330,20 +337,12 @@ class Conversation:
             raise ConversationError("this conversation was cut at its end; grow the one it was cut from")
 
     def _past(self) -> Past:
-        tip = self.tip
-        sampled = tip.kind == "sampled"
-        tail = self._sampled_so_far()[-TAIL:] if sampled else np.zeros(0, np.int64)
-        return Past(tip.role, tip.features, lambda: list(_messages(tip)), tip.message_count, sampled, tail)
-
-    def _sampled_so_far(self) -> Ids:
-        """Ids of the open turn."""
-        parts, step = [], self.tip
-        while step.kind == "sampled":
-            parts.append(step.tokens.input_ids)
-            if step.parent is None:
-                break
-            step = step.parent
-        return np.concatenate(parts[::-1]) if parts else np.zeros(0, np.int64)
+        tip, renderer = self.tip, self.renderer
+        if tip.kind != "sampled":
+            return Past(tip.role, tip.features, lambda: list(_messages(renderer, tip)), tip.message_count, False, np.zeros(0, np.int64))
+        said, ids = _sampled_message(renderer, _sampled_turn(tip))
+        found = _united(tip.features, features((said,)))
+        return Past(tip.role, found, lambda: list(_messages(renderer, tip)), tip.message_count, True, ids[-TAIL:])
 
     def _segment(self, messages: Iterable[Message]) -> Conversation:
         """A new segment: the whole history and the new messages, rendered at once, as the prompt of what follows."""
@@ -354,11 +353,22 @@ class Conversation:
 
 
 def _delta(
-    renderer: Renderer, parent: Delta | None, kind: str, laid: Laid, messages: tuple[Message, ...], turn: str = "none"
+    renderer: Renderer,
+    parent: Delta | None,
+    kind: str,
+    laid: Laid,
+    messages: tuple[Message, ...],
+    turn: str = "none",
+    found: tuple[str, ...] = (),
 ) -> Delta:
     tokens = Tokens(laid.input_ids, laid.compact_ids, np.full(len(laid.input_ids), np.nan), laid.origin, laid.message)
     count = len(messages) + (parent.message_count if parent else 0)
-    return _step(renderer, parent, kind, tokens, laid.items, laid.segments, messages, message_count=count, turn=turn, finish=None)
+    role = messages[-1]["role"] if messages else "assistant"
+    found = _united(found, features(messages))
+    return _step(
+        renderer, parent, kind, tokens, laid.items, laid.segments, messages,
+        message_count=count, turn=turn, finish=None, role=role, found=found,
+    )  # fmt: skip
 
 
 def _step(
@@ -373,6 +383,8 @@ def _step(
     message_count: int,
     turn: str,
     finish: str | None,
+    role: str,
+    found: tuple[str, ...] = (),
 ) -> Delta:
     """A delta after another one: its items moved to their places, its positions counted on."""
     length, compact = (parent.length, parent.compact_length) if parent else (0, 0)
@@ -383,21 +395,47 @@ def _step(
         counts[item.modality] = counts.get(item.modality, 0) + 1
     positions, following = renderer.rule.advance(parent.next_position if parent else 0, parts)
     positions.flags.writeable = False
-    found = {*(parent.features if parent else ()), *features(messages)}
+    found = _united(parent.features if parent else (), found)
     return Delta(
         parent, kind, tokens, tuple(placed), parts, positions, messages,
         length + len(tokens), compact + len(tokens.compact_ids), counts, message_count, following,
-        tuple(sorted(found)), turn, finish, messages[-1]["role"] if messages else parent.role if parent else "",
+        found, turn, finish, role,
     )  # fmt: skip
 
 
-def _messages(tip: Delta) -> Iterable[Message]:
-    """All messages, the parts of a turn that was sampled in several pieces as one: the last piece tells the whole turn."""
-    path = tip.path()
-    for index, step in enumerate(path):
-        continued = step.kind == "sampled" and index + 1 < len(path) and path[index + 1].kind == "sampled"
-        if not continued:
-            yield from step.messages
+def _united(one: tuple[str, ...], two: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted({*one, *two}))
+
+
+def _sampled_turn(tip: Delta) -> list[Delta]:
+    """The pieces of the turn that ``tip`` is the end of, in order."""
+    pieces: list[Delta] = []
+    step: Delta | None = tip
+    while step is not None and step.kind == "sampled":
+        pieces.append(step)
+        step = step.parent
+    return pieces[::-1]
+
+
+def _sampled_message(renderer: Renderer, pieces: Sequence[Delta]) -> tuple[Message, Ids]:
+    """A sampled turn as a message, parsed by the caller or decoded; and its ids."""
+    ids = np.concatenate([piece.tokens.input_ids for piece in pieces])
+    return (pieces[-1].messages[0] if pieces[-1].messages else renderer.said(ids)), ids
+
+
+def _messages(renderer: Renderer, tip: Delta) -> Iterable[Message]:
+    """All messages; the pieces of a turn that was sampled in several are one."""
+    pieces: list[Delta] = []
+    for step in tip.path():
+        if step.kind == "sampled":
+            pieces.append(step)
+            continue
+        if pieces:
+            yield _sampled_message(renderer, pieces)[0]
+            pieces = []
+        yield from step.messages
+    if pieces:
+        yield _sampled_message(renderer, pieces)[0]
 
 
 def _refilled(message: Message, items: Mapping[str, Any]) -> Message:

@@ -82,7 +82,7 @@ class HFRenderer:
         self._template_kwargs = dict(template_kwargs or {})
         self._processor_kwargs = dict(processor_kwargs or {})
         self._background = background
-        self.rule: PositionRule = positions if isinstance(positions, PositionRule) else rule(positions or self.family.positions)
+        self.rule: PositionRule = positions if isinstance(positions, PositionRule) else _rule(positions, self.family)
         self.vocab_size: int = len(self.tokenizer) if vocab_size is None else vocab_size
         self._usable = {m: s for m, s in self.family.modalities.items() if s.refuse is None}
         self._placeholders = {m: s.placeholder(processor) for m, s in self._usable.items()}
@@ -110,7 +110,9 @@ class HFRenderer:
         """The first tokens of a conversation."""
 
         def write(given: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-            return templates.begin(self._render_with(tools), self.verdict, given)
+            pieces = templates.begin(self._render_with(tools), self.verdict, given)
+            self._check_front("".join(pieces))
+            return pieces
 
         return self._lay_out(messages, 0, "", np.zeros(0, np.int64), write, first=True)
 
@@ -164,6 +166,22 @@ class HFRenderer:
                 f"{type(self.tokenizer).__name__} adds a token after the text (id {ids[-1]}): nothing can follow; turn that off in the tokenizer"
             )
         return Encoded(ids, offsets)
+
+    def _check_front(self, text: str) -> None:
+        """Some processors write in front of a text themselves (Mllama a bos token), unless it begins with one."""
+        bos = getattr(self.tokenizer, "bos_token", None)
+        if bos and text.startswith(bos):
+            return
+        if not np.array_equal(self._processed_ids, self.encode("a", first=True).ids):
+            raise UnsupportedProcessorError(
+                f"{type(self.processor).__name__} writes something of its own before a text that does not begin with {bos!r}: let the chat "
+                "template begin with it"
+            )
+
+    @cached_property
+    def _processed_ids(self) -> Ids:
+        """The ids of a text of one letter as the processor's own call gives them."""
+        return np.asarray(self.processor(text=["a"])["input_ids"], np.int64).reshape(-1)
 
     @cached_property
     def _closing_ids(self) -> Ids:
@@ -301,6 +319,18 @@ class HFRenderer:
 
     def _processing_fingerprint(self) -> str:
         return _sha(processor_fingerprint(self.processor, self._processor_kwargs), repr(tuple(self._background)))
+
+
+def _rule(name: str | None, family: Family) -> PositionRule:
+    if name is not None:
+        return rule(name)
+    try:
+        return rule(family.positions)
+    except ConversationError as error:
+        raise UnsupportedProcessorError(
+            f"models of family {family.name!r} count positions as {family.positions!r}, which is not known here: register_rule() it, or "
+            "pass positions='plain@1' if your trainer lets the model count them itself"
+        ) from error
 
 
 def _sha(*parts: str) -> str:

@@ -20,7 +20,6 @@ from rollout_core.multimodal.layout import segments
 from rollout_core.multimodal.media import Picture, Sound, Video
 from rollout_core.multimodal.positions import Grid
 from rollout_core.multimodal.renderer import Renderer, Tools
-from rollout_core.multimodal.templates import features
 from rollout_core.multimodal.tracks import Region
 
 if TYPE_CHECKING:
@@ -42,6 +41,7 @@ class _Step(msgspec.Struct, array_like=True, frozen=True):
     turn: str
     finish: str | None
     role: str
+    features: list[str]
 
 
 class _Item(msgspec.Struct, array_like=True, frozen=True):
@@ -139,6 +139,7 @@ def _from_delta(delta: Delta) -> _Step:
         delta.turn,
         delta.finish,
         delta.role,
+        list(delta.features),
     )  # fmt: skip
 
 
@@ -177,10 +178,9 @@ def _chain(renderer: Renderer, steps: list[_Step], payloads: Mapping[str, Payloa
         parts = tuple(segments(items, tip.length if tip else 0, length))
         positions, following = renderer.rule.advance(tip.next_position if tip else 0, parts)
         positions.flags.writeable = False
-        found = {*(tip.features if tip else ()), *features(step.messages)}
         tip = Delta(
             tip, step.kind, tokens, tuple(items), parts, positions, tuple(step.messages), length, compact, dict(counts),
-            step.message_count, following, tuple(sorted(found)), step.turn, step.finish, step.role,
+            step.message_count, following, tuple(step.features), step.turn, step.finish, step.role,
         )  # fmt: skip
     if tip is None:
         raise ConversationError("these bytes are no stored conversation: they hold no tokens")

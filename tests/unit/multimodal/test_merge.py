@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from rollout_core.errors import ConversationError, UnsupportedProcessorError
 from rollout_core.multimodal.families import Family, Pin, Support, rows
-from rollout_core.multimodal.families.known import cross_attention
+from rollout_core.multimodal.families.tiles import cross_attention
+from rollout_core.multimodal.fingerprint import processor_fingerprint
 from rollout_core.multimodal.merge import Cat, PadCat, PerToken, Rebuild
 from rollout_core.multimodal.processing import merge_outputs, sequence_outputs
 
@@ -73,6 +74,27 @@ def test_pad_cat_is_numpys_on_bits(sizes, dtype, value, seed):
     ]
     assert merged.dtype == dtype
     assert np.array_equal(as_words(merged), np.concatenate(parts))
+
+
+#: Signalling and quiet NaNs with payloads, both signs, and the negative zero, as words of each float.
+ODD = {
+    torch.float16: (torch.int16, [0x7C01, 0x7E55, -0x3FF, -0x8000]),
+    torch.bfloat16: (torch.int16, [0x7F81, 0x7FD5, -0x7F, -0x8000]),
+    torch.float32: (torch.int32, [0x7F800001, 0x7FC12345, -0x7FFFFF, -0x80000000]),
+    torch.float64: (torch.int64, [0x7FF0000000000001, 0x7FF8123456789ABC, -0xFFFFFFFFFFFFF, -0x8000000000000000]),
+}
+
+
+@pytest.mark.parametrize("dtype", ODD, ids=str)
+@pytest.mark.parametrize("rule", [Cat(), Cat(1), PadCat((1,)), PadCat((0,), dim=1)])
+def test_no_bit_changes(rule, dtype):
+    integer, words = ODD[dtype]
+    value = torch.tensor([words, words], dtype=integer).view(dtype)
+    joined = rule.merge("k", [value, value]).view(integer)
+    assert joined[:2, :4].tolist() == [words, words]
+    assert joined[-2:, -4:].tolist() == [words, words]
+    turned = rule.merge("k", [value.T, value.T]).view(integer)
+    assert turned[:4, :2].T.tolist() == [words, words]
 
 
 def test_padding_may_stand_before_the_joined_dimension():
@@ -188,6 +210,52 @@ class TestFamily:
             merge_outputs(FAMILY, [("image", {"depth": torch.ones(1)})])
         with pytest.raises(ConversationError, match="'sizes' is missing in item 1"):
             merge_outputs(FAMILY, [("image", {"sizes": torch.ones(1)}), ("image", {"pixels": torch.ones(1)})])
+
+
+class Settings:
+    def __init__(self, value):
+        self.value = value
+
+    def to_dict(self):
+        return {"x": self.value}
+
+
+def fingerprint_of(value) -> str:
+    return processor_fingerprint(SimpleNamespace(image_processor=Settings(value)))
+
+
+class TestFingerprint:
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            (1, 2),
+            (None, 0),
+            ("1", 1),
+            ((1, 2), (2, 1)),
+            ({1, 2}, {1, 3}),
+            (np.zeros(2), np.zeros(3)),
+            (np.zeros(2), np.zeros((2, 1))),
+            (np.zeros(2), np.zeros(2, np.float32)),
+            (np.zeros(2), np.array([0.0, -0.0])),
+            (torch.zeros(2), torch.ones(2)),
+            (np.float32(1), np.float64(1)),
+            (torch.float32, torch.bfloat16),
+            (torch.device("cpu"), torch.device("meta")),
+            (MappingProxyType({"a": 1}), MappingProxyType({"a": 2})),
+            (Pin(None, "a", 1, ""), Pin(None, "a", 2, "")),
+        ],
+        ids=repr,
+    )
+    def test_settings_are_told_apart(self, one, other):
+        assert fingerprint_of(one) == fingerprint_of(one) != fingerprint_of(other)
+
+    def test_sets_have_no_order(self):
+        words = [f"w{number}" for number in range(20)]
+        assert fingerprint_of(set(words)) == fingerprint_of(frozenset(sorted(words)))
+
+    def test_settings_without_a_canonical_form(self):
+        with pytest.raises(UnsupportedProcessorError, match="SimpleNamespace have no fingerprint.*has no canonical form"):
+            fingerprint_of(object())
 
 
 class TestPin:

@@ -1,0 +1,1 @@
+"""Looking at a conversation: what each turn added, as a table and as a picture. The command is ``rollout-core conversation``."""
