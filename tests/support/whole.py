@@ -159,6 +159,8 @@ def spliced(processor: Any, drawn: Drawn, more: dict[str, Any]) -> list[int]:
         count = sum(len([p for p in m["content"] if p["type"] in ("image", "video", "audio")]) for m in drawn.messages[at : at + 1])
         inside, taken = media[taken : taken + count], taken + count
         part = call(processor, stretch, inside, more, first=index == 0)["input_ids"][0].tolist()
+        if index and part[0] == processor.tokenizer.bos_token_id:
+            part = part[1:]  # Mllama's call writes one in front of every text that has none
         if index and ids and ids[-1] == part[0] and turns[index - 1]:
             part = part[1:]
         ids += part
