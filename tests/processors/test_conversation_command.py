@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from typer.testing import CliRunner
 
 from rollout_core.cli import app
 from rollout_core.multimodal import Conversation, HFRenderer
+from rollout_core.viewing import file as files
 from rollout_core.viewing.file import load_processor
 from support import processors
 
+LOADED = functools.cache(load_processor)
 UNSTABLE = processors.QWEN_TEMPLATE.replace(
     "{% for message in messages %}", "{{ messages | length }}{% for message in messages %}", 1
 )
@@ -46,6 +49,12 @@ def models(tmp_path_factory):
     )
     clip.save_pretrained(folder / "clip")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch):
+    """Loading a processor takes a second or two, and every test here runs the command anew."""
+    monkeypatch.setattr(files, "load_processor", LOADED)
 
 
 @pytest.fixture
@@ -112,7 +121,7 @@ def test_it_shows_what_the_conversation_holds(models, work):
     said = {"role": "assistant", "token_ids": [40, 41, 42], "logprobs": [-0.5, None, -1.5], "finish": "length"}
     file = write(work, QUESTION, said, {"role": "user", "content": "Go on."}, ANSWER)
     shown = turns(file, "--processor", models / "qwen2-vl")
-    renderer = HFRenderer(load_processor(models / "qwen2-vl"))
+    renderer = HFRenderer(LOADED(models / "qwen2-vl"))
     conversation = Conversation.start(renderer, [{"role": "user", "content": [image(str(work / "a.png")), text("What is it?")]}])
     conversation = conversation.append_sampled([40, 41, 42], logprobs=[-0.5, None, -1.5], finish="length")
     conversation = conversation.extend([{"role": "user", "content": "Go on."}])
@@ -145,7 +154,7 @@ def test_calls_of_tools_are_the_ids_that_the_template_writes(models, work):
     file = write(work, {"role": "user", "content": "?"}, said, {"role": "tool", "content": "sky"}, ANSWER)
     shown = turns(file, "--processor", models / "calling")
     written = 'Wait.<tool_call>{"name": "look", "arguments": {"where": "up"}}</tool_call>'
-    assert shown[1]["loss"] == len(load_processor(models / "calling").tokenizer(written)["input_ids"])
+    assert shown[1]["loss"] == len(LOADED(models / "calling").tokenizer(written)["input_ids"])
     assert "look" in shown[1]["text"]
     silent = run(write(work, {"role": "user", "content": "?"}, {**said, "tool_calls": 3}), "--processor", models / "calling")
     assert (silent.exit_code, silent.stderr.count("\n")) == (2, 1)
@@ -165,7 +174,13 @@ def test_sounds_are_read_from_wav_files_beside_the_file(work, tmp_path_factory):
         file.setparams((1, 2, 16000, 0, "NONE", ""))
         file.writeframes((np.sin(np.arange(8000) / 20) * 9000).astype("<i2").tobytes())
     parts = [{"type": "audio", "audio": "s.wav"}, text("What do you hear?")]
-    file = write(work, {"role": "user", "content": parts}, {"role": "assistant", "content": "A tone."}, processor=str(folder))
+    file = write(
+        work,
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "A tone."},
+        processor=str(folder),
+        positions="plain@1",
+    )
     (item,) = turns(file)[0]["items"]
     assert (item["name"], item["what"]) == ("audio 0", "0.50 s at 16000 Hz")
     assert run(file, "--plot", "s.svg").exit_code == 0
@@ -173,7 +188,7 @@ def test_sounds_are_read_from_wav_files_beside_the_file(work, tmp_path_factory):
 
 def test_a_folder_without_a_processor_gives_its_tokenizer(models):
     loaded = load_processor(models / "tokenizer")
-    assert loaded("<|im_end|>")["input_ids"] == load_processor(models / "qwen2-vl").tokenizer("<|im_end|>")["input_ids"]
+    assert loaded("<|im_end|>")["input_ids"] == LOADED(models / "qwen2-vl").tokenizer("<|im_end|>")["input_ids"]
     assert not hasattr(loaded, "tokenizer")
 
 
@@ -197,7 +212,7 @@ def refused(done, message):
         ("clip", "no family is known for CLIPProcessor"),
         ("silent", "chat template"),
         ("poems", "only poems, please"),
-        ("unstable", "message 2: "),
+        ("unstable", "message 2 (user) makes the chat template change message 0"),
     ],
 )
 def test_a_processor_that_cannot_be_used_is_one_line_and_exit_code_2(models, work, processor, message):
@@ -243,7 +258,7 @@ def test_files_that_cannot_be_used_are_one_line_and_exit_code_2(models, work):
     done = run(file, *processor, "--plot", "no/such/c.png")
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert "No such file" in done.stderr
-    renderer = HFRenderer(load_processor(models / "calling"))
+    renderer = HFRenderer(LOADED(models / "calling"))
     stored = Conversation.start(renderer, [{"role": "user", "content": "x"}]).to_bytes()
     (work / "c.bin").write_bytes(stored)
     refused(run("c.bin", *processor), "this conversation was made by renderer")

@@ -127,7 +127,8 @@ def test_a_new_segment_processes_no_picture_again():
         "{{ part['text'].split('</think>')[-1] if message['role'] == 'assistant' and not loop.last and false else part['text'] }}",
     ).replace(
         "{{ message['content'] }}",
-        "{{ message['content'].split('</think>')[-1] if message['role'] == 'assistant' and not loop.last else message['content'] }}",
+        "{{ message['content'].split('</think>')[-1] if message['role'] == 'assistant' and not loop.last else "
+        "message['content'] }}",
     )
     processor.chat_template = stripping
     processor.image_processor = counting = Counting(processor.image_processor)
@@ -148,7 +149,11 @@ def test_a_new_segment_processes_no_picture_again():
     assert counting.pictures == 1
     assert [s.input_ids.tolist() for s in after.segments] == [before.input_ids.tolist()]
     assert after.loss_mask.sum() == 0
-    shown = [{"role": "user", "content": [{"type": "image"}, first[0]["content"][1]]}, {"role": "assistant", "content": "\n\nblack"}, *more]
+    shown = [
+        {"role": "user", "content": [{"type": "image"}, first[0]["content"][1]]},
+        {"role": "assistant", "content": "\n\nblack"},
+        *more,
+    ]
     text = processor.apply_chat_template(shown, tokenize=False)
     oracle = processor(text=[text], images=[[picture.to_pil()]])
     assert after.input_ids.tolist() == list(oracle["input_ids"][0])

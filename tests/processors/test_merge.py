@@ -32,7 +32,7 @@ from rollout_core.multimodal.processing import (
     processor_fingerprint,
     sequence_outputs,
 )
-from support.processors import PROCESSORS, TORCHVISION_ONLY, TWINS
+from support.processors import PROCESSORS, TWINS
 
 REFUSED = {"llava_onevision", "idefics2", "paligemma"}
 #: What one call needs for its items to come out as they do alone; the family refuses without it.

@@ -28,5 +28,7 @@ class _BeforeTorchvision:
 
 def prepare() -> None:
     """Call before anything imports torchvision."""
-    if "torchvision" not in sys.modules and not any(type(finder).__name__ == _BeforeTorchvision.__name__ for finder in sys.meta_path):
+    if "torchvision" not in sys.modules and not any(
+        type(finder).__name__ == _BeforeTorchvision.__name__ for finder in sys.meta_path
+    ):
         sys.meta_path.insert(0, _BeforeTorchvision())

@@ -120,7 +120,8 @@ def bare(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def call(processor: Any, text: str, media: list[Any], more: dict[str, Any], *, first: bool = True) -> dict[str, Any]:
-    """One call of the processor over a text and all its media, as transformers' own ``apply_chat_template(tokenize=True)`` makes it."""
+    """One call of the processor over a text and all its media, as transformers' own ``apply_chat_template(tokenize=True)``
+    makes it."""
     of = {kind: [item for item in media if item.modality == kind] for kind in ("image", "video", "audio")}
     arguments = dict(more)
     if of["image"]:
@@ -195,7 +196,11 @@ def differences(conversation: Conversation, processor: Any, drawn: Drawn, more: 
     if "token_type_ids" in oracle and "token_type_ids" not in merged and not oracle["token_type_ids"].any():
         del oracle["token_type_ids"]
     found += [f"output {key!r} is {'missing' if key in oracle else 'new'}" for key in sorted(oracle.keys() ^ merged.keys())]
-    found += [f"output {key!r} differs" for key in sorted(oracle.keys() & merged.keys()) if raw_bytes(oracle[key]) != raw_bytes(merged[key])]
+    found += [
+        f"output {key!r} differs"
+        for key in sorted(oracle.keys() & merged.keys())
+        if raw_bytes(oracle[key]) != raw_bytes(merged[key])
+    ]
     return found + _tracks(conversation)
 
 
@@ -204,7 +209,13 @@ def _tracks(conversation: Conversation) -> list[str]:
     ids, compact, spans = conversation.input_ids, conversation.compact_ids, conversation.span_map
     if spans.expand(compact).tolist() != ids.tolist() or spans.compact_ids(ids).tolist() != compact.tolist():
         found.append("the tracks do not expand into each other")
-    lengths = {len(ids), len(conversation.loss_mask), len(conversation.logprobs), conversation.position_ids.shape[1], len(conversation)}
+    lengths = {
+        len(ids),
+        len(conversation.loss_mask),
+        len(conversation.logprobs),
+        conversation.position_ids.shape[1],
+        len(conversation),
+    }
     if len(lengths) != 1:
         found.append(f"arrays have lengths {lengths}")
     return found
@@ -212,4 +223,6 @@ def _tracks(conversation: Conversation) -> list[str]:
 
 def _first(expected: list[int], got: list[int]) -> str:
     at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
-    return f"first at {at}: {expected[at - 3 : at + 4]} expected, {got[at - 3 : at + 4]} came; {len(expected)} and {len(got)} in all"
+    return (
+        f"first at {at}: {expected[at - 3 : at + 4]} expected, {got[at - 3 : at + 4]} came; {len(expected)} and {len(got)} in all"
+    )

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from rollout_core.errors import ConversationError, UnstableTemplateError
 from rollout_core.multimodal import cutting, stored
 from rollout_core.multimodal.arrays import Arrays
 from rollout_core.multimodal.deltas import SAMPLED, Bytes, Delta, Item, Payload, Tokens
-from rollout_core.multimodal.layout import Laid
 from rollout_core.multimodal.messages import take
-from rollout_core.multimodal.positions import Segment, Text
-from rollout_core.multimodal.renderer import TAIL, Past, Renderer, Tools
+from rollout_core.multimodal.positions import Text
+from rollout_core.multimodal.renderer import Renderer, Tools
 from rollout_core.multimodal.sampled import Finish, check_sampled
-from rollout_core.multimodal.templates import features
+from rollout_core.multimodal.steps import delta_of, messages_of, past_of, refilled, step
 from rollout_core.multimodal.tracks import Ids, SpanMap
 
 Message = Mapping[str, Any]
+Number = TypeVar("Number", np.int64, np.float64, np.uint8)
 OnUnstable = Literal["refuse", "segment"]
 
 
@@ -93,7 +94,7 @@ class Conversation:
         tools = None if tools is None else tuple(tools)
         taken = take(messages)
         laid = renderer.begin(taken, tools)
-        return cls(renderer, _delta(renderer, None, "messages", laid, taken.items), tools, on_unstable)
+        return cls(renderer, delta_of(renderer, None, "messages", laid, taken.items), tools, on_unstable)
 
     def extend(self, messages: Iterable[Message]) -> Conversation:
         """Add messages of users, tools or anyone but the policy. Only they are rendered, encoded and processed.
@@ -106,16 +107,18 @@ class Conversation:
         """
         self._may_grow()
         if self.tip.kind == "generation_prompt":
-            raise ConversationError("the assistant's turn is open: add what was sampled, or extend the conversation from before the prompt")
+            raise ConversationError(
+                "the assistant's turn is open: add what was sampled, or extend the conversation from before the prompt"
+            )
         taken = take(messages, first=self.tip.message_count)
-        past = self._past()
+        past = past_of(self.renderer, self.tip)
         try:
             laid = self.renderer.add(past, taken, self.tools)
         except UnstableTemplateError:
             if self.on_unstable != "segment":
                 raise
             return self._segment(messages)
-        return self._with(_delta(self.renderer, self.tip, "messages", laid, taken.items, found=past.features))
+        return self._with(delta_of(self.renderer, self.tip, "messages", laid, taken.items, found=past.features))
 
     def with_generation_prompt(self) -> Conversation:
         """Open the assistant's turn: what an engine must see before it samples. Harmless if it is open already."""
@@ -124,9 +127,9 @@ class Conversation:
             return self
         if self.tip.turn == "stopped":
             raise ConversationError("the assistant's turn has ended: extend the conversation with messages before sampling again")
-        past = self._past()
+        past = past_of(self.renderer, self.tip)
         laid = self.renderer.generation_prompt(past, self.tools)
-        return self._with(_delta(self.renderer, self.tip, "generation_prompt", laid, (), turn="open", found=past.features))
+        return self._with(delta_of(self.renderer, self.tip, "generation_prompt", laid, (), turn="open", found=past.features))
 
     def append_sampled(
         self,
@@ -141,7 +144,8 @@ class Conversation:
         Args:
             ids: sampled token ids, as the engine returned them: list, array or tensor.
             logprobs: one per id, None where there is none; or None for no logprobs at all.
-            finish: ``stop``: the policy ended its turn. ``length``: it was cut by a limit. ``aborted``: it was interrupted. After the
+            finish: ``stop``: the policy ended its turn. ``length``: it was cut by a limit. ``aborted``: it was interrupted.
+            After the
                 last two the turn stays open: more may be sampled, or messages may follow.
             message: the turn as a message, if the template must see it parsed (tool calls, reasoning); the decoded text otherwise.
 
@@ -159,7 +163,7 @@ class Conversation:
         number = at.tip.message_count - resumed
         n = len(sampled)
         tokens = Tokens(sampled, sampled.copy(), values, np.full(n, SAMPLED, np.uint8), np.full(n, number, np.int64))
-        tip = _step(
+        tip = step(
             self.renderer,
             at.tip,
             "sampled",
@@ -175,7 +179,10 @@ class Conversation:
         return at._with(tip)
 
     def truncate(
-        self, max_length: int, side: Literal["right", "left"] = "right", policy: Literal["drop_item", "drop_message", "error"] = "drop_item"
+        self,
+        max_length: int,
+        side: Literal["right", "left"] = "right",
+        policy: Literal["drop_item", "drop_message", "error"] = "drop_item",
     ) -> Conversation:
         """At most ``max_length`` expanded tokens; those at ``side`` go. See `rollout_core.multimodal.cutting`.
 
@@ -257,7 +264,7 @@ class Conversation:
     @property
     def messages(self) -> tuple[Message, ...]:
         """All messages as a template sees them; media are bare parts, in the order of `items` per modality."""
-        return tuple(_messages(self.renderer, self.tip))
+        return tuple(messages_of(self.renderer, self.tip))
 
     @property
     def finish(self) -> str | None:
@@ -283,7 +290,8 @@ class Conversation:
             steps = self.tip.path(start)
         except LookupError:
             raise ConversationError(
-                "this conversation does not go on from the one given as since: it is another fork, or a new segment began; send it whole"
+                "this conversation does not go on from the one given as since: it is another fork, or a new segment began; "
+                "send it whole"
             ) from None
         tokens = Tokens.concatenate([step.tokens for step in steps])
         positions = [step.positions for step in steps] or [np.zeros((self.renderer.rule.axes, 0), np.int64)]
@@ -336,121 +344,16 @@ class Conversation:
         if self.cut:
             raise ConversationError("this conversation was cut at its end; grow the one it was cut from")
 
-    def _past(self) -> Past:
-        tip, renderer = self.tip, self.renderer
-        if tip.kind != "sampled":
-            return Past(tip.role, tip.features, lambda: list(_messages(renderer, tip)), tip.message_count, False, np.zeros(0, np.int64))
-        said, ids = _sampled_message(renderer, _sampled_turn(tip))
-        found = _united(tip.features, features((said,)))
-        return Past(tip.role, found, lambda: list(_messages(renderer, tip)), tip.message_count, True, ids[-TAIL:])
-
     def _segment(self, messages: Iterable[Message]) -> Conversation:
         """A new segment: the whole history and the new messages, rendered at once, as the prompt of what follows."""
         items = {modality: iter([i for i in self.items if i.modality == modality]) for modality in self.tip.item_counts}
-        past = [_refilled(message, items) for message in self.messages]
+        past = [refilled(message, items) for message in self.messages]
         fresh = type(self).start(self.renderer, [*past, *messages], self.tools, on_unstable=self.on_unstable)
         return replace(fresh, segments=(*self.segments, self))
 
 
-def _delta(
-    renderer: Renderer,
-    parent: Delta | None,
-    kind: str,
-    laid: Laid,
-    messages: tuple[Message, ...],
-    turn: str = "none",
-    found: tuple[str, ...] = (),
-) -> Delta:
-    tokens = Tokens(laid.input_ids, laid.compact_ids, np.full(len(laid.input_ids), np.nan), laid.origin, laid.message)
-    count = len(messages) + (parent.message_count if parent else 0)
-    role = messages[-1]["role"] if messages else "assistant"
-    found = _united(found, features(messages))
-    return _step(
-        renderer, parent, kind, tokens, laid.items, laid.segments, messages,
-        message_count=count, turn=turn, finish=None, role=role, found=found,
-    )  # fmt: skip
-
-
-def _step(
-    renderer: Renderer,
-    parent: Delta | None,
-    kind: str,
-    tokens: Tokens,
-    items: Sequence[Item],
-    parts: tuple[Segment, ...],
-    messages: tuple[Message, ...],
-    *,
-    message_count: int,
-    turn: str,
-    finish: str | None,
-    role: str,
-    found: tuple[str, ...] = (),
-) -> Delta:
-    """A delta after another one: its items moved to their places, its positions counted on."""
-    length, compact = (parent.length, parent.compact_length) if parent else (0, 0)
-    counts = dict(parent.item_counts) if parent else {}
-    placed = []
-    for item in items:
-        placed.append(item.moved(length, compact, sum(counts.values()), counts.get(item.modality, 0)))
-        counts[item.modality] = counts.get(item.modality, 0) + 1
-    positions, following = renderer.rule.advance(parent.next_position if parent else 0, parts)
-    positions.flags.writeable = False
-    found = _united(parent.features if parent else (), found)
-    return Delta(
-        parent, kind, tokens, tuple(placed), parts, positions, messages,
-        length + len(tokens), compact + len(tokens.compact_ids), counts, message_count, following,
-        found, turn, finish, role,
-    )  # fmt: skip
-
-
-def _united(one: tuple[str, ...], two: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(sorted({*one, *two}))
-
-
-def _sampled_turn(tip: Delta) -> list[Delta]:
-    """The pieces of the turn that ``tip`` is the end of, in order."""
-    pieces: list[Delta] = []
-    step: Delta | None = tip
-    while step is not None and step.kind == "sampled":
-        pieces.append(step)
-        step = step.parent
-    return pieces[::-1]
-
-
-def _sampled_message(renderer: Renderer, pieces: Sequence[Delta]) -> tuple[Message, Ids]:
-    """A sampled turn as a message, parsed by the caller or decoded; and its ids."""
-    ids = np.concatenate([piece.tokens.input_ids for piece in pieces])
-    return (pieces[-1].messages[0] if pieces[-1].messages else renderer.said(ids)), ids
-
-
-def _messages(renderer: Renderer, tip: Delta) -> Iterable[Message]:
-    """All messages; the pieces of a turn that was sampled in several are one."""
-    pieces: list[Delta] = []
-    for step in tip.path():
-        if step.kind == "sampled":
-            pieces.append(step)
-            continue
-        if pieces:
-            yield _sampled_message(renderer, pieces)[0]
-            pieces = []
-        yield from step.messages
-    if pieces:
-        yield _sampled_message(renderer, pieces)[0]
-
-
-def _refilled(message: Message, items: Mapping[str, Any]) -> Message:
-    """A message with its media in it again."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    parts = []
-    for part in content:
-        modality = part.get("type")
-        parts.append({**part, modality: next(items[modality]).payload} if modality in items else part)
-    return {**message, "content": parts}
-
-
-def _joined(tip: Delta, get: Callable[[Delta], Any]) -> Any:
+def _joined(tip: Delta, get: Callable[[Delta], npt.NDArray[Number]]) -> npt.NDArray[Number]:
+    """What the deltas up to ``tip`` have of something, in one new array."""
     parts = [get(delta) for delta in tip.path()]
     return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
 

@@ -31,7 +31,9 @@ def truncated(rule: PositionRule, tip: Delta, max_length: Any, side: str, policy
     wanted = int(max_length) if side == "right" else tip.length - int(max_length)
     at = _cut(path, wanted, side, policy)
     if at in (0, tip.length):
-        raise TruncationError(f"no whole {'message' if policy == 'drop_message' else 'part'} fits in {max_length} of {tip.length} tokens")
+        raise TruncationError(
+            f"no whole {'message' if policy == 'drop_message' else 'part'} fits in {max_length} of {tip.length} tokens"
+        )
     return _head(path, at) if side == "right" else _tail(rule, path, at)
 
 
@@ -47,7 +49,8 @@ def _cut(path: Sequence[Delta], wanted: int, side: str, policy: str) -> int:
             if start < wanted < stop:
                 if policy == "error":
                     raise TruncationError(
-                        f"token {wanted}, where the cut would be, is inside {item.modality} {item.modality_index} (tokens {start} to {stop})"
+                        f"token {wanted}, where the cut would be, is inside {item.modality} {item.modality_index} (tokens "
+                        f"{start} to {stop})"
                     )
                 return start if side == "right" else stop
     return wanted
@@ -95,7 +98,9 @@ def _tail(rule: PositionRule, path: Sequence[Delta], at: int) -> Delta:
         parent = replace(
             delta,
             parent=parent,
-            tokens=delta.tokens.sliced(skip, len(delta.tokens), compact_skip, len(delta.tokens.compact_ids)) if skip else delta.tokens,
+            tokens=delta.tokens.sliced(skip, len(delta.tokens), compact_skip, len(delta.tokens.compact_ids))
+            if skip
+            else delta.tokens,
             items=tuple(items),
             segments=parts,
             positions=positions,

@@ -124,7 +124,8 @@ class Tokens:
     @property
     def loss_mask(self) -> Ids:
         """(n,) int64: 1 where the policy sampled the token, else 0."""
-        return (self.origin == SAMPLED).astype(np.int64)
+        mask: Ids = (self.origin == SAMPLED).astype(np.int64)
+        return mask
 
     @staticmethod
     def concatenate(parts: list[Tokens]) -> Tokens:
@@ -188,7 +189,8 @@ class Delta:
     role: str
 
     def path(self, since: Delta | None = None) -> list[Delta]:
-        """The deltas after ``since`` up to this one, in order; all of them without it. None of ``since`` being on the way is an error."""
+        """The deltas after ``since`` up to this one, in order; all of them without it. None of ``since`` being on the way is an
+        error."""
         found: list[Delta] = []
         step: Delta | None = self
         while step is not since:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,7 +14,9 @@ import numpy as np
 
 from rollout_core.errors import ConversationError, MediaError, RolloutCoreError, UnsupportedProcessorError
 from rollout_core.multimodal import templates
+from rollout_core.multimodal.contents import Write, contents_of, guard, marks_for
 from rollout_core.multimodal.deltas import Item, Payload
+from rollout_core.multimodal.encoding import Encoder
 from rollout_core.multimodal.families import Family, family_of
 from rollout_core.multimodal.fingerprint import processor_fingerprint
 from rollout_core.multimodal.identity import artifact_identity
@@ -26,7 +28,7 @@ from rollout_core.multimodal.positions import PositionRule, rule
 from rollout_core.multimodal.processing import merge_outputs, process_one, sequence_outputs
 from rollout_core.multimodal.renderer import Past, Tools
 from rollout_core.multimodal.templates import Verdict
-from rollout_core.multimodal.tracks import Encoded, Ids
+from rollout_core.multimodal.tracks import Ids
 
 #: Verdicts by the hash of template, its settings and tokenizer: probing one takes a moment, and a trainer makes many renderers.
 _VERDICTS: dict[str, Verdict] = {}
@@ -44,7 +46,8 @@ class HFRenderer:
     """Renders with a chat template of transformers, and processes items one at a time with its processor.
 
     Args:
-        processor: a processor, or a tokenizer for text alone. It must have a fast tokenizer (character offsets) and a chat template.
+        processor: a processor, or a tokenizer for text alone. It must have a fast tokenizer (character offsets) and a chat
+        template.
         chat_template: another template (Jinja) instead of the processor's own.
         template_kwargs: passed to the template, e.g. ``{"enable_thinking": False}``.
         processor_kwargs: passed to the processor for every item, e.g. ``{"images_kwargs": {"do_pan_and_scan": True}}``.
@@ -72,9 +75,12 @@ class HFRenderer:
     ) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.encode = Encoder(self.tokenizer, alone=self.tokenizer is processor)
         self.family = family or family_of(processor)
         if self.family.refuse is not None:
-            raise UnsupportedProcessorError(f"{type(processor).__name__} (family {self.family.name!r}) is refused: {self.family.refuse}")
+            raise UnsupportedProcessorError(
+                f"{type(processor).__name__} (family {self.family.name!r}) is refused: {self.family.refuse}"
+            )
         self._template = chat_template or getattr(processor, "chat_template", None)
         if not self._template and not callable(getattr(processor, "apply_chat_template", None)):
             raise UnsupportedProcessorError(f"{type(processor).__name__} has no chat template; give chat_template=")
@@ -86,10 +92,9 @@ class HFRenderer:
         self.vocab_size: int = len(self.tokenizer) if vocab_size is None else vocab_size
         self._usable = {m: s for m, s in self.family.modalities.items() if s.refuse is None}
         self._placeholders = {m: s.placeholder(processor) for m, s in self._usable.items()}
-        self._feature_ids = {m: (self._token_id(s.feature(processor)),) for m, s in self._usable.items()}
+        self._feature_ids = {m: (self.encode.id_of(s.feature(processor)),) for m, s in self._usable.items()}
         self._artifact = self._processing_fingerprint()
         self._payloads: WeakValueDictionary[str, Payload] = WeakValueDictionary()
-        self._anchor = self._needs_anchor()
 
     # ---------------------------------------------------------------- Renderer
 
@@ -120,7 +125,7 @@ class HFRenderer:
         """Tokens that messages add, with those that end a sampled turn before them."""
 
         def write(given: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-            return templates.add(self._render_with(tools), self.verdict, self._joined, past, given)
+            return templates.add(self._render_with(tools), self.verdict, self.encode.joined, past, given)
 
         closing = self.verdict.closing if past.sampled else ""
         return self._lay_out(messages, past.message_count, closing, past.tail, write, first=False)
@@ -129,13 +134,13 @@ class HFRenderer:
         """Tokens that open an assistant's turn."""
         text = templates.generation_prompt(self._render_with(tools), self.verdict, past)
         script = Script(text, {}, (), (0,), past.message_count, 0, first=False)
-        return lay_out(script, (), self.encode, {}, {}, {}, self._atomic, np.zeros(0, np.int64))
+        return lay_out(script, (), self.encode, {}, {}, {}, self.encode.atomic, np.zeros(0, np.int64))
 
     def said(self, ids: Ids) -> Mapping[str, Any]:
         """Sampled ids as an assistant's message, without the tokens that end a turn."""
         end = self._closing_ids
         length = next((n for n in range(min(len(end), len(ids)), 0, -1) if np.array_equal(ids[len(ids) - n :], end[:n])), 0)
-        kept = ids[: len(ids) - length] if length and self._atomic(int(end[0])) else ids
+        kept = ids[: len(ids) - length] if length and self.encode.atomic(int(end[0])) else ids
         text = str(self.tokenizer.decode(kept.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return templates.formed({"role": "assistant", "content": text}, self.verdict.parts)
 
@@ -147,26 +152,6 @@ class HFRenderer:
 
     # ---------------------------------------------------------------- text
 
-    def encode(self, text: str, *, plain: bool = False, first: bool = False) -> Encoded:
-        """Ids and character offsets. ``first`` adds what the tokenizer puts before a sequence, as transformers' processors do
-        unless the text begins with it; ``plain`` takes control tokens as ordinary text."""
-        bos = getattr(self.tokenizer, "bos_token", None)
-        special = first and self.processor is not self.tokenizer and not (bos and text.startswith(bos))
-        lead = "\n" if self._anchor and not first else ""
-        out = self.tokenizer(
-            lead + text, add_special_tokens=special, return_offsets_mapping=True, split_special_tokens=plain, verbose=False
-        )
-        ids = np.asarray(out["input_ids"], np.int64).reshape(-1)
-        offsets = np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2)
-        if lead:
-            skip = int((offsets[:, 1] <= len(lead)).sum())
-            ids, offsets = ids[skip:], np.maximum(offsets[skip:] - len(lead), 0)
-        if special and len(ids) and tuple(offsets[-1]) == (0, 0) and text:
-            raise UnsupportedProcessorError(
-                f"{type(self.tokenizer).__name__} adds a token after the text (id {ids[-1]}): nothing can follow; turn that off in the tokenizer"
-            )
-        return Encoded(ids, offsets)
-
     def _check_front(self, text: str) -> None:
         """Some processors write in front of a text themselves (Mllama a bos token), unless it begins with one."""
         bos = getattr(self.tokenizer, "bos_token", None)
@@ -174,7 +159,8 @@ class HFRenderer:
             return
         if not np.array_equal(self._processed_ids, self.encode("a", first=True).ids):
             raise UnsupportedProcessorError(
-                f"{type(self.processor).__name__} writes something of its own before a text that does not begin with {bos!r}: let the chat "
+                f"{type(self.processor).__name__} writes something of its own before a text that does not begin with "
+                f"{bos!r}: let the chat "
                 "template begin with it"
             )
 
@@ -186,24 +172,6 @@ class HFRenderer:
     @cached_property
     def _closing_ids(self) -> Ids:
         return self.encode(self.verdict.closing).ids
-
-    def _joined(self, before: str, after: str) -> bool:
-        one, two = self.encode(before, first=True), self.encode(after)
-        return bool(np.array_equal(np.concatenate([one.ids, two.ids]), self.encode(before + after, first=True).ids))
-
-    def _needs_anchor(self) -> bool:
-        """Whether the tokenizer treats the front of a text unlike its middle, as SentencePiece's do."""
-        self._anchor = False
-        try:
-            return not self._joined("a\n", "a b")
-        except (KeyError, NotImplementedError) as error:
-            raise UnsupportedProcessorError(f"{type(self.tokenizer).__name__} gives no character offsets; use a fast tokenizer") from error
-
-    def _token_id(self, text: str) -> int:
-        found = self.tokenizer.convert_tokens_to_ids(text)
-        if not isinstance(found, int) or found == getattr(self.tokenizer, "unk_token_id", None):
-            raise UnsupportedProcessorError(f"{type(self.tokenizer).__name__} has no token {text!r}, which {self.family.name!r} needs")
-        return found
 
     # ---------------------------------------------------------------- template
 
@@ -234,7 +202,7 @@ class HFRenderer:
         return render
 
     def _probe(self, tools: Tools) -> Verdict:
-        return templates.probe(self._render_with(tools), self._placeholders, self._joined)
+        return templates.probe(self._render_with(tools), self._placeholders, self.encode.joined)
 
     def _lay_out(
         self,
@@ -242,15 +210,15 @@ class HFRenderer:
         number: int,
         closing: str,
         tail: Ids,
-        write: Callable[[Sequence[Mapping[str, Any]]], tuple[str, ...]],
+        write: Write,
         *,
         first: bool,
     ) -> Laid:
-        marks = _marks(texts(list(messages.items)))
+        marks = marks_for(texts(list(messages.items)))
         guards: dict[str, str] = {}
-        guarded = [replaced(message, lambda text: _guard(text, self._literals, guards, marks)) for message in messages.items]
+        guarded = [replaced(message, lambda text: guard(text, self._literals, guards, marks)) for message in messages.items]
         pieces = write(guarded)
-        contents, owners = _contents(pieces, guarded, write, marks)
+        contents, owners = contents_of(pieces, guarded, write, marks)
         bounds = [0]
         if len(pieces) == len(guarded):
             for piece in pieces[:-1]:
@@ -270,7 +238,9 @@ class HFRenderer:
             first,
         )
         media = [Medium(s.modality, s.message, self._payload(s)) for s in messages.media]
-        return lay_out(script, media, self.encode, self._placeholders, self._feature_ids, self.verdict.envelopes, self._atomic, tail)
+        return lay_out(
+            script, media, self.encode, self._placeholders, self._feature_ids, self.verdict.envelopes, self.encode.atomic, tail
+        )
 
     @cached_property
     def _literals(self) -> re.Pattern[str]:
@@ -278,10 +248,6 @@ class HFRenderer:
         features = [support.feature(self.processor) for support in self._usable.values()]
         words = sorted({*self._placeholders.values(), *features}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, words)) or "(?!)")
-
-    def _atomic(self, token_id: int) -> bool:
-        """Whether an id is a control token, which a tokenizer never merges."""
-        return token_id in getattr(self.tokenizer, "added_tokens_decoder", {token_id: None})
 
     # ---------------------------------------------------------------- items
 
@@ -292,7 +258,9 @@ class HFRenderer:
         self.family.support(self.processor, source.modality)
         media = self._load(source)
         if self._processing_fingerprint() != self._artifact:
-            raise ConversationError("the processor was changed after the renderer was made: make a new renderer and a new conversation")
+            raise ConversationError(
+                "the processor was changed after the renderer was made: make a new renderer and a new conversation"
+            )
         artifact = artifact_identity(media.identity, self._artifact)
         known = self._payloads.get(artifact)
         if known is not None:
@@ -328,7 +296,8 @@ def _rule(name: str | None, family: Family) -> PositionRule:
         return rule(family.positions)
     except ConversationError as error:
         raise UnsupportedProcessorError(
-            f"models of family {family.name!r} count positions as {family.positions!r}, which is not known here: register_rule() it, or "
+            f"models of family {family.name!r} count positions as {family.positions!r}, which is not known here: "
+            f"register_rule() it, or "
             "pass positions='plain@1' if your trainer lets the model count them itself"
         ) from error
 
@@ -340,63 +309,3 @@ def _sha(*parts: str) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
-
-
-def _marks(given: Iterable[str]) -> tuple[str, str, str]:
-    """Three characters of Unicode's private use area that stand nowhere in the texts."""
-    used = {c for text in given for c in text if "\ue000" <= c <= "\uf8ff"}
-    free = (chr(c) for c in range(0xE100, 0xF8FF) if chr(c) not in used)
-    return next(free), next(free), next(free)
-
-
-def _guard(text: str, literals: re.Pattern[str], guards: dict[str, str], marks: tuple[str, str, str]) -> str:
-    def stand_in(match: re.Match[str]) -> str:
-        guard = f"{marks[0]}{len(guards)}{marks[1]}"
-        guards[guard] = match.group()
-        return guard
-
-    return literals.sub(stand_in, text)
-
-
-def _contents(
-    pieces: Sequence[str],
-    messages: Sequence[Mapping[str, Any]],
-    write: Callable[[Sequence[Mapping[str, Any]]], tuple[str, ...]],
-    marks: tuple[str, str, str],
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """The character ranges that came from the messages' contents, and the message of each.
-
-    The same messages are written again with a mark in place of each text. Where a template alters texts so that the two do not fit
-    together, everything counts as content.
-    """
-    whole = "".join(pieces)
-    said: list[tuple[str, int]] = []
-    marked = []
-    for index, message in enumerate(messages):
-        content = message.get("content")
-        if isinstance(content, str) and content:
-            said.append((content, index))
-            marked.append({**message, "content": marks[2]})
-        elif isinstance(content, list):
-            spoken = [p.get("text") if p.get("type") == "text" else None for p in content]
-            said += [(text, index) for text in spoken if text]
-            parts = [{**p, "text": marks[2]} if text else p for p, text in zip(content, spoken, strict=True)]
-            marked.append({**message, "content": parts})
-        else:
-            marked.append(dict(message))
-    everything = [(0, len(whole))], [0]
-    try:
-        literals = "".join(write(marked)).split(marks[2])
-    except RolloutCoreError:
-        return everything
-    if len(literals) != len(said) + 1 or not whole.startswith(literals[0]):
-        return everything
-    at, ranges, owners = len(literals[0]), [], []
-    for (text, owner), literal in zip(said, literals[1:], strict=True):
-        shown = next((t for t in (text, text.strip(), text.rstrip(), text.lstrip()) if whole.startswith(t + literal, at)), None)
-        if shown is None:
-            return everything
-        ranges.append((at, at + len(shown)))
-        owners.append(owner)
-        at += len(shown) + len(literal)
-    return (ranges, owners) if at == len(whole) else everything

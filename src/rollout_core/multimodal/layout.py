@@ -20,7 +20,8 @@ from rollout_core.multimodal.tracks import Encoded, Ids, Region, align, runs
 
 
 class Encode(Protocol):
-    """Encodes text. ``plain`` takes control tokens in it as ordinary text; ``first`` adds what a tokenizer puts before a sequence."""
+    """Encodes text. ``plain`` takes control tokens in it as ordinary text; ``first`` adds what a tokenizer puts before a
+    sequence."""
 
     def __call__(self, text: str, *, plain: bool = False, first: bool = False) -> Encoded: ...
 
@@ -110,12 +111,12 @@ def lay_out(
     wide_message = np.where(outside, message[source], 0).astype(np.int64)
     items = []
     counts: dict[str, int] = {}
-    for index, ((start, stop, medium), region) in enumerate(zip(shown, regions, strict=True)):
+    for index, ((begin, end, medium), region) in enumerate(zip(shown, regions, strict=True)):
         wide_message[region.start : region.stop] = medium.message
         spans = runs(expanded.ids[region.start : region.stop], features[medium.modality], region.start)
         _check_rows(medium, spans)
-        before, after = _envelope(script.text, start, stop, envelopes.get(medium.modality), compact, region)
-        envelope = (region.start - before, region.stop + after)
+        earlier, later = _envelope(script.text, begin, end, envelopes.get(medium.modality), compact, region)
+        envelope = (region.start - earlier, region.stop + later)
         item = Item(medium.modality, index, counts.get(medium.modality, 0), medium.message, region, spans, envelope, medium.payload)
         items.append(item.moved(-cut, -cut, item.index, item.modality_index))
         counts[medium.modality] = item.modality_index + 1
@@ -161,7 +162,8 @@ def _occurrences(script: Script, media: Sequence[Medium], placeholders: Mapping[
         medium = next(waiting[modality], None) if modality else None
         if medium is None:
             raise ConversationError(
-                f"the chat template writes {match.group()!r} more often than there are media of that kind; a message has a placeholder "
+                f"the chat template writes {match.group()!r} more often than there are media of that kind; a message has a "
+                f"placeholder "
                 "without its picture, video or sound"
             )
         shown.append((match.start(), match.end(), medium))
@@ -208,7 +210,9 @@ def _parts(script: Script) -> Iterator[tuple[int, int, str | None]]:
     if script.guards:
         found = list(re.finditer("|".join(map(re.escape, script.guards)), script.text))
         if sorted(m.group() for m in found) != sorted(script.guards):
-            raise ConversationError("the chat template drops or changes text that looks like a placeholder; take it out of the messages")
+            raise ConversationError(
+                "the chat template drops or changes text that looks like a placeholder; take it out of the messages"
+            )
         for match in found:
             if match.start() > at:
                 yield at, match.start(), None
@@ -218,7 +222,9 @@ def _parts(script: Script) -> Iterator[tuple[int, int, str | None]]:
         yield at, len(script.text), None
 
 
-def _grown(text: str, start: int, inside: Sequence[tuple[int, int, Medium]]) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
+def _grown(
+    text: str, start: int, inside: Sequence[tuple[int, int, Medium]]
+) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
     """The text with every placeholder replaced, and the characters of the replacements and of the placeholders."""
     parts: list[str] = []
     chars: list[tuple[int, int]] = []
@@ -249,7 +255,8 @@ def _check_rows(medium: Medium, spans: tuple[tuple[int, int], ...]) -> None:
     rows, grids = medium.payload.rows, medium.payload.grids
     if rows is not None and rows != tokens:
         raise UnsupportedProcessorError(
-            f"the {medium.modality} in message {medium.message} has {rows} feature rows and {tokens} placeholder tokens: processor and "
+            f"the {medium.modality} in message {medium.message} has {rows} feature rows and {tokens} placeholder tokens: "
+            f"processor and "
             "tokenizer do not belong together, or the family's rule for rows is wrong"
         )
     if grids and len(grids) != len(spans):
@@ -258,7 +265,9 @@ def _check_rows(medium: Medium, spans: tuple[tuple[int, int], ...]) -> None:
         )
 
 
-def _envelope(text: str, start: int, stop: int, around: tuple[str, str] | None, compact: Encoded, region: Region) -> tuple[int, int]:
+def _envelope(
+    text: str, start: int, stop: int, around: tuple[str, str] | None, compact: Encoded, region: Region
+) -> tuple[int, int]:
     """How many tokens before and after a region the template wrote because of the medium."""
     prefix, suffix = around or ("", "")
     if not (text[:start].endswith(prefix) and text[stop:].startswith(suffix)):

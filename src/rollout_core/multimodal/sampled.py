@@ -22,14 +22,17 @@ def check_sampled(ids: Any, logprobs: Any, finish: str, vocab_size: int) -> tupl
     bad = np.flatnonzero((sampled < 0) | (sampled >= vocab_size))
     if len(bad):
         raise ConversationError(
-            f"sampled id {sampled[bad[0]]} at {bad[0]} is outside the vocabulary of {vocab_size}; a model with padded embeddings can "
+            f"sampled id {sampled[bad[0]]} at {bad[0]} is outside the vocabulary of {vocab_size}; a model with padded "
+            f"embeddings can "
             "sample it: give the renderer its vocab_size, or mask those ids when sampling"
         )
     if logprobs is None:
         return sampled, np.full(len(sampled), np.nan)
     values = _values(logprobs)
     if len(values) != len(sampled):
-        raise ConversationError(f"there are {len(values)} logprobs for {len(sampled)} sampled ids; give one for each, None where missing")
+        raise ConversationError(
+            f"there are {len(values)} logprobs for {len(sampled)} sampled ids; give one for each, None where missing"
+        )
     return sampled, values
 
 

@@ -1,6 +1,7 @@
 """Conversations as bytes: one MessagePack document, never pickle. Payloads are stored once each, by identity, or left out.
 
-The document is ``[magic, version, digest, body]``; ``digest`` is xxh3-128 of ``body``, against damage. ``body`` holds the fingerprint of
+The document is ``[magic, version, digest, body]``; ``digest`` is xxh3-128 of ``body``, against damage. ``body`` holds the
+fingerprint of
 the renderer, which must be the reader's, the deltas of every segment, and the payloads.
 """
 
@@ -164,13 +165,20 @@ def _chain(renderer: Renderer, steps: list[_Step], payloads: Mapping[str, Payloa
         for item in step.items:
             if item.artifact not in payloads:
                 raise ConversationError(
-                    f"the payload of {item.modality} {counts.get(item.modality, 0)} (artifact {item.artifact}) is not stored here; give it in payloads="
+                    f"the payload of {item.modality} {counts.get(item.modality, 0)} (artifact {item.artifact}) is not "
+                    f"stored here; give it in payloads="
                 )
             items.append(
                 Item(
-                    item.modality, sum(counts.values()), counts.get(item.modality, 0), item.message, Region(*item.region),
-                    tuple(item.spans), item.envelope, payloads[item.artifact],
-                )  # fmt: skip
+                    item.modality,
+                    sum(counts.values()),
+                    counts.get(item.modality, 0),
+                    item.message,
+                    Region(*item.region),
+                    tuple(item.spans),
+                    item.envelope,
+                    payloads[item.artifact],
+                )
             )
             counts[item.modality] = counts.get(item.modality, 0) + 1
         length = (tip.length if tip else 0) + len(tokens)
@@ -191,9 +199,13 @@ def _chain(renderer: Renderer, steps: list[_Step], payloads: Mapping[str, Payloa
 
 
 def _from_payload(payload: Payload) -> _Payload:
-    grids = [(g.modality, g.t, g.h, g.w, g.seconds) for g in payload.grids if isinstance(g, Grid)]
+    grids: list[tuple[str, int, int, int, float | None]] = [
+        (g.modality, g.t, g.h, g.w, g.seconds) for g in payload.grids if isinstance(g, Grid)
+    ]
     outputs = {key: _from_value(value) for key, value in payload.outputs.items()}
-    return _Payload(payload.artifact, payload.identity, _from_media(payload.media), outputs, payload.replacement, payload.rows, grids)
+    return _Payload(
+        payload.artifact, payload.identity, _from_media(payload.media), outputs, payload.replacement, payload.rows, grids
+    )
 
 
 def _to_payload(stored: _Payload) -> Payload:

@@ -1,6 +1,8 @@
-"""Two tracks of one text: compact ids, with what engines accept for each item, and expanded ids, with every placeholder run at full length.
+"""Two tracks of one text: compact ids, with what engines accept for each item, and expanded ids, with every placeholder run at
+full length.
 
-A region is one item's stretch on both tracks; outside the regions the tracks are equal. Regions come from rendering: where a template
+A region is one item's stretch on both tracks; outside the regions the tracks are equal. Regions come from rendering: where a
+template
 wrote a placeholder, and the text that the processor put there. No id is ever searched for outside a region.
 """
 
@@ -91,7 +93,9 @@ class SpanMap:
         return np.concatenate([*parts, given[last:]]) if parts else given.copy()
 
 
-def align(compact: Encoded, expanded: Encoded, compact_chars: Sequence[tuple[int, int]], chars: Sequence[tuple[int, int]]) -> list[Region]:
+def align(
+    compact: Encoded, expanded: Encoded, compact_chars: Sequence[tuple[int, int]], chars: Sequence[tuple[int, int]]
+) -> list[Region]:
     """The regions of items whose placeholders stand at given characters of the two texts.
 
     A tokenizer may merge the edge of an expansion with its neighbours; the region then takes those tokens too, so that
@@ -129,7 +133,8 @@ def align(compact: Encoded, expanded: Encoded, compact_chars: Sequence[tuple[int
 
 
 def _growths(left: bool, right: bool) -> list[tuple[int, int, int, int]]:
-    """Tokens to take from the text between two regions, on the left and right of the expanded and of the compact track; fewest first."""
+    """Tokens to take from the text between two regions, on the left and right of the expanded and of the compact track; fewest
+    first."""
     reach = range(_REACH)
     return sorted(
         (
@@ -168,7 +173,9 @@ def as_ids(values: Any, what: str) -> Ids:
     if array.ndim == 1 and len(array) == 0:
         return np.zeros(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ConversationError(f"{what} must be a one-dimensional sequence of whole numbers, not {array.dtype} of shape {array.shape}")
+        raise ConversationError(
+            f"{what} must be a one-dimensional sequence of whole numbers, not {array.dtype} of shape {array.shape}"
+        )
     if array.dtype == np.uint64 and (array > np.iinfo(np.int64).max).any():
         raise ConversationError(f"{what} holds numbers beyond int64")
     return array.astype(np.int64)
