@@ -270,8 +270,9 @@ def _envelope(
 ) -> tuple[int, int]:
     """How many tokens before and after a region the template wrote because of the medium."""
     prefix, suffix = around or ("", "")
-    if not (text[:start].endswith(prefix) and text[stop:].startswith(suffix)):
-        return 0, 0
+    # A template may write something that changes, such as a number, further away: what is the same next to the placeholder counts.
+    prefix = next(prefix[n:] for n in range(len(prefix) + 1) if text[:start].endswith(prefix[n:]))
+    suffix = next(suffix[:n] for n in range(len(suffix), -1, -1) if text[stop:].startswith(suffix[:n]))
     before = compact.offsets[: region.compact_start]
     after = compact.offsets[region.compact_stop :]
     return int((before[:, 0] >= start - len(prefix)).sum()), int((after[:, 1] <= stop + len(suffix)).sum())

@@ -11,7 +11,7 @@ from rollout_core.multimodal.deltas import Delta, Item, Tokens
 from rollout_core.multimodal.layout import Laid
 from rollout_core.multimodal.positions import Segment
 from rollout_core.multimodal.renderer import TAIL, Past, Renderer
-from rollout_core.multimodal.templates import features
+from rollout_core.multimodal.templates import FEATURES, features
 from rollout_core.multimodal.tracks import Ids
 
 Message = Mapping[str, Any]
@@ -69,7 +69,7 @@ def step(
 
 
 def _united(one: tuple[str, ...], two: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(sorted({*one, *two}))
+    return tuple(feature for feature in FEATURES if feature in one or feature in two)
 
 
 def _sampled_turn(tip: Delta) -> list[Delta]:

@@ -58,12 +58,8 @@ def add(render: Render, verdict: Verdict, joined: Joined, past: Past, messages: 
     roles = [past.role, *(m["role"] for m in messages)]
     if past.sampled and not verdict.separate:
         raise UnstableTemplateError(f"the tokenizer merges a sampled answer with {verdict.closing!r}, which ends a turn. {_ADVICE}")
-    trusted = verdict.generation_kept or not past.sampled
-    known = (
-        trusted
-        and all(Join(*pair, past.features) in verdict.stable for pair in itertools.pairwise(roles))
-        and not features(messages)
-    )
+    trusted = (verdict.generation_kept or not past.sampled) and "assistant" not in roles[1:]
+    known = trusted and all(Join(*pair, past.features) in verdict.stable for pair in itertools.pairwise(roles))
     try:
         if not known:
             return (_added_to_all(render, verdict, joined, past, messages),)

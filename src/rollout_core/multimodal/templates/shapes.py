@@ -3,52 +3,51 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rollout_core.multimodal.templates.verdict import Message
 
 _CALL = {"type": "function", "id": "c0", "function": {"name": "look", "arguments": {"where": "left"}}}
-_ASSISTANTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("plain", {"role": "assistant", "content": "a plain answer"}),
-    ("thinking", {"role": "assistant", "content": "<think>\nfirst this, then that\n</think>\n\nan answer"}),
-    ("reasoning", {"role": "assistant", "content": "an answer", "reasoning_content": "first this, then that"}),
-    ("call", {"role": "assistant", "content": "", "tool_calls": [_CALL]}),
-    ("thinking call", {"role": "assistant", "content": "<think>\nlet me look\n</think>\n\n", "tool_calls": [_CALL]}),
+_ASSISTANTS: tuple[dict[str, Any], ...] = (
+    {"role": "assistant", "content": "a plain answer"},
+    {"role": "assistant", "content": "<think>\nfirst this, then that\n</think>\n\nan answer"},
+    {"role": "assistant", "content": "an answer", "reasoning_content": "first this, then that"},
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "assistant", "content": "<think>\nlet me look\n</think>\n\n", "tool_calls": [_CALL]},
 )
 _USERS: tuple[dict[str, Any], ...] = (
     {"role": "user", "content": "a question"},
     {"role": "user", "content": [{"type": "text", "text": "parts\nof text"}]},
 )
+_LATER = {"role": "user", "content": "and then?"}
 _TOOL = {"role": "tool", "content": "a result"}
 _OPENINGS: tuple[tuple[dict[str, Any], ...], ...] = ((), ({"role": "system", "content": "be brief"},))
 
 
-def shapes(modalities: Sequence[str]) -> Iterable[tuple[Message, ...]]:
-    """Conversations of up to seven messages: every kind of assistant turn, tools, pictures, with and without a system message."""
-    pictured = [
-        {"role": role, "content": [{"type": m}, {"type": "text", "text": f"what of this {m}?"}]}
-        for m in modalities
-        for role in ("user", "tool")
-    ]
-    user, later = _USERS[0], {"role": "user", "content": "and then?"}
-    for opening in _OPENINGS:
-        for _, turn in _ASSISTANTS:
+def shapes(modalities: Sequence[str]) -> Iterator[tuple[Message, ...]]:
+    """Conversations of up to eight messages: every kind of assistant turn, tools, media early and late, with and without a system
+    message."""
+    shown = {role: [_pictured(role, modality) for modality in modalities] for role in ("user", "tool")}
+    plain = _ASSISTANTS[0]
+    for opening, first in itertools.product(_OPENINGS, (_USERS[0], *shown["user"][:1])):
+        for turn in _ASSISTANTS:
             called = bool(turn.get("tool_calls"))
-            follow: list[Message] = (
-                [_TOOL, *(p for p in pictured if p["role"] == "tool")] if called else [later, *_USERS[1:], *pictured]
-            )
+            follow = [_TOOL, *shown["tool"]] if called else [_LATER, _USERS[1], *shown["user"]]
             for message in follow:
-                for _, second in _ASSISTANTS[:3]:
-                    yield (*opening, user, turn, message, second, later, _ASSISTANTS[0][1], later)
+                for second in _ASSISTANTS[:3] if message is follow[0] else (plain,):
+                    yield (*opening, first, turn, message, second, _LATER, plain, _LATER)
+                if called:
+                    yield (*opening, first, turn, message, message, plain, _LATER)
+                    yield (*opening, first, turn, message, _LATER, plain)
             if called:
-                yield (*opening, user, turn, _TOOL, _TOOL, _ASSISTANTS[0][1], later)
-                yield (*opening, user, turn, _TOOL, later, _ASSISTANTS[0][1])
-                yield (*opening, user, turn, _TOOL, turn, _TOOL, turn, _TOOL)
-        yield (*opening, user, later, later)
-        for first, second in itertools.product(pictured, repeat=2):
-            if first["role"] == second["role"] == "user":
-                yield (*opening, first, _ASSISTANTS[0][1], second, _ASSISTANTS[0][1], first)
+                yield (*opening, first, turn, _TOOL, turn, _TOOL, turn, _TOOL)
+        for message in (_LATER, *shown["user"]):
+            yield (*opening, first, message, message, plain, message, _LATER)
+
+
+def _pictured(role: str, modality: str) -> Message:
+    return {"role": role, "content": [{"type": modality}, {"type": "text", "text": f"what of this {modality}?"}]}
 
 
 def stand_in(role: str) -> tuple[Message, ...]:

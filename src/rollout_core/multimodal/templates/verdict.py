@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rollout_core.errors import UnstableTemplateError
+from rollout_core.multimodal.messages import MODALITIES
 
 Message = Mapping[str, Any]
 #: What of a history may change how a template renders later or earlier messages.
-FEATURES = ("thinking", "tool_calls")
+FEATURES = ("thinking", "tool_calls", "media")
 #: Whether two texts, encoded one after the other, give the ids of the two together.
 Joined = Callable[[str, str], bool]
 
@@ -92,17 +93,16 @@ def both(one: Verdict, two: Verdict) -> Verdict:
 
 
 def features(messages: Iterable[Message]) -> tuple[str, ...]:
-    """Which of `FEATURES` the assistant messages among ``messages`` have."""
+    """Which of `FEATURES` there are in ``messages``."""
     found = set()
     for message in messages:
+        content = message.get("content")
+        parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+        if any(part.get("type") in MODALITIES for part in parts):
+            found.add("media")
         if message["role"] == "assistant":
-            content = message.get("content")
-            texts = [content] if isinstance(content, str) else [p.get("text", "") for p in content or () if isinstance(p, Mapping)]
-            if (
-                message.get("reasoning_content")
-                or message.get("reasoning")
-                or any("<think>" in t or "</think>" in t for t in texts)
-            ):
+            said = [content] if isinstance(content, str) else [part.get("text", "") for part in parts]
+            if message.get("reasoning_content") or message.get("reasoning") or any("<think>" in t or "</think>" in t for t in said):
                 found.add("thinking")
             if message.get("tool_calls"):
                 found.add("tool_calls")
