@@ -1,4 +1,7 @@
-"""The command line: ``rollout-core preflight | check | plan | conversation | bench``. Heavy imports wait until a command needs them."""
+"""The command line: ``rollout-core preflight | check | plan | conversation | bench``.
+
+Heavy imports wait until a command needs them.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The conformance kit: Hypothesis strategies, oracles, and checks that find the smallest input on which a packer breaks a clause.
+"""The conformance kit: Hypothesis strategies, oracles, and checks that find the smallest input on which a subject breaks a clause.
 
-    from rollout_core.testing import check_packer
+    from rollout_core.testing import check_packer, check_tracker
     print(check_packer(MyPacker))
+    print(check_tracker(MyTracker))
 
 Importing this package loads neither torch nor hypothesis; a name is loaded when it is first used.
 """
@@ -11,14 +12,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from rollout_core.testing import machines, oracles, strategies
+    from rollout_core.testing import machines, oracles, strategies, worlds
     from rollout_core.testing.adapters import functions_packer, grouping_packer
     from rollout_core.testing.isolation import SubjectError
     from rollout_core.testing.packers import CAPABILITIES
-    from rollout_core.testing.parametrize import parametrize_packer_checks
+    from rollout_core.testing.parametrize import parametrize_packer_checks, parametrize_tracker_checks
     from rollout_core.testing.registry import Check, Violation, get_check, select_checks
     from rollout_core.testing.report import Report, Result
-    from rollout_core.testing.runner import check_packer, replay
+    from rollout_core.testing.runner import check_packer, check_tracker, replay
+    from rollout_core.testing.tracker_scripts import recheck
+    from rollout_core.testing.trackers import TRACKER_CAPABILITIES
+    from rollout_core.testing.worlds import make_world, register_world
 
 _HOMES: Final = {
     "CAPABILITIES": "packers",
@@ -26,34 +30,47 @@ _HOMES: Final = {
     "Report": "report",
     "Result": "report",
     "SubjectError": "isolation",
+    "TRACKER_CAPABILITIES": "trackers",
     "Violation": "registry",
     "check_packer": "runner",
+    "check_tracker": "runner",
     "functions_packer": "adapters",
     "get_check": "registry",
     "grouping_packer": "adapters",
+    "make_world": "worlds",
     "parametrize_packer_checks": "parametrize",
+    "parametrize_tracker_checks": "parametrize",
+    "recheck": "tracker_scripts",
+    "register_world": "worlds",
     "replay": "runner",
     "select_checks": "registry",
 }
-_MODULES: Final = ("machines", "oracles", "strategies")
+_MODULES: Final = ("machines", "oracles", "strategies", "worlds")
 
 __all__ = [
     "CAPABILITIES",
+    "TRACKER_CAPABILITIES",
     "Check",
     "Report",
     "Result",
     "SubjectError",
     "Violation",
     "check_packer",
+    "check_tracker",
     "functions_packer",
     "get_check",
     "grouping_packer",
     "machines",
+    "make_world",
     "oracles",
     "parametrize_packer_checks",
+    "parametrize_tracker_checks",
+    "recheck",
+    "register_world",
     "replay",
     "select_checks",
     "strategies",
+    "worlds",
 ]
 
 

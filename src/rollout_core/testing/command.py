@@ -1,8 +1,8 @@
-"""``rollout-core check``: run the checks on a packer, print what was found, and write it down."""
+"""``rollout-core check``: run the checks on a packer or a tracker, print what was found, and write it down."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def check_command(
-    target: Annotated[str, typer.Argument(help="package.module:packer, or the name of a shipped adapter (see --list).")] = "",
+    target: Annotated[
+        str, typer.Argument(help="package.module:packer or :Tracker, or the name of a shipped adapter (see --list).")
+    ] = "",
     only: Annotated[list[str] | None, typer.Option(help="Only these checks or clauses, for example B3 or B13-replay.")] = None,
     max_examples: Annotated[int, typer.Option(min=1, help="Cases tried by each check.")] = 100,
     seed: Annotated[int, typer.Option(help="The same seed tries the same cases.")] = 0,
@@ -29,15 +31,17 @@ def check_command(
     json: Annotated[Path | None, typer.Option(help="Also write the report here, for machines and --replay.")] = None,
     scripts: Annotated[Path | None, typer.Option(help="Write a script that shows each failure into this folder.")] = None,
     replay: Annotated[Path | None, typer.Option(help="Run the counterexamples of this saved report again, nothing else.")] = None,
+    worlds: Annotated[list[str] | None, typer.Option("--world", help="Try a tracker in these worlds only.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the checks, capabilities and shipped adapters.")] = False,
 ) -> None:
-    """Run the conformance checks on a packer: every violated clause with its smallest counterexample.
+    """Run the conformance checks on a packer or a tracker: every violated clause with its smallest counterexample.
 
     Exits with 0 if nothing failed, 1 if something did, 2 if it could not begin.
     """
     try:
         from rollout_core.testing import runner
         from rollout_core.testing.report import result_lines
+        from rollout_core.testing.runner import kind_of
     except ImportError as error:
         _refuse(f"{error}; pip install 'rollout-core[cli,testing]'")
     if list_:
@@ -54,6 +58,10 @@ def check_command(
             print(report)
         else:
             console = Console(soft_wrap=True)
+            kind = kind_of(target)
+            more = {"worlds": worlds} if worlds else {}
+            if worlds and kind != "tracker":
+                _refuse("--world is for trackers, and this is a packer")
             with _progress(console) as bar:
 
                 def show(check: Check, result: Result | None, total: int) -> None:
@@ -63,9 +71,10 @@ def check_command(
                     if result is not None and result.status in ("fail", "stale"):  # shown when it is found, not at the end
                         console.print(Text("\n".join(result_lines(result))))
 
-                task = bar.add_task("loading the packer", total=None)
+                task = bar.add_task(f"loading the {kind}", total=None)
                 heading = f"{target}: level {level}, seed {seed}, up to {max_examples} cases a check"
-                report = runner.check_packer(
+                run: Callable[..., Report] = runner.check_tracker if kind == "tracker" else runner.check_packer
+                report = run(
                     target,
                     level=level,
                     only=only or (),
@@ -74,6 +83,7 @@ def check_command(
                     seed=seed,
                     timeout=timeout,
                     progress=show,
+                    **more,
                 )
             print(report.rest())
     except (RolloutCoreError, ValueError, OSError) as error:
@@ -120,17 +130,22 @@ def _list() -> None:
     from rollout_core.testing.packers import CAPABILITIES
     from rollout_core.testing.peers import PEERS
     from rollout_core.testing.registry import LEVELS, select_checks
-    from rollout_core.testing.targets import OWN
+    from rollout_core.testing.targets import OWN, OWN_TRACKERS
+    from rollout_core.testing.trackers import TRACKER_CAPABILITIES
+    from rollout_core.testing.worlds import world_names
 
     print(f"checks (level {LEVELS[-1]})")
-    for check in select_checks("packer"):
+    for check in (*select_checks("packer"), *select_checks("tracker")):
         needs = f"  [needs {', '.join(sorted(check.needs))}]" if check.needs else ""
         print(f"  {check.id:<28} {check.title}{needs}")
-    print("capabilities")
-    for name, words in CAPABILITIES.items():
-        print(f"  {name:<28} {words}")
+    for kind, known in (("", CAPABILITIES), (" of trackers", TRACKER_CAPABILITIES)):
+        print(f"capabilities{kind}")
+        for name, words in known.items():
+            print(f"  {name:<28} {words}")
+    print("worlds of trackers")
+    print("\n".join(f"  {name}" for name in world_names()))
     print("shipped adapters")
-    for name, target in OWN.items():
+    for name, target in {**OWN, **OWN_TRACKERS}.items():
         print(f"  {name:<28} {target}")
     for peer in PEERS.values():
         print(f"  {peer.name:<28} {peer.distribution} {peer.version}, {peer.source}")

@@ -19,7 +19,7 @@ import msgspec
 
 from rollout_core.errors import RolloutCoreError, TransferError
 from rollout_core.testing.packers import error_words
-from rollout_core.testing.registry import Check, Skipped, Violation, get_check
+from rollout_core.testing.registry import Check, Skipped, SubjectKind, Violation, get_check
 from rollout_core.transfer.channel import Channel, PeerGone
 from rollout_core.transfer.lifetime import end_with_parent
 
@@ -106,8 +106,9 @@ class Isolated:
     subject by its ``target`` name.
     """
 
-    def __init__(self, start: Start, *, target: str = "", hash_seed: int | None = None) -> None:
+    def __init__(self, start: Start, *, kind: SubjectKind = "packer", target: str = "", hash_seed: int | None = None) -> None:
         self._start = start
+        self._kind = kind
         self._target = target
         self._hash_seed = hash_seed
         self._pid = 0
@@ -183,7 +184,16 @@ class Isolated:
                 _child(theirs, self._start, self._printed.fileno(), self._phase, parent)
         else:
             program = "import sys; from rollout_core.testing.isolation import twin; twin(*sys.argv[1:])"
-            command = [sys.executable, "-c", program, str(theirs.fileno()), self._target, str(parent), os.pathsep.join(sys.path)]
+            command = [
+                sys.executable,
+                "-c",
+                program,
+                str(theirs.fileno()),
+                self._kind,
+                self._target,
+                str(parent),
+                os.pathsep.join(sys.path),
+            ]
             environment = {**os.environ, "PYTHONHASHSEED": str(self._hash_seed)}
             output = self._printed.fileno()
             theirs.set_inheritable(True)
@@ -273,14 +283,14 @@ def _child(connection: socket.socket, start: Start, output: int, phase: mmap.mma
         os._exit(code)
 
 
-def twin(fd: str, target: str, parent: str, path: str) -> None:
+def twin(fd: str, kind: SubjectKind, target: str, parent: str, path: str) -> None:
     """The new interpreter of a twin."""
     sys.path[:] = path.split(os.pathsep)
     end_with_parent(int(parent))
     import rollout_core.testing.checks  # noqa: F401 - registers the checks
     from rollout_core.testing.targets import load_target, wrap
 
-    _serve(socket.socket(fileno=int(fd)), lambda phase: wrap("packer", load_target(target), phase), None)
+    _serve(socket.socket(fileno=int(fd)), lambda phase: wrap(kind, load_target(target), phase), None)
 
 
 def _start_and_run(start: Start, phase: Any, check: Check, case: bytes, number: int = 0) -> Outcome:
@@ -288,7 +298,7 @@ def _start_and_run(start: Start, phase: Any, check: Check, case: bytes, number: 
     try:
         subject = start(phase)
     except (Exception, SystemExit) as error:
-        return Outcome(number=number, result="violation", text=f"making the packer anew raised {error_words(error)}")
+        return Outcome(number=number, result="violation", text=f"making the {check.subject} anew raised {error_words(error)}")
     return run_case(subject, check, case, number)
 
 

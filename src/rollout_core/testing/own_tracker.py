@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rollout_core.errors import TruncationError
 from rollout_core.multimodal import Conversation, HFRenderer
 from rollout_core.multimodal.deltas import Item
 from rollout_core.multimodal.messages import MediaSource
@@ -18,7 +17,6 @@ class ConversationTracker:
     """``Conversation`` over an ``HFRenderer``; refuses unstable templates."""
 
     capabilities: ClassVar[set[str]] = {"forks", "loads", "refuses", "groups tools"}
-    truncation_errors = TruncationError
     on_unstable: ClassVar[Any] = "refuse"
 
     def __init__(self, processor: Any) -> None:
@@ -76,16 +74,11 @@ class ConversationTracker:
         new = state.delta(since)
         return new.input_ids, new.compact_ids, [_row(item) for item in new.items]
 
-    def identity(self, modality: str, medium: Any) -> str:
-        return self._payload(modality, medium).identity
+    def identity(self, modality: str, part: Any) -> str:
+        return self.renderer._load(_source(modality, part)).identity
 
-    def artifact(self, modality: str, medium: Any) -> str:
-        return self._payload(modality, medium).artifact
-
-    def _payload(self, modality: str, medium: Any) -> Any:
-        part = medium if isinstance(medium, dict) else {modality: medium}
-        options = {key: value for key, value in part.items() if key in ("metadata", "sampling_rate")}
-        return self.renderer._payload(MediaSource(modality, part[modality], options, 0, 0))
+    def artifact(self, modality: str, part: Any) -> str:
+        return self.renderer._payload(_source(modality, part)).artifact
 
 
 class SegmentsTracker(ConversationTracker):
@@ -97,3 +90,8 @@ class SegmentsTracker(ConversationTracker):
 
 def _row(item: Item) -> ItemRow:
     return item.modality, list(item.spans), item.identity
+
+
+def _source(modality: str, part: Any) -> MediaSource:
+    options = {key: value for key, value in part.items() if key in ("metadata", "sampling_rate")}
+    return MediaSource(modality, part[modality], options, 0, 0)

@@ -1,4 +1,4 @@
-"""parametrize_packer_checks: the checks as pytest tests, one for each packer and check."""
+"""parametrize_packer_checks, parametrize_tracker_checks: the checks as pytest tests, one for each subject and check."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import pytest
 
 from rollout_core.testing.packers import name_of
-from rollout_core.testing.registry import LEVELS, Check, select_checks
-from rollout_core.testing.report import Result, result_lines
-from rollout_core.testing.runner import check_packer, expected_of
+from rollout_core.testing.registry import LEVELS, Check, SubjectKind, select_checks
+from rollout_core.testing.report import Report, Result, result_lines
+from rollout_core.testing.runner import check_packer, check_tracker, expected_of
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 
@@ -36,23 +36,55 @@ def parametrize_packer_checks(
     reason; such a check that passes fails the test. The other arguments are those of ``check_packer``. A skipped check is a skipped
     test that says why; the option ``--rollout-core-max-examples`` goes before ``max_examples``.
     """
-    expected = expected_of("packer", expected_failures)
-    checks = select_checks("packer", level=level, only=only)
     options = {"level": level, "max_examples": max_examples, "seed": seed, "timeout": timeout, "isolate": isolate}
+    return _parametrized("packer", check_packer, packers, only, expected_failures, options)
+
+
+def parametrize_tracker_checks(
+    trackers: Sequence[Any],
+    *,
+    worlds: Iterable[str] = (),
+    level: str = LEVELS[-1],
+    only: Iterable[str] = (),
+    expected_failures: Mapping[str, str] | None = None,
+    max_examples: int = 100,
+    seed: int = 0,
+    timeout: float = 5.0,
+    isolate: bool = True,
+) -> Callable[[Test], Test]:
+    """Parametrize a test over trackers and the checks of a level:
+
+        @parametrize_tracker_checks([MyTracker])
+        def test_tracker(tracker, check):
+            check(tracker)
+
+    ``worlds`` is that of ``check_tracker``; everything else is as for ``parametrize_packer_checks``.
+    """
+    options = {"level": level, "max_examples": max_examples, "seed": seed, "timeout": timeout, "isolate": isolate}
+    return _parametrized("tracker", check_tracker, trackers, only, expected_failures, {**options, "worlds": tuple(worlds)})
+
+
+def _parametrized(
+    kind: SubjectKind,
+    run: Callable[..., Report],
+    subjects: Sequence[Any],
+    only: Iterable[str],
+    expected_failures: Mapping[str, str] | None,
+    options: dict[str, Any],
+) -> Callable[[Test], Test]:
+    expected = expected_of(kind, expected_failures)
+    checks = select_checks(kind, level=options["level"], only=only)
     rows = []
-    labels = [packer if isinstance(packer, str) else name_of(packer).rpartition(" ")[2] for packer in packers]
-    for place, packer in enumerate(packers):
+    labels = [subject if isinstance(subject, str) else name_of(subject).rpartition(" ")[2] for subject in subjects]
+    for place, subject in enumerate(subjects):
         label = labels[place] + (f"-{place}" if labels.count(labels[place]) > 1 else "")
         for check in checks:
             marks = []
             if check.id in expected:
                 marks.append(pytest.mark.xfail(reason=expected[check.id], strict=True, raises=CheckFailed))
-            rows.append(
-                pytest.param(
-                    packer, _Runnable(check, options, expected=check.id in expected), id=f"{label}-{check.id}", marks=marks
-                )
-            )
-    return pytest.mark.parametrize(("packer", "check"), rows)
+            runnable = _Runnable(check, run, options, expected=check.id in expected)
+            rows.append(pytest.param(subject, runnable, id=f"{label}-{check.id}", marks=marks))
+    return pytest.mark.parametrize((kind, "check"), rows)
 
 
 class CheckFailed(AssertionError):
@@ -60,24 +92,25 @@ class CheckFailed(AssertionError):
 
 
 class _Runnable:
-    """One check, to be called with a packer."""
+    """One check, to be called with a subject."""
 
-    def __init__(self, check: Check, options: dict[str, Any], *, expected: bool) -> None:
+    def __init__(self, check: Check, run: Callable[..., Report], options: dict[str, Any], *, expected: bool) -> None:
         self._check = check
+        self._run = run
         self._options = options
         self._expected = expected  # to fail
 
     def __repr__(self) -> str:
         return f"<check {self._check.id}: {self._check.title}>"
 
-    def __call__(self, packer: Any) -> Result:
+    def __call__(self, subject: Any) -> Result:
         __tracebackhide__ = True
         from rollout_core.testing import pytest_plugin
 
         options = dict(self._options)
         if pytest_plugin.max_examples is not None:
             options["max_examples"] = pytest_plugin.max_examples
-        (result,) = check_packer(packer, only=[self._check.id], **options).results
+        (result,) = self._run(subject, only=[self._check.id], **options).results
         if result.status == "skip" and self._expected:
             raise AssertionError(f"{result.id} is expected to fail, and was skipped: {result.reason}")
         if result.status == "skip":

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 import msgspec
 from hypothesis.strategies import SearchStrategy
@@ -51,6 +51,10 @@ class Check:
     @property
     def subject(self) -> str:
         return self.id.partition("/")[0]
+
+    @property
+    def kind(self) -> SubjectKind:
+        return cast(SubjectKind, self.subject)
 
     @property
     def clause(self) -> str:

@@ -1,22 +1,25 @@
-"""check_packer: run every check on a packer and report what came of each."""
+"""check_packer, check_tracker: run every check on a subject and report what came of each."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import msgspec
 
 import rollout_core.testing.checks  # noqa: F401 - registers the checks
-from rollout_core.testing.isolation import Here, Isolated, Outcome, Start
-from rollout_core.testing.packers import CAPABILITIES
+from rollout_core.testing.isolation import Here, Isolated, Outcome, Start, SubjectError
+from rollout_core.testing.peers import PEERS
 from rollout_core.testing.registry import LEVELS, Check, SubjectKind, get_check, select_checks
 from rollout_core.testing.report import Report, Result, versions
 from rollout_core.testing.scripts import reproduction, target_of
 from rollout_core.testing.search import Finding, search
-from rollout_core.testing.targets import load_target, wrap
+from rollout_core.testing.targets import OWN, OWN_TRACKERS, capability_words, load_target, wrap
+from rollout_core.testing.targets import kind_of as kind_of_loaded
+from rollout_core.testing.worlds import world_info
 
 #: Called before each check with None, and after it with its result; and with the number of checks.
 Progress: TypeAlias = Callable[[Check, Result | None, int], None]
@@ -52,11 +55,35 @@ def check_packer(
     return _run("packer", packer, level, only, expected_failures, max_examples, seed, timeout, isolate, progress)
 
 
-def replay(packer: Any, report: Report, *, timeout: float = 5.0, isolate: bool = True) -> Report:
+def check_tracker(
+    tracker: Any,
+    *,
+    worlds: Iterable[str] = (),
+    level: str = LEVELS[-1],
+    only: Iterable[str] = (),
+    expected_failures: Mapping[str, str] | None = None,
+    max_examples: int = 100,
+    seed: int = 0,
+    timeout: float = 5.0,
+    isolate: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Run the checks of a level on a tracker: a class or factory that takes a processor, or the name of one.
+    ``rollout_core.testing.trackers`` says what it gives.
+
+    ``worlds``: names of the worlds to try it in, such as those that ``register_world`` was given; without any, in all fakes. A
+    check for which none of them is fit is skipped. The other arguments are those of ``check_packer``, and so are the errors.
+    """
+    asked = [f"world={world_info(name).name}" for name in ([worlds] if isinstance(worlds, str) else worlds)]
+    return _run("tracker", tracker, level, only, expected_failures, max_examples, seed, timeout, isolate, progress, asked)
+
+
+def replay(subject: Any, report: Report, *, timeout: float = 5.0, isolate: bool = True) -> Report:
     """Run the counterexamples of a saved report again, and nothing else."""
     started = time.monotonic()
     saved = [result for result in report.results if bytes(result.case) != b"null"]
-    with _Executor("packer", packer, timeout, isolate) as execute:
+    kind = get_check(saved[0].id).kind if saved else "packer"
+    with _Executor(kind, subject, timeout, isolate) as execute:
         results = []
         for old in saved:
             check = get_check(old.id)
@@ -68,10 +95,12 @@ def replay(packer: Any, report: Report, *, timeout: float = 5.0, isolate: bool =
                 outcome=outcome,
                 skip=outcome.text if outcome.result == "skip" else "",
             )
-            results.append(_result(check, finding, time.monotonic() - begun, old.reason if old.status == "xfail" else None, packer))
+            results.append(
+                _result(check, finding, time.monotonic() - begun, old.reason if old.status == "xfail" else None, subject)
+            )
     return msgspec.structs.replace(
         report,
-        target=target_of(packer).words,
+        target=target_of(subject).words,
         max_examples=1,
         seconds=time.monotonic() - started,
         versions=versions(),
@@ -90,6 +119,7 @@ def _run(
     timeout: float,
     isolate: bool,
     progress: Progress | None,
+    asked: Iterable[str] = (),
 ) -> Report:
     started = time.monotonic()
     if max_examples < 1 or timeout <= 0:
@@ -106,7 +136,7 @@ def _run(
                 progress(check, None, len(checks))
             begun = time.monotonic()
             execute.begin_check()
-            finding = _find(check, execute, max_examples, seed)
+            finding = _find(check, execute, max_examples, seed, frozenset(asked))
             result = _result(check, finding, time.monotonic() - begun, expected.get(check.id), target)
             results.append(result)
             if progress:
@@ -135,14 +165,15 @@ def expected_of(kind: SubjectKind, expected: Mapping[str, str] | None) -> dict[s
     return reasons
 
 
-def _find(check: Check, execute: _Executor, max_examples: int, seed: int) -> Finding:
+def _find(check: Check, execute: _Executor, max_examples: int, seed: int, asked: frozenset[str]) -> Finding:
     missing = sorted(check.needs - execute.capabilities)
     if missing:
-        return Finding(examples=0, skip=f"needs {missing[0]!r}: {CAPABILITIES.get(missing[0], 'not declared')}")
+        words = capability_words(check.subject)
+        return Finding(examples=0, skip=f"needs {missing[0]!r}: {words.get(missing[0], 'not declared')}")
     if check.twins and not execute.importable:
         return Finding(examples=0, skip="needs a packer that a new interpreter can import: pass package.module:attribute")
     examples = max(1, max_examples // check.cost)
-    return search(check.cases(execute.capabilities), partial(execute, check), max_examples=examples, random_seed=seed)
+    return search(check.cases(execute.capabilities | asked), partial(execute, check), max_examples=examples, random_seed=seed)
 
 
 def _result(check: Check, finding: Finding, seconds: float, reason: str | None, target: Any) -> Result:
@@ -173,6 +204,7 @@ class _Executor:
 
     def __init__(self, kind: SubjectKind, target: Any, timeout: float, isolate: bool) -> None:
         self._timeout = timeout
+        self._kind = kind
         self._start = _starter(kind, target)
         self._target = target_of(target)
         self._twins: list[Isolated] = []
@@ -209,7 +241,7 @@ class _Executor:
     def start_twins(self) -> None:
         """Start the new interpreters now: they take seconds, in which other checks can run."""
         if self.importable and not self._twins:
-            self._twins = [Isolated(self._start, target=self._target.name, hash_seed=seed) for seed in _HASH_SEEDS]
+            self._twins = [Isolated(self._start, kind=self._kind, target=self._target.name, hash_seed=seed) for seed in _HASH_SEEDS]
 
     def _run_twins(self, check: Check, case: bytes) -> Outcome:
         self.start_twins()
@@ -226,6 +258,30 @@ class _Executor:
         return one
 
 
+def kind_of(target: str) -> SubjectKind:
+    """What a name stands for. The module is loaded in a process of its own; one that cannot be loaded is told when it is run."""
+    if target in OWN_TRACKERS:
+        return "tracker"
+    if target in OWN or target in PEERS:
+        return "packer"
+    runner = None
+    try:
+        runner = Isolated(lambda phase: _Kind(frozenset({kind_of_loaded(load_target(target))})))
+        return "tracker" if "tracker" in runner.hello.capabilities else "packer"
+    except SubjectError:
+        return "packer"
+    finally:
+        if runner is not None:
+            runner.close()
+
+
+@dataclass
+class _Kind:
+    """A subject of which only the kind is asked."""
+
+    capabilities: frozenset[str]
+
+
 def _starter(kind: SubjectKind, target: Any) -> Start:
     if isinstance(target, str):
         return lambda phase: wrap(kind, load_target(target), phase)
@@ -238,5 +294,5 @@ def _refuse_cuda() -> None:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise RuntimeError(
             "this process has used CUDA, which a forked process cannot use; pass isolate=False, or use `rollout-core check`, "
-            "which loads the packer in a process of its own"
+            "which loads the subject in a process of its own"
         )

@@ -1,4 +1,4 @@
-"""Reproduction scripts: a case as a program of its own, which needs torch and the packer and nothing of rollout_core."""
+"""Reproduction scripts: a packer's case as a program of its own, which needs torch and the packer and nothing of rollout_core."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, Final
 from rollout_core.testing.cases import PackerCase, TensorCase, fill_bytes
 from rollout_core.testing.registry import Check
 from rollout_core.testing.targets import full_name
+from rollout_core.testing.tracker_cases import TrackerCase
+from rollout_core.testing.tracker_scripts import tracker_script
 
 #: Longer than this a tensor's bytes are made by a formula and not written out.
 _WRITTEN_OUT: Final = 64
@@ -83,6 +85,10 @@ def _named(name: str, words: str) -> Target:
 
 def reproduction(check: Check, case: Any, target: Any, text: str) -> str:
     """The script for a case of a check; empty if the check has none."""
+    if check.script and isinstance(case, TrackerCase):
+        place = target_of(target)
+        make = place.name.partition(":")[2] or "MyTracker"
+        return tracker_script(check, case, place.imports or f"# MyTracker = ...  # put yours here: {place.words}", make, text)
     if not check.script or not isinstance(case, PackerCase):
         return ""
     place = target_of(target)

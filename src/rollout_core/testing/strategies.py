@@ -1,4 +1,4 @@
-"""Hypothesis strategies for named tensors, plans, streams and manifests.
+"""Hypothesis strategies for named tensors, plans, streams and manifests; and for conversations, their templates and their media.
 
 Every strategy draws recipes (dtype, shape, memory layout) and makes data from them late, so that examples shrink to few, small,
 plainly named tensors. All arguments are strategies or bounds, keyword-only, with defaults that reach the edges: every dtype that
@@ -22,9 +22,11 @@ from rollout_core.bucketing.dtypes import DTYPES, WIRE_NAMES
 from rollout_core.bucketing.placement import Order, Oversize
 from rollout_core.testing.cases import LAYOUTS, Fill, Layout, PackerCase, Relation, TensorCase, make_tensors, related_case
 from rollout_core.testing.packers import name_of
+from rollout_core.testing.tracker_strategies import conversations, pictures, sounds, templates, videos
 
 __all__ = [
     "capacities",
+    "conversations",
     "dtypes",
     "fills",
     "hostile_manifests",
@@ -33,12 +35,16 @@ __all__ = [
     "named_tensors",
     "names",
     "packer_cases",
+    "pictures",
     "plans",
     "relations",
     "shapes",
+    "sounds",
     "streams",
+    "templates",
     "tensor_cases",
     "tensor_specs",
+    "videos",
 ]
 
 #: Simplest first: an example shrinks towards the front.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any, Final
 
 from rollout_core.testing.isolation import Subject, SubjectError
-from rollout_core.testing.packers import PackerUnderTest, resolve
+from rollout_core.testing.packers import CAPABILITIES, PackerUnderTest, resolve
 from rollout_core.testing.peers import PEERS
 from rollout_core.testing.registry import SubjectKind
 
@@ -19,17 +20,22 @@ OWN: Final = {
     "rollout_core-grouping": "rollout_core.testing.own:GroupingPacker",
     "reference": "rollout_core.testing.reference:ReferencePacker",
 }
+#: This project's own trackers.
+OWN_TRACKERS: Final = {
+    "rollout_core-tracker": "rollout_core.testing.own_tracker:ConversationTracker",
+    "rollout_core-segments": "rollout_core.testing.own_tracker:SegmentsTracker",
+}
 
 
 def full_name(target: str) -> str:
     """``package.module:attribute`` for a short name; what is no short name comes back as it is. ``SubjectError`` for neither."""
-    if target in OWN:
-        return OWN[target]
+    if target in OWN or target in OWN_TRACKERS:
+        return {**OWN, **OWN_TRACKERS}[target]
     if target in PEERS:
         return PEERS[target].target
     module, colon, attribute = target.partition(":")
     if not (module and colon and attribute):
-        shipped = ", ".join([*OWN, *PEERS])
+        shipped = ", ".join([*OWN, *OWN_TRACKERS, *PEERS])
         raise SubjectError(f"{target!r} is neither package.module:attribute nor a shipped adapter ({shipped})")
     return target
 
@@ -60,4 +66,24 @@ def wrap(kind: SubjectKind, target: Any, phase: Any) -> Subject:
     """A target as the checks of its kind call it. ``TypeError`` if it is no such subject."""
     if kind == "packer":
         return PackerUnderTest(resolve(target), phase)
+    if kind == "tracker":
+        from rollout_core.testing.trackers import TrackerUnderTest
+
+        return TrackerUnderTest(target, phase)
     raise TypeError(f"there are no checks for a {kind} yet")
+
+
+def kind_of(target: Any) -> SubjectKind:
+    """What a target is meant to be: a tracker if it has a tracker's methods or takes a processor, else a packer."""
+    from rollout_core.testing.trackers import looks_like_a_tracker
+
+    return "tracker" if looks_like_a_tracker(target) else "packer"
+
+
+def capability_words(kind: str) -> Mapping[str, str]:
+    """What a subject of a kind may have beyond what it must: name -> what it is."""
+    if kind == "tracker":
+        from rollout_core.testing.trackers import TRACKER_CAPABILITIES
+
+        return TRACKER_CAPABILITIES
+    return CAPABILITIES

@@ -12,12 +12,14 @@ Modality: TypeAlias = Literal["image", "video", "audio"]
 #: How a picture is handed over. Each form but ``pil`` needs the claim ``loads``.
 Form: TypeAlias = Literal["pil", "array", "bytes", "path"]
 Finish: TypeAlias = Literal["stop", "length", "aborted"]
-#: How the ids of a sampled turn come from its text: as the tokenizer would encode it; byte by byte, as a policy may and no tokenizer
-#: would; with a placeholder of the first modality before the text; with a feature token there; or with the turn's end in the middle.
+#: How the ids of a sampled turn come from its text: as the tokenizer would encode it; byte by byte, as a policy may and no
+#: tokenizer would; with a placeholder of the first modality before the text; with a feature token there; or with the turn's end in
+#: the middle.
 Spelling: TypeAlias = Literal["encoded", "spelled", "placeholder", "feature", "ended early"]
 Logprobs: TypeAlias = Literal["none", "all", "some", "zero"]
-#: ``start`` and ``extend`` take messages. ``sample`` is a turn of the policy. ``fork`` keeps the state, ``back`` goes on from a kept
-#: one. ``store`` writes it to bytes and goes on from what was read. ``cut`` truncates a copy. ``bad`` is an input that must be refused.
+#: ``start`` and ``extend`` take messages. ``sample`` is a turn of the policy. ``fork`` keeps the state, ``back`` goes on from a
+#: kept one. ``store`` writes it to bytes and goes on from what was read. ``cut`` truncates a copy. ``bad`` is an input that must be
+#: refused.
 Operation: TypeAlias = Literal["start", "extend", "sample", "fork", "back", "store", "cut", "bad"]
 
 #: A setting of which the kit makes sounds; processors take one rate only.
@@ -25,8 +27,8 @@ SAMPLING_RATE: Final = 16_000
 
 
 class MediumCase(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The recipe of a picture, a video or a sound. ``width`` and ``height`` in pixels; ``frames`` of a video; ``height`` times 100 is the
-    number of samples of a sound. Equal ``seed`` and sizes give equal content. ``fps`` of a video: 0 is unknown."""
+    """The recipe of a picture, a video or a sound. ``width`` and ``height`` in pixels; ``frames`` of a video; ``height`` times
+    100 is the number of samples of a sound. Equal ``seed`` and sizes give equal content. ``fps`` of a video: 0 is unknown."""
 
     modality: Modality = "image"
     width: int = 2
@@ -122,8 +124,8 @@ class MessageCase(msgspec.Struct, frozen=True, omit_defaults=True):
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     """One step of a program.
 
-    ``messages`` of start and extend. Of a sampled turn: ``text``, how it becomes ids, how it ended, which logprobs came with it, and
-    whether the token that ends a turn is among the ids. ``number``: which kept state, where to cut, which kind of bad input.
+    ``messages`` of start and extend. Of a sampled turn: ``text``, how it becomes ids, how it ended, which logprobs came with it,
+    and whether the token that ends a turn is among the ids. ``number``: which kept state, where to cut, which kind of bad input.
     """
 
     operation: Operation = "extend"

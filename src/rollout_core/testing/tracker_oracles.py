@@ -1,24 +1,23 @@
 """What a conversation must be, computed anew from everything that was added: nothing of ``rollout_core.multimodal`` is used.
 
-The splice oracle renders the whole conversation with a mark for each sampled turn, encodes what stands between the marks with the processor's own
-call, and puts the sampled ids in, verbatim. The template oracle is one call of the processor over the whole text. Positions are counted
-token by token.
+The splice oracle renders the whole conversation with a mark for each sampled turn, encodes what stands between the marks with
+the processor's own call, and puts the sampled ids in, verbatim. The template oracle is one call of the processor over the whole
+text. Positions are counted token by token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from rollout_core.testing.tracker_cases import SAMPLING_RATE, MediumCase, MessageCase
-from rollout_core.testing.worlds import Grid, Positions, World
+from rollout_core.testing.tracker_cases import MessageCase
+from rollout_core.testing.tracker_encoding import TEXT_KEYS, ExpectedItem, Part, encode, given, is_control
+from rollout_core.testing.worlds import Positions, World
 
-#: Outputs of a processor that are the text's.
-TEXT_KEYS = frozenset({"input_ids", "attention_mask", "text_replacement_offsets", "video_metadata"})
 _MARK = "\U000f0000"
 
 
@@ -36,29 +35,10 @@ class Turn:
         return self.ids or ()
 
 
-@dataclass(frozen=True)
-class ExpectedItem:
-    """An item at its place. ``spans``: of feature tokens. ``region``: of everything that the processor wrote for it. ``envelope``: with what
-    the template wrote around it. All on expanded tokens."""
-
-    medium: MediumCase
-    spans: tuple[tuple[int, int], ...]
-    region: tuple[int, int]
-    envelope: tuple[int, int]
-    rows: int | None = None
-    grids: tuple[Grid, ...] = ()
-
-    def moved(self, by: int) -> ExpectedItem:
-        def move(span: tuple[int, int]) -> tuple[int, int]:
-            return span[0] + by, span[1] + by
-
-        return ExpectedItem(self.medium, tuple(map(move, self.spans)), move(self.region), move(self.envelope), self.rows, self.grids)
-
-
 @dataclass
 class Expected:
-    """A conversation as it must be. ``tail``: what ends a sampled turn at the end and may stand there or not. ``clean``: whether the ids are those of one
-    call over the text."""
+    """A conversation as it must be. ``tail``: what ends a sampled turn at the end and may stand there or not. ``clean``: whether
+    the ids are those of one call over the text."""
 
     ids: list[int] = field(default_factory=list)
     compact: list[int] = field(default_factory=list)
@@ -112,8 +92,8 @@ def splice(world: World, turns: Sequence[Turn]) -> Expected:
     for place, segment in enumerate(segments):
         last = expected.ids[-1] if place and expected.mask and expected.mask[-1] else None
         ends_here = place == len(groups) and bool(turns) and turns[-1].ids is not None
-        part = _encode(world, segment, waiting, first=place == 0)
-        drop = int(last is not None and bool(part.ids) and part.ids[0] == last and _is_control(world, last))
+        part = encode(world, segment, waiting, first=place == 0)
+        drop = int(last is not None and bool(part.ids) and part.ids[0] == last and is_control(world, last))
         if last is not None and not drop and last in {world.token(stop) for stop in world.stops}:
             expected.clean = False  # a turn was ended with a token that the template does not write here
         if ends_here:
@@ -146,24 +126,6 @@ def outputs(world: World, items: Sequence[ExpectedItem], length: int) -> dict[st
                 row[0, start:stop] = values[item.medium.modality]
         found[key] = row
     return found
-
-
-def given(media: Sequence[MediumCase]) -> dict[str, Any]:
-    """The arguments of a processor call for these media."""
-    arguments: dict[str, Any] = {}
-    if images := [m.image().convert("RGB") for m in media if m.modality == "image"]:
-        arguments["images"] = images
-    if videos := [m for m in media if m.modality == "video"]:
-        arguments["videos"] = [m.pixels() for m in videos]
-        decided: dict[str, Any] = {"do_sample_frames": False}
-        if any(m.fps for m in videos):
-            known = [{"fps": m.fps or None, "frames_indices": [*range(m.frames)], "total_num_frames": m.frames} for m in videos]
-            decided["video_metadata"] = [{**entry, "duration": None} for entry in known]
-        arguments["videos_kwargs"] = decided
-    if sounds := [m.samples() for m in media if m.modality == "audio"]:
-        arguments["audio"] = sounds
-        arguments["audio_kwargs"] = {"sampling_rate": SAMPLING_RATE}
-    return arguments
 
 
 def positions(rule: Positions, length: int, items: Sequence[ExpectedItem]) -> np.ndarray[Any, Any]:
@@ -216,68 +178,7 @@ def _bare(message: MessageCase) -> dict[str, Any]:
     return {**made, "content": parts}
 
 
-@dataclass
-class _Part:
-    ids: list[int]
-    compact: list[int]
-    items: list[ExpectedItem]
-
-
-def _encode(world: World, text: str, waiting: Mapping[str, Iterator[MediumCase]], *, first: bool) -> _Part:
-    """A stretch of text with its placeholders through the processor."""
-    options: dict[str, Any] = {} if first else {"add_special_tokens": False}
-    media = [next(waiting[modality]) for modality in _placeholders(world, text)]
-    called = world.processor(text=[text], return_text_replacement_offsets=True, return_tensors="pt", **given(media), **options)
-    ids = [int(token) for token in called["input_ids"][0]]
-    entries = sorted(called["text_replacement_offsets"][0], key=lambda entry: entry["span"][0]) if media else []
-    grown, at = "", 0
-    ranges = []
-    for entry in entries:
-        grown += text[at : entry["span"][0]]
-        ranges.append((len(grown), len(grown) + len(entry["replacement"])))
-        grown, at = grown + entry["replacement"], entry["span"][1]
-    grown += text[at:]
-    encoded = world.tokenizer(grown, return_offsets_mapping=True, add_special_tokens=first, verbose=False)
-    if list(encoded["input_ids"]) != ids:
-        raise AssertionError(f"the processor of {world.name} does not encode the text that it says it makes")
-    places = encoded["offset_mapping"]
-    by_modality = {modality: iter([m for m in media if m.modality == modality]) for modality in world.shown}
-    items = [_item(world, next(by_modality[entry["type"]]), span, ids, places) for entry, span in zip(entries, ranges, strict=True)]
-    compact = list(world.tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"])
-    return _Part(ids, compact, items)
-
-
-def _placeholders(world: World, text: str) -> list[str]:
-    """The modalities of the placeholders in a text, in order."""
-    found = []
-    for modality, shown in world.shown.items():
-        at = text.find(shown.placeholder)
-        while at >= 0:
-            found.append((at, modality))
-            at = text.find(shown.placeholder, at + len(shown.placeholder))
-    return [modality for _, modality in sorted(found)]
-
-
-def _item(world: World, medium: MediumCase, span: tuple[int, int], ids: Sequence[int], places: Sequence[tuple[int, int]]) -> ExpectedItem:
-    shown = world.shown[medium.modality]
-    feature = world.token(shown.feature)
-    inside = [at for at, (start, stop) in enumerate(places) if start < span[1] and stop > span[0]]
-    around = [
-        at for at, (start, stop) in enumerate(places) if start < span[1] + len(shown.after) and stop > span[0] - len(shown.before)
-    ]
-    spans: list[tuple[int, int]] = []
-    for at in inside:
-        if ids[at] != feature:
-            continue
-        if spans and spans[-1][1] == at:
-            spans[-1] = (spans[-1][0], at + 1)
-        else:
-            spans.append((at, at + 1))
-    rows, grids = world.measure(medium) if world.measure else (None, ())
-    return ExpectedItem(medium, tuple(spans), (inside[0], inside[-1] + 1), (around[0], around[-1] + 1), rows, grids)
-
-
-def _append(expected: Expected, part: _Part, drop: int) -> None:
+def _append(expected: Expected, part: Part, drop: int) -> None:
     by = len(expected.ids) - drop
     expected.ids += part.ids[drop:]
     expected.compact += part.compact[drop:]
@@ -298,10 +199,6 @@ def _append_sampled(world: World, expected: Expected, group: Sequence[Turn]) -> 
     canonical = list(world.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     ends = {world.token(stop) for stop in world.stops}
     kept = ids[:-1] if ids and ids[-1] in ends else ids
-    special = any(_is_control(world, token) for token in kept)
+    special = any(is_control(world, token) for token in kept)
     if canonical != kept or special or text != text.strip():
         expected.clean = False
-
-
-def _is_control(world: World, token: int) -> bool:
-    return token in getattr(world.tokenizer, "added_tokens_decoder", {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from rollout_core.testing.tracker_cases import Step, TrackerCase
@@ -130,5 +130,3 @@ def plain(outputs: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...], byte
         data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
         found[key] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
     return found
-
-

@@ -1,7 +1,7 @@
 """Strategies for conversations: worlds, media, and programs of steps. Exported by ``rollout_core.testing.strategies``.
 
-A program is drawn as a list of steps of four numbers, each of which picks from a table, so that a step is left out in one go; the world is drawn
-before it, and the numbers are read only then.
+A program is drawn as a list of steps of four numbers, each of which picks from a table, so that a step is left out in one go;
+the world is drawn before it, and the numbers are read only then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,25 @@ from rollout_core.testing.tracker_cases import MediumCase, MessageCase, Modality
 from rollout_core.testing.worlds import TEMPLATES, TemplateCase, world_info, world_names
 
 #: What messages and policies say: what tokenizers merge, split and spell in bytes.
-TEXTS: Final = ("a", "b", "12", "1", "\n", "a\n", "\n\n", " b", ".", "x y", "", "\u00e9", "\u65e5\u672c", " ", "a.\n\nb", "3 media", "<tool>")
+TEXTS: Final = (
+    "a",
+    "b",
+    "12",
+    "1",
+    "\n",
+    "a\n",
+    "\n\n",
+    " b",
+    ".",
+    "x y",
+    "",
+    "\u00e9",
+    "\u65e5\u672c",
+    " ",
+    "a.\n\nb",
+    "3 media",
+    "<tool>",
+)
 #: Media of each modality: sizes that differ in one side, and in both.
 MEDIA: Final[dict[str, tuple[MediumCase, ...]]] = {
     "image": tuple(
@@ -30,7 +48,8 @@ MEDIA: Final[dict[str, tuple[MediumCase, ...]]] = {
     ),
     "audio": tuple(MediumCase("audio", height=h, seed=s) for h, s in ((1, 0), (3, 0), (6, 1))),
 }
-#: What ``extend`` adds: (role, parts) of each message. ``t`` is the text, ``s`` the next text, ``m`` the medium, ``n`` the next medium.
+#: What ``extend`` adds: (role, parts) of each message. ``t`` is the text, ``s`` the next text, ``m`` the medium, ``n`` the next
+#: medium.
 ADDED: Final = (
     (("user", "t"),),
     (("tool", "t"),),
@@ -74,8 +93,8 @@ _Row: TypeAlias = Sequence[tuple[str, str]]
 
 
 def templates(*, stable: bool | None = None) -> st.SearchStrategy[TemplateCase]:
-    """Chat templates as data: ChatML first, then one oddity at a time. ``stable``: only those that never change what they wrote before, or
-    only those that do."""
+    """Chat templates as data: ChatML first, then one oddity at a time. ``stable``: only those that never change what they wrote
+    before, or only those that do."""
     return st.sampled_from([case for case in TEMPLATES.values() if stable is None or case.stable == stable])
 
 
@@ -96,7 +115,8 @@ def medium_cases(
 
 
 def pictures(*, max_side: int = 8, modes: Iterable[str] = ("RGB", "L", "P", "RGBA")) -> st.SearchStrategy[Any]:
-    """Pictures as ``PIL.Image.Image``: one pixel and long thin ones among them, in the modes that identity and tokens have to keep apart."""
+    """Pictures as ``PIL.Image.Image``: one pixel and long thin ones among them, in the modes that identity and tokens have to
+    keep apart."""
     unknown = sorted(set(modes) - {"RGB", "L", "P", "RGBA"})
     if unknown:
         return _refuse(f"modes has {unknown[0]!r}; pictures are made in RGB, L, P and RGBA")
@@ -129,8 +149,9 @@ def conversations(
 ) -> st.SearchStrategy[TrackerCase]:
     """Programs on a tracker: a world, what the conversation starts with, and what messages and sampled turns follow.
 
-    ``worlds``: names of worlds, by default all stable fakes. ``begun``, ``added``, ``samples``, ``texts``: tables of what is picked from, as ``BEGUN``,
-    ``ADDED``, ``SAMPLES`` and ``TEXTS`` of this module. ``places``: so many numbers in ``at``. ``alternating``: sampled turns and messages in turn.
+    ``worlds``: names of worlds, by default all stable fakes. ``begun``, ``added``, ``samples``, ``texts``: tables of what is
+    picked from, as ``BEGUN``, ``ADDED``, ``SAMPLES`` and ``TEXTS`` of this module. ``places``: so many numbers in ``at``.
+    ``alternating``: sampled turns and messages in turn.
     """
     if not 0 <= min_steps <= max_steps:
         return _refuse(f"min_steps={min_steps}, max_steps={max_steps}: 0 <= min_steps <= max_steps must hold")
@@ -164,7 +185,8 @@ def _program(
     first: tuple[int, int, int],
     drawn: Sequence[tuple[bool, int, int, int]],
 ) -> TrackerCase:
-    steps = [Step("start", messages(world, begun[first[0]], first[1], first[2], texts))]
+    opening = [("user" if role == "tool" else role, letters) for role, letters in begun[first[0]]]
+    steps = [Step("start", messages(world, opening, first[1], first[2], texts))]
     for place, (extends, pattern, text, medium) in enumerate(drawn):
         if extends if not alternating else place % 2:
             steps.append(Step("extend", messages(world, added[pattern % len(added)], text, medium, texts)))
@@ -179,7 +201,7 @@ def messages(world: str, rows: _Row, text: int, medium: int, texts: Sequence[str
     pool = [case for modality in info.modalities for case in MEDIA[modality]]
     # side by side there is one medium of each modality at the front
     pool.sort(key=lambda case: MEDIA[case.modality].index(case))
-    parts = {
+    parts: dict[str, str | MediumCase] = {
         "t": texts[text % len(texts)], "s": texts[(text + 1) % len(texts)],
         "m": pool[medium % len(pool)], "n": pool[(medium + 1) % len(pool)],
     }  # fmt: skip

@@ -1,18 +1,19 @@
 """A tracker under test: what the kit calls, and what it may ask for beyond that.
 
-A tracker grows a multimodal conversation by deltas. Under test is a class or factory that takes a processor (one of transformers, or
-anything that behaves like it: called with ``text``, ``images``, ``videos``, ``audio``; ``tokenizer``, ``apply_chat_template``) and gives an
-object with
+A tracker grows a multimodal conversation by deltas. Under test is a class or factory that takes a processor (one of
+transformers, or anything that behaves like it: called with ``text``, ``images``, ``videos``, ``audio``; ``tokenizer``,
+``apply_chat_template``) and gives an object with
 
 - ``start(messages) -> state``, ``extend(state, messages) -> state``;
-- ``append_sampled(state, ids, logprobs, finish) -> state``: ids as the policy sampled them, one logprob or None for each or None for all,
-  and ``stop``, ``length`` or ``aborted``; the generation prompt comes first where it is not there yet;
-- ``input_ids(state)``: the expanded ids, without a generation prompt at the end. What ends a sampled turn and was not sampled may stand there at
-  once, or when messages follow.
+- ``append_sampled(state, ids, logprobs, finish) -> state``: ids as the policy sampled them, one logprob or None for each or None
+  for all, and ``stop``, ``length`` or ``aborted``; the generation prompt comes first where it is not there yet;
+- ``input_ids(state)``: the expanded ids, without a generation prompt at the end. What ends a sampled turn and was not sampled may
+  stand there at once, or when messages follow.
 
-Messages are as templates take them; media are parts ``{"type": "image", "image": picture}``, ``{"type": "video", "video": frames, "metadata":
-{"fps": ...}}``, ``{"type": "audio", "audio": samples, "sampling_rate": ...}``. A method that returns None has changed the state that it was
-given. With more methods more is checked (``TRACKER_CAPABILITIES``); what no method shows it claims in ``capabilities``, a set of these names.
+Messages are as templates take them; media are parts ``{"type": "image", "image": picture}``, ``{"type": "video", "video":
+frames, "metadata": {"fps": ...}}``, ``{"type": "audio", "audio": samples, "sampling_rate": ...}``. A method that returns None
+has changed the state that it was given. With more methods more is checked (``TRACKER_CAPABILITIES``); what no method shows it
+claims in ``capabilities``, a set of these names.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ TRACKER_CAPABILITIES: Final[dict[str, str]] = {
     "truncate": "method truncate(state, max_length, side, policy): side is right or left, policy drop_item, drop_message or error",
     "to_bytes": "methods to_bytes(state) and from_bytes(data)",
     "delta": "method delta(state, since): (new ids, new compact ids, new items) after an earlier state; items as of items(state)",
-    "identity": "method identity(modality, medium): what a medium is; equal for equal content",
-    "artifact": "method artifact(modality, medium): the same together with the processor's settings",
+    "identity": "method identity(modality, part): what the medium of a part of a message is; equal for equal content",
+    "artifact": "method artifact(modality, part): the same together with the processor's settings",
     "forks": "claim: states are values; any of them can be grown any number of times, and none changes",
     "loads": "claim: a picture may also be given as a path, the bytes of a file, or a uint8 array (H, W, 3)",
     "refuses": "claim: where the template changes what it wrote before, extend raises",
@@ -65,10 +66,10 @@ class TrackerUnderTest:
     """A kind of tracker as the checks call it: ``on(processor)`` makes one."""
 
     def __init__(self, factory: Any, phase: Phase | None = None) -> None:
-        if not callable(factory) or isinstance(factory, type) and not _takes_a_processor(factory):
+        if not callable(factory) or (isinstance(factory, type) and not _takes_a_processor(factory)):
             raise TypeError(
-                f"{name_of(factory)} cannot be called with a processor; a tracker under test is a class or factory: MyTracker(processor) "
-                "gives an object with start, extend, append_sampled and input_ids"
+                f"{name_of(factory)} cannot be called with a processor; a tracker under test is a class or factory: "
+                "MyTracker(processor) gives an object with start, extend, append_sampled and input_ids"
             )
         self.factory = factory
         self.phase = phase or Phase()
@@ -89,13 +90,13 @@ class Calls:
         self._phase = phase
 
     def start(self, messages: Sequence[Mapping[str, Any]]) -> Any:
-        state = self._call("start", list(messages))
+        state = self._call("start", messages)
         if state is None:
             raise Violation("start gave None; it gives a state")
         return state
 
     def extend(self, state: Any, messages: Sequence[Mapping[str, Any]]) -> Any:
-        return self._changed("extend", state, list(messages))
+        return self._changed("extend", state, messages)
 
     def append_sampled(self, state: Any, ids: Any, logprobs: Any = None, finish: str = "stop") -> Any:
         return self._changed("append_sampled", state, ids, logprobs, finish)
@@ -147,11 +148,11 @@ class Calls:
         ids, compact, items = self._call("delta", state, since)
         return _ids("delta", ids), _ids("delta", compact), _items("delta", items)
 
-    def identity(self, modality: str, medium: Any) -> Any:
-        return self._call("identity", modality, medium)
+    def identity(self, modality: str, part: Any) -> Any:
+        return self._call("identity", modality, part)
 
-    def artifact(self, modality: str, medium: Any) -> Any:
-        return self._call("artifact", modality, medium)
+    def artifact(self, modality: str, part: Any) -> Any:
+        return self._call("artifact", modality, part)
 
     def refusal(self, call: Callable[[], Any]) -> Exception | None:
         """The error with which the tracker refuses a call; None if it does not."""
@@ -188,8 +189,8 @@ def calling(phase: Phase, method: str) -> Iterator[None]:
 
 
 def tracker_capabilities(tracker: Any) -> frozenset[str]:
-    """The methods that a tracker, or its class, has and the claims that it makes; ``TypeError`` for a claim that is not known, and for what
-    lacks one of the four methods."""
+    """The methods that a tracker, or its class, has and the claims that it makes; ``TypeError`` for a claim that is not known,
+    and for what lacks one of the four methods."""
     for method in _NEEDED:
         if not callable(getattr(tracker, method, None)):
             raise TypeError(
@@ -243,7 +244,9 @@ def _ids(method: str, values: Any) -> list[int]:
     if array.ndim == 2 and len(array) == 1:
         array = array[0]
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
-        raise Violation(f"{method} gave {name_of(values)} of shape {list(array.shape)} and {array.dtype}; it gives whole numbers, (n,)")
+        raise Violation(
+            f"{method} gave {name_of(values)} of shape {list(array.shape)} and {array.dtype}; it gives whole numbers, (n,)"
+        )
     return [int(value) for value in array]
 
 
@@ -251,4 +254,6 @@ def _items(method: str, rows: Any) -> list[ItemRow]:
     try:
         return [(str(modality), [(int(a), int(b)) for a, b in spans], identity) for modality, spans, identity in rows]
     except (TypeError, ValueError) as error:
-        raise Violation(f"{method} gave {rows!r:.80}, no list of (modality, [(start, stop), ...], identity): {error_words(error)}") from error
+        raise Violation(
+            f"{method} gave {rows!r:.80}, no list of (modality, [(start, stop), ...], identity): {error_words(error)}"
+        ) from error

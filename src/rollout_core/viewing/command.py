@@ -53,7 +53,7 @@ def conversation_command(
 def _view(file: Path, processor: Path | None) -> Any:
     from rollout_core.errors import ConversationError
     from rollout_core.viewing.file import conversation_from, load_processor, placeholders_of, read_file, renderer_of
-    from rollout_core.viewing.view import view_of
+    from rollout_core.viewing.reading import view_of
 
     given = read_file(file)
     folder = processor or given.processor

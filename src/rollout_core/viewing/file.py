@@ -1,6 +1,7 @@
 """Conversations from files: messages in JSON, or the bytes of ``Conversation.to_bytes``. It opens files, and nothing else.
 
-The JSON is ``{"processor": DIR, "tools": [...], "messages": [...]}``; README and docs say more. Paths in it count from its folder.
+The JSON is ``{"processor": DIR, "tools": [...], "messages": [...]}``; ``on_unstable``,
+``template_kwargs`` and ``positions`` go to the conversation and its renderer. Paths in it count from its folder.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rollout_core.multimodal.conversation import Conversation
 from rollout_core.multimodal.hf import HFRenderer
 from rollout_core.multimodal.processing import feature_token, placeholder
 
-_KEYS: Final = ("processor", "tools", "messages", "on_unstable", "template_kwargs")
+_KEYS: Final = ("processor", "tools", "messages", "on_unstable", "template_kwargs", "positions")
 #: What an assistant's message may say of its sampling; a template never sees these.
 _SAMPLING: Final = ("token_ids", "logprobs", "finish")
 #: Keys of media parts that may hold a path.
@@ -41,6 +42,7 @@ class Given:
     messages: tuple[dict[str, Any], ...] = ()
     on_unstable: Any = "refuse"
     template_kwargs: Mapping[str, Any] | None = None
+    positions: str | None = None
     stored: bytes | None = None
 
 
@@ -63,11 +65,13 @@ def read_file(file: Path) -> Given:
     except (ValueError, RecursionError) as error:
         raise ConversationError(f"{file} is neither JSON nor a stored conversation: {error}") from error
     if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
-        raise ConversationError(f'{file} has no list of messages; its form is {{"processor": DIR, "tools": [...], "messages": [...]}}')
+        raise ConversationError(
+            f'{file} has no list of messages; its form is {{"processor": DIR, "tools": [...], "messages": [...]}}'
+        )
     unknown = [key for key in value if key not in _KEYS]
     if unknown:
         raise ConversationError(f"{file} has the unknown key {unknown[0]!r}; the keys are {', '.join(_KEYS)}")
-    for key, kind in (("processor", str), ("tools", list), ("template_kwargs", dict)):
+    for key, kind in (("processor", str), ("tools", list), ("template_kwargs", dict), ("positions", str)):
         if value.get(key) is not None and not isinstance(value[key], kind):
             raise ConversationError(f"{file}: {key!r} is a {type(value[key]).__name__}; it is a {kind.__name__}")
     folder = file.resolve().parent
@@ -80,6 +84,7 @@ def read_file(file: Path) -> Given:
         tuple(_found(message, folder) for message in value["messages"]),
         value.get("on_unstable") or "refuse",
         value.get("template_kwargs"),
+        value.get("positions"),
     )
 
 
@@ -94,7 +99,9 @@ def load_processor(folder: Path) -> Any:
     names = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
     whole = any((folder / name).is_file() for name in names)
     if not whole and not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
-        raise ConversationError(f"processor {folder} has neither {names[0]} nor tokenizer_config.json; give one that save_pretrained wrote")
+        raise ConversationError(
+            f"processor {folder} has neither {names[0]} nor tokenizer_config.json; give one that save_pretrained wrote"
+        )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers reads it when it is imported
     from transformers import AutoProcessor, AutoTokenizer
     from transformers.utils import logging
@@ -108,13 +115,9 @@ def load_processor(folder: Path) -> Any:
 
 
 def renderer_of(processor: Any, given: Given) -> HFRenderer:
-    """The renderer for a file.
-
-    Raises:
-        ConversationError: the processor's family is unknown or refused; its template cannot be used.
-    """
+    """The renderer for a file. ``ConversationError`` for a family that is unknown or refused, or a template that cannot be used."""
     try:
-        return HFRenderer(processor, template_kwargs=given.template_kwargs)
+        return HFRenderer(processor, template_kwargs=given.template_kwargs, positions=given.positions)
     except RolloutCoreError:
         raise
     except Exception as error:  # foreign code: templates and tokenizers raise what they like
@@ -140,7 +143,9 @@ def conversation_from(given: Given, renderer: HFRenderer) -> Conversation:
     if not given.messages:
         raise ConversationError("the file has no messages")
     if given.messages[0]["role"] == "assistant":
-        raise ConversationError("message 0 is the assistant's, and there is nothing that it answers; begin with a user's or the system's")
+        raise ConversationError(
+            "message 0 is the assistant's, and there is nothing that it answers; begin with a user's or the system's"
+        )
     conversation: Conversation | None = None
     waiting: list[dict[str, Any]] = []
     for index, message in enumerate((*given.messages, None)):
@@ -154,7 +159,7 @@ def conversation_from(given: Given, renderer: HFRenderer) -> Conversation:
         if message is not None and conversation is not None:
             with _about(index):
                 conversation = _sampled(conversation, message, renderer)
-    assert conversation is not None
+    assert conversation is not None  # the first message is not the assistant's
     return conversation
 
 
@@ -195,14 +200,16 @@ def _sampled(conversation: Conversation, message: dict[str, Any], renderer: HFRe
 
 
 def _written(message: dict[str, Any], conversation: Conversation, renderer: HFRenderer) -> Any:
-    """The ids that the template writes for an assistant's message (calls of tools and the like), without those that end its turn."""
+    """What the template writes for an assistant's message with calls of tools and the like, without what ends its turn."""
     question = {"role": "user", "content": "?"}
     prompt = Conversation.start(renderer, [question], conversation.tools).with_generation_prompt().input_ids
     whole = Conversation.start(renderer, [question, message], conversation.tools).input_ids
     end = renderer.encode(renderer.verdict.closing).ids
     stop = len(whole) - len(end)
     if stop < len(prompt) or not np.array_equal(whole[: len(prompt)], prompt) or not np.array_equal(whole[stop:], end):
-        raise ConversationError("the template does not write this message as what follows its generation prompt; give its 'token_ids'")
+        raise ConversationError(
+            "the template does not write this message as what follows its generation prompt; give its 'token_ids'"
+        )
     return whole[len(prompt) : stop]
 
 

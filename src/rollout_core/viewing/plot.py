@@ -1,4 +1,4 @@
-"""A view as a picture: a strip of tokens per turn, coloured by origin, with thumbnails of the items and what the turn had to process."""
+"""A view as a picture: a strip of tokens per turn, coloured by origin, thumbnails of items, and what the turn had to process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MEANING: Final = {
 _DPI: Final = 120
 #: Inches of a token below which lines between tokens would be all that one sees.
 _SEEN: Final = 0.045
-_TOP: Final = 0.86
+_TOP: Final = 0.8
 _WARNING, _QUIET = "#b3001b", "#5d6470"
 #: Columns of numbers: heading, and the right edge in inches.
 _COLUMNS: Final = (("tokens", 0.5), ("rendered", 1.05), ("sampled", 1.58), ("processed", 2.17), ("reused", 2.65))
@@ -102,7 +102,9 @@ def _draw_strips(axes: Any, page: Page) -> None:
         )
     shown = [(row, item) for row in drawn for item in row.turn.items if _in(row, item.start, item.stop)]
     spans = [(row, *span) for row, item in shown for span in item.spans if _in(row, *span)]
-    axes.add_collection(PolyCollection(_boxes(page, spans), facecolors=(1, 1, 1, 0.5), linewidths=0, antialiaseds=False, gid="items"))
+    axes.add_collection(
+        PolyCollection(_boxes(page, spans), facecolors=(1, 1, 1, 0.5), linewidths=0, antialiaseds=False, gid="items")
+    )
     if page.cell >= _SEEN:
         edges = [_x(page, row, token) for row in drawn for token in range(row.start + 1, row.stop)]
         rows = [row for row in drawn for _ in range(row.start + 1, row.stop)]
@@ -133,6 +135,9 @@ def _ink(processed: bool) -> str:
 def _write_row(axes: Any, page: Page, row: Row, *, first: bool) -> None:
     sizes, turn = page.sizes, row.turn
     middle = row.y + sizes.strip / 2
+    size = sizes.small + 0.3
+    for y, words in row.warnings:
+        _write(axes, LEFT, y, f"! {_short(drawable(words), STRIP - 0.2, size)}", size, color=_WARNING, gid="warning")
     if row.folded:
         words = f"... {row.folded:,} rows like these, {row.stop - row.start:,} tokens, are not drawn ..."
         _write(axes, LEFT, middle, words, sizes.small + 0.5, color=_QUIET)
@@ -140,28 +145,16 @@ def _write_row(axes: Any, page: Page, row: Row, *, first: bool) -> None:
     if not first:
         _write(axes, LEFT - 0.07, middle, f"+{row.start - turn.start:,}", sizes.small, ha="right", color=_QUIET)
         return
-    small = sizes.lines == 2
-    title = drawable(f"{turn.number}  {turn.title}")
-    if small:
-        room = int((LEFT - EDGE - 0.08) / (0.6 * sizes.title / 72))
-        text = drawable(turn.text)
-        _write(axes, EDGE, middle, _short(title, room), sizes.title)
-        rest = room - len(title) - 2
-        if rest > 8 and text:
-            axes.texts[-1].set_text(_short(f"{title}: {text}", room))
+    title, text = drawable(f"{turn.number}  {turn.title}"), drawable(turn.text)
+    room = LEFT - EDGE - 0.1
+    if sizes.lines == 2:
+        _write(axes, EDGE, middle, _short(f"{title}: {text}" if text else title, room, sizes.title), sizes.title)
     else:
-        room = int((LEFT - EDGE - 0.08) / (0.6 * sizes.title / 72))
-        _write(axes, EDGE, row.y + 0.07, _short(title, room), sizes.title, weight="bold")
-        room = int((LEFT - EDGE - 0.08) / (0.57 * sizes.small / 72))
-        _write(axes, EDGE, row.y + 0.22, _short(drawable(turn.text), room), sizes.small, color=_QUIET)
+        _write(axes, EDGE, row.y + 0.07, _short(title, 0.9 * room, sizes.title), sizes.title, weight="bold")
+        _write(axes, EDGE, row.y + 0.22, _short(text, room, sizes.small), sizes.small, color=_QUIET)
     numbers = (turn.tokens, turn.rendered, turn.loss, turn.processed, turn.reused)
     for (_, right), number in zip(_COLUMNS, numbers, strict=True):
         _write(axes, LEFT + STRIP + right, middle, f"{number:,}" if number else "-", sizes.title, ha="right")
-    line = 1.6 * sizes.small / 72
-    lowest = max([row.y + sizes.strip + sizes.gap, *(card.y + sizes.card + 0.12 for card in row.cards)])
-    for index, words in enumerate(row.warnings):
-        y = lowest + (index + 0.5) * line - (0.05 if row.cards else sizes.gap / 2)
-        _write(axes, LEFT, y, f"! {_short(drawable(words), 150)}", sizes.small + 0.3, color=_WARNING, gid="warning")
 
 
 def _draw_card(axes: Any, page: Page, row: Row, card: Card) -> None:
@@ -174,10 +167,11 @@ def _draw_card(axes: Any, page: Page, row: Row, card: Card) -> None:
     frame = Rectangle((card.x, card.y), card.thumb, sizes.card, fill=False, edgecolor=ink, linewidth=1.2, zorder=4)
     frame.set_linestyle("-" if new else (0, (2, 1)))
     axes.add_patch(frame)
-    from_x = (_x(page, row, card.item.start) + _x(page, row, card.item.stop)) / 2
-    to_x = min(max(from_x, card.x), card.x + card.thumb)
-    ends = [(from_x, row.y + sizes.strip + 0.03), (to_x, card.y)]
-    axes.add_collection(LineCollection([ends], colors=ink, linewidths=0.6, zorder=2))
+    if card.tied:
+        to_x = card.x + card.thumb / 2
+        from_x = min(max(to_x, _x(page, row, card.item.start)), _x(page, row, card.item.stop))
+        ends = [(from_x, row.y + sizes.strip + 0.03), (to_x, card.y)]
+        axes.add_collection(LineCollection([ends], colors=ink, linewidths=0.6, zorder=2))
     step = sizes.card / len(card.words)
     for index, words in enumerate(card.words):
         colour = "black" if index == 0 else ink if index == len(card.words) - 1 else _QUIET
@@ -206,8 +200,14 @@ def _draw_legend(axes: Any, items: bool, marks: bool) -> None:
         handles += [Patch(facecolor="none", edgecolor=_ink(False), linestyle=(0, (2, 1)), label="item reused")]
     if marks:
         handles.append(Patch(facecolor=_WARNING, label="sampled placeholder"))
-    place = (EDGE / WIDTH, 1 - 0.5 / axes.get_ylim()[0])
-    options: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": place, "ncols": len(handles), "fontsize": 7.2, "frameon": False}
+    place = (EDGE / WIDTH, 1 - 0.54 / axes.get_ylim()[0])
+    options: dict[str, Any] = {
+        "loc": "upper left",
+        "bbox_to_anchor": place,
+        "ncols": len(handles),
+        "fontsize": 7.2,
+        "frameon": False,
+    }
     axes.legend(handles=handles, borderaxespad=0, borderpad=0, handlelength=1.3, handleheight=0.9, columnspacing=1.1, **options)
 
 
@@ -215,5 +215,7 @@ def _write(axes: Any, x: float, y: float, words: str, size: float, **options: An
     axes.text(x, y, words, fontsize=size, parse_math=False, **{"va": "center", **options})
 
 
-def _short(text: str, room: int) -> str:
+def _short(text: str, inches: float, size: float) -> str:
+    """As much of the text as fits; a character of words takes 0.57 of the font's size on average."""
+    room = int(inches / (0.57 * size / 72))
     return text if len(text) <= room else f"{text[: max(0, room - 3)]}..."

@@ -46,10 +46,10 @@ def summary_words(view: View) -> list[str]:
     """The totals, and what they would be if everything were rendered again at each extension; a line each."""
     last = [turn for turn in view.turns if turn.segment == view.segments - 1]
     where = f" in the last of {view.segments} segments" if view.segments > 1 else ""
-    count = view.processed + view.reused
+    compact = sum(turn.compact for turn in last)
     lines = [
-        f"{_count(len(view.turns), 'turn')}, {_count(last[-1].stop, 'token')}{where} ({sum(turn.compact for turn in last):,} compact), "
-        f"{view.loss:,} of them sampled, {_count(count, 'item')}"
+        f"{_count(len(view.turns), 'turn')}, {_count(last[-1].stop, 'token')}{where} ({compact:,} compact), "
+        f"{view.loss:,} sampled, {_count(view.processed + view.reused, 'item')}"
     ]
     tokens, items = view.whole()
     lines.append(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from rollout_core.viewing.thumbs import thumbnail
 from rollout_core.viewing.view import ShownItem, Turn, View
 
 #: Inches: the words at the left, the strip, the numbers at the right.
@@ -30,6 +31,16 @@ class Sizes:
     title: float
     small: float
 
+    @property
+    def line(self) -> float:
+        """Inches from one line of small words to the next."""
+        return 1.6 * self.small / 72
+
+    @property
+    def below(self) -> float:
+        """Inches below a card."""
+        return 0.22 * self.card
+
     def words(self, lines: Sequence[str]) -> float:
         """Inches that the widest of these lines takes, generously."""
         return max(len(line) for line in lines) * 0.62 * self.small / 72
@@ -40,25 +51,32 @@ NORMAL, SMALL = Sizes(0.24, 0.2, 0.52, 4, 8.0, 6.3), Sizes(0.15, 0.07, 0.3, 2, 6
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A thumbnail and its words below a strip: left edge, width of the thumbnail, and top, in inches."""
+    """A thumbnail and its words below a strip: left edge, width of the thumbnail, and top, in inches.
+
+    ``tied``: in the first line of cards, where a line to its item crosses no other card.
+    """
 
     item: ShownItem
     words: tuple[str, ...]
     x: float
     thumb: float
     y: float
+    tied: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Tokens ``[start, stop)`` of a turn on one line, with its top in inches; ``folded`` rows of one kind are not drawn but told."""
+    """Tokens ``[start, stop)`` of a turn on one line, with its top in inches.
+
+    ``folded``: so many rows of one kind, which are told and not drawn. ``warnings`` have their heights, below a turn's last row.
+    """
 
     turn: Turn
     start: int
     stop: int
     y: float
     cards: tuple[Card, ...] = ()
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[tuple[float, str], ...] = ()
     folded: int = 0
 
 
@@ -110,13 +128,16 @@ def scale_of(turns: Sequence[Turn]) -> int:
     """Tokens per row: the fewest with which most turns have one row."""
     for scale in _SCALES[:-1]:
         drawn = sum(len(pieces(turn, scale)) for turn in turns)
-        if drawn <= max(1.3 * len(turns), len(turns) + 4):
+        if drawn <= max(1.3 * len(turns), len(turns) + 2):
             return scale
     return _SCALES[-1]
 
 
 def pieces(turn: Turn, scale: int) -> list[tuple[int, int, int]]:
-    """The rows of a turn as (start, stop, rows folded into it): of three or more that lie inside one run or item, the middle is folded."""
+    """The rows of a turn as (start, stop, rows folded into it).
+
+    Of four or more that lie inside one run or one item, all but the first and last are folded.
+    """
     cuts = list(range(turn.start, turn.stop, scale)) or [turn.start]
     plain = [(start, min(start + scale, turn.stop), _inside(turn, start, min(start + scale, turn.stop))) for start in cuts]
     found: list[tuple[int, int, int]] = []
@@ -155,14 +176,17 @@ def _inside(turn: Turn, start: int, stop: int) -> tuple[str, int] | None:
 def _rows(turn: Turn, sizes: Sizes, scale: int, cell: float, y: float) -> tuple[list[Row], float]:
     """The rows of a turn, the first at height ``y``, and the height below them."""
     rows = []
-    line = 1.6 * sizes.small / 72
-    for index, (start, stop, folded) in enumerate(pieces(turn, scale)):
+    shown = pieces(turn, scale)
+    for index, (start, stop, folded) in enumerate(shown):
         top, y = y, y + sizes.strip + (sizes.gap / 2 if folded else sizes.gap)
         here = [item for item in turn.items if start <= item.start < stop]
         cards, y = _cards(here, start, sizes, cell, y)
-        warnings = turn.warnings if index == 0 else ()
-        rows.append(Row(turn, start, stop, top, tuple(cards), warnings, folded))
-        y += line * len(warnings)
+        warnings = []
+        for words in turn.warnings if index == len(shown) - 1 else ():
+            warnings.append((y, words))
+            y += sizes.line
+        y += sizes.line / 2 if warnings else 0
+        rows.append(Row(turn, start, stop, top, tuple(cards), tuple(warnings), folded))
     return rows, y
 
 
@@ -192,14 +216,14 @@ def _cards(items: Sequence[ShownItem], start: int, sizes: Sizes, cell: float, y:
         limit = right
         for index in range(len(entries) - 1, -1, -1):
             limit = places[index] = min(places[index], limit - entries[index][3])
-        cards += [Card(item, words, x, thumb, y) for (item, words, thumb, _), x in zip(entries, places, strict=True)]
-        y += sizes.card + 0.12
+        cards += [
+            Card(item, words, x, thumb, y, entries is lines[0]) for (item, words, thumb, _), x in zip(entries, places, strict=True)
+        ]
+        y += sizes.card + sizes.below
     return cards, y
 
 
 def _ratio(item: ShownItem) -> float:
     """Width over height of a thumbnail, from half to two, as `thumbs.thumbnail` makes it."""
-    from rollout_core.viewing.thumbs import thumbnail
-
     height, width, _ = thumbnail(item.media, 64).shape
-    return width / height
+    return float(width / height)

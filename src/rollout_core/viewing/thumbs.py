@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 
@@ -29,7 +31,7 @@ def waveform(sound: Sound, height: int, width: int) -> Pixels:
     loudest = float(np.abs(sound.samples).max()) or 1.0
     edges = np.linspace(0, len(sound.samples), width + 1).astype(int)
     middle = (height - 1) / 2
-    for x, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for x, (start, stop) in enumerate(itertools.pairwise(edges.tolist())):
         column = sound.samples[start : max(stop, start + 1)] / loudest
         top, bottom = (round(middle - float(value) * middle) for value in (column.max(), column.min()))
         pixels[top : bottom + 1, x] = _WAVE

@@ -34,10 +34,11 @@ def tracker_check(
     modality: str | None = None,
     only: Sequence[str] = (),
     needs: Collection[str] = (),
-    cost: int = 2,
+    cost: int = 1,
 ) -> Callable[[RunTracker], RunTracker]:
-    """Declare a check of trackers. It is tried in the worlds that have all ``traits``, none that it ``lacks``, and the ``modality``; where ``only`` names
-    fakes, in those of them. ``cases``: from the names of these worlds; conversations of any kind unless given."""
+    """Declare a check of trackers. It is tried in the worlds that have all ``traits``, none that it ``lacks``, and the
+    ``modality``; where ``only`` names fakes, in those of them. ``cases``: from the names of these worlds; conversations of any
+    kind unless given."""
 
     def strategy(capabilities: frozenset[str]) -> SearchStrategy[TrackerCase]:
         asked = sorted(word.removeprefix(ASKED) for word in capabilities if word.startswith(ASKED))
@@ -118,7 +119,9 @@ def require_outputs(model: dict[str, Any], actual: dict[str, Any], ignored: Coll
         raise Violation(f"{whose} gives outputs {sorted(one)}, the tracker {sorted(other)}")
     for key in one:
         if one[key][:2] != other[key][:2]:
-            raise Violation(f"{whose} gives {key} {one[key][0]}{list(one[key][1])}, the tracker {other[key][0]}{list(other[key][1])}")
+            raise Violation(
+                f"{whose} gives {key} {one[key][0]}{list(one[key][1])}, the tracker {other[key][0]}{list(other[key][1])}"
+            )
         if one[key] != other[key]:
             width = max(1, len(one[key][2]) // max(1, _count(one[key][1])))
             at = next(i for i, (a, b) in enumerate(zip(one[key][2], other[key][2], strict=True)) if a != b)

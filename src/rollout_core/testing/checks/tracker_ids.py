@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rollout_core.testing.checks.tracker_base import play, require_ids, tracker_check
 from rollout_core.testing.registry import Violation
 from rollout_core.testing.tracker_cases import Step, TrackerCase
 from rollout_core.testing.tracker_oracles import render, splice, whole
-from rollout_core.testing.tracker_play import Play
+from rollout_core.testing.tracker_play import Play, turn_of
 from rollout_core.testing.tracker_strategies import CUT, PLAIN, SPELLED, conversations
 from rollout_core.testing.trackers import TrackerUnderTest
 
+_SHOWN = ((("user", "m"),), (("user", "tm"),), (("user", "mn"),), (("tool", "mt"),), (("user", "t"),))
 _TEXT = ((("user", "t"),), (("tool", "t"),))
 
 
@@ -76,8 +79,10 @@ def spliced(subject: TrackerUnderTest, case: TrackerCase) -> None:
 @tracker_check(
     "tracker/M2-separator",
     "what ends a turn and is never sampled stands between the turn and the next message",
-    cases=lambda worlds: conversations(worlds=worlds, begun=_TEXT[:1], added=_TEXT, samples=PLAIN, texts=("a", "b"), min_steps=1, max_steps=3, alternating=True),
-)  # fmt: skip
+    cases=lambda worlds: conversations(
+        worlds=worlds, begun=_TEXT[:1], added=_TEXT, samples=PLAIN, texts=("a", "b"), min_steps=1, max_steps=3, alternating=True
+    ),
+)
 def separator(subject: TrackerUnderTest, case: TrackerCase) -> None:
     spliced(subject, case)
 
@@ -85,9 +90,21 @@ def separator(subject: TrackerUnderTest, case: TrackerCase) -> None:
 @tracker_check(
     "tracker/M2-cut-turn",
     "a turn without its end gets the template's when messages follow",
-    cases=lambda worlds: conversations(worlds=worlds, begun=_TEXT[:1], added=_TEXT, samples=CUT, texts=("a", "b"), min_steps=2, max_steps=4),
-)  # fmt: skip
+    cases=lambda worlds: conversations(
+        worlds=worlds, begun=_TEXT[:1], added=_TEXT, samples=CUT, texts=("a", "b"), min_steps=2, max_steps=4
+    ),
+)
 def cut_turn(subject: TrackerUnderTest, case: TrackerCase) -> None:
+    spliced(subject, case)
+
+
+@tracker_check(
+    "tracker/M2-history",
+    "what a template writes for a message from what came before, such as the number of a picture, is right",
+    only=("numbered+rows", "media-first+rows", "system+rows", "trims+soft"),
+    cases=lambda worlds: conversations(worlds=worlds, begun=_SHOWN, added=_SHOWN, samples=PLAIN, texts=("a", "b"), max_steps=3),
+)
+def history(subject: TrackerUnderTest, case: TrackerCase) -> None:
     spliced(subject, case)
 
 
@@ -106,15 +123,9 @@ def prompt(subject: TrackerUnderTest, case: TrackerCase) -> None:
         sampled = Step("sample", text="a", stop=False, finish="length")
         other = Play(subject, case.world)
         other.turns = found.turns
-        expected = splice(other.oracle, [*found.turns, _turn(other, sampled)])
+        expected = splice(other.oracle, [*found.turns, turn_of(other.oracle, sampled)])
         model = expected.ids[: expected.sampled_at[-1][0]]
         require_ids(found.world, model, seen, f"the prompt {render(found.oracle, found.turns, generation=True)[-24:]!r}")
-
-
-def _turn(found: Play, step: Step) -> object:
-    from rollout_core.testing.tracker_play import turn_of
-
-    return turn_of(found.oracle, step)
 
 
 def _one_by_one(case: TrackerCase) -> TrackerCase:
@@ -150,14 +161,16 @@ def together(subject: TrackerUnderTest, case: TrackerCase) -> None:
     "tool messages that the template groups come out as it writes them, or are refused one at a time",
     traits=("sums",),
     only=("groups-tools+rows",),
-    cases=lambda worlds: conversations(worlds=worlds, begun=_TEXT[:1], added=(*_TEXT[1:], (("tool", "t"), ("tool", "s"))), samples=PLAIN, min_steps=1, max_steps=4),
-)  # fmt: skip
+    cases=lambda worlds: conversations(
+        worlds=worlds, begun=_TEXT[:1], added=(*_TEXT[1:], (("tool", "t"), ("tool", "s"))), samples=PLAIN, min_steps=1, max_steps=4
+    ),
+)
 def tools(subject: TrackerUnderTest, case: TrackerCase) -> None:
     found = Play(subject, case.world)
     for step in case.steps:
         if not found.can(step):
             continue
-        error = found.tracker.refusal(lambda step=step: found.do(step))
+        error = found.tracker.refusal(partial(found.do, step))
         after_tool = bool(found.turns) and bool(found.turns[-1].messages) and found.turns[-1].messages[-1].role == "tool"
         if error is None:
             continue

@@ -30,13 +30,17 @@ def rows(subject: TrackerUnderTest, case: TrackerCase) -> None:
         require_equal("feature rows of the items and lengths of their spans differ", wanted, actual)
 
 
-@tracker_check("tracker/M4-spans", "spans are where the processor wrote feature tokens: ordered, disjoint, complete", needs=["items"])
+@tracker_check(
+    "tracker/M4-spans", "spans are where the processor wrote feature tokens: ordered, disjoint, complete", needs=["items"]
+)
 def spans(subject: TrackerUnderTest, case: TrackerCase) -> None:
     found = play(subject, case)
     length = len(found.tracker.input_ids(found.state))
     flat = [edge for _, runs, _ in found.tracker.items(found.state) for run in runs for edge in run]
     if flat != sorted(flat) or (flat and (flat[0] < 0 or flat[-1] > length)):
-        raise Violation(f"spans are not in order, overlap, or leave the {length} ids: {[row[1] for row in found.tracker.items(found.state)]}")
+        raise Violation(
+            f"spans are not in order, overlap, or leave the {length} ids: {[row[1] for row in found.tracker.items(found.state)]}"
+        )
     require_items(found, found.expected())
 
 
@@ -60,7 +64,9 @@ def sampled_placeholder(subject: TrackerUnderTest, case: TrackerCase) -> None:
     "tracker/M5-literal-placeholder",
     "text of a user or a tool that looks like a placeholder makes no item",
     needs=["items"],
-    cases=lambda worlds: conversations(worlds=worlds, added=_SHOWN, samples=PLAIN, texts=("a", "@", "a@b", "#"), min_steps=0, max_steps=3),
+    cases=lambda worlds: conversations(
+        worlds=worlds, added=_SHOWN, samples=PLAIN, texts=("a", "@", "a@b", "#"), min_steps=0, max_steps=3
+    ),
 )
 def literal_placeholder(subject: TrackerUnderTest, case: TrackerCase) -> None:
     found = Play(subject, case.world)
@@ -90,10 +96,14 @@ def _posed(found: Play, message: MessageCase) -> MessageCase:
 @tracker_check("tracker/M6-compact", "compact ids have one placeholder per item", needs=["compact_ids"])
 def compact(subject: TrackerUnderTest, case: TrackerCase) -> None:
     found = play(subject, case)
-    require_ids(found.world, found.expected().compact, found.tracker.compact_ids(found.state), "the text with one placeholder per item")
+    require_ids(
+        found.world, found.expected().compact, found.tracker.compact_ids(found.state), "the text with one placeholder per item"
+    )
 
 
-@tracker_check("tracker/M6-round-trip", "compact(expand(x)) is x, and expand gives the expanded ids", needs=["compact_ids", "expand"])
+@tracker_check(
+    "tracker/M6-round-trip", "compact(expand(x)) is x, and expand gives the expanded ids", needs=["compact_ids", "expand"]
+)
 def round_trip(subject: TrackerUnderTest, case: TrackerCase) -> None:
     found = play(subject, case)
     ids, short = found.tracker.input_ids(found.state), found.tracker.compact_ids(found.state)
@@ -155,10 +165,10 @@ def _content(medium: MediumCase) -> tuple[object, ...]:
     return medium.modality, size, medium.seed, medium.mode, frames
 
 
-@tracker_check("tracker/M9-delta", "what came after an earlier state is what is new, and nothing else", needs=["delta", "items", "compact_ids"])
+@tracker_check(
+    "tracker/M9-delta", "what came after an earlier state is what is new, and nothing else", needs=["forks", "delta", "items", "compact_ids"]
+)
 def delta(subject: TrackerUnderTest, case: TrackerCase) -> None:
-    if "forks" not in subject.capabilities:
-        _mutable(subject)
     found = Play(subject, case.world)
     earlier = []
     for _ in found.steps(case):
@@ -174,9 +184,3 @@ def delta(subject: TrackerUnderTest, case: TrackerCase) -> None:
 def _three(found: Play) -> tuple[list[int], list[int], list[object]]:
     tracker, state = found.tracker, found.state
     return tracker.input_ids(state), tracker.compact_ids(state), list(tracker.items(state))
-
-
-def _mutable(subject: TrackerUnderTest) -> None:
-    from rollout_core.testing.registry import Skipped
-
-    raise Skipped("needs 'forks': an earlier state is gone once it was changed in place")

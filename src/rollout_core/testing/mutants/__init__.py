@@ -1,8 +1,24 @@
-"""Mutants: the reference packer with one bug each, most of them bugs that trainers have shipped. The kit has to find every one by
-the clause that it breaks: so is the kit itself tested. ``python -m rollout_core.testing.mutants`` runs them and prints the table.
+"""Mutants: the reference packer and this project's tracker with one bug each, most of them bugs that trainers have shipped. The kit has to
+find every one by the clause that it breaks: so is the kit itself tested. ``python -m rollout_core.testing.mutants`` runs them and prints the
+table.
 """
 
-from rollout_core.testing.mutants import content, layout, ownership, protocol, sources
-from rollout_core.testing.mutants.registry import MUTANTS, Mutant
+from rollout_core.testing.mutants import (
+    content,
+    layout,
+    ownership,
+    protocol,
+    sources,
+    tracker_arrays,
+    tracker_cuts,
+    tracker_ids,
+    tracker_items,
+    tracker_media,
+    tracker_states,
+)
+from rollout_core.testing.mutants.registry import MUTANTS, SOUND, Mutant, mutants_of
 
-__all__ = ["MUTANTS", "Mutant", "content", "layout", "ownership", "protocol", "sources"]
+__all__ = [
+    *("MUTANTS", "SOUND", "Mutant", "content", "layout", "mutants_of", "ownership", "protocol", "sources"),
+    *("tracker_arrays", "tracker_cuts", "tracker_ids", "tracker_items", "tracker_media", "tracker_states"),
+]

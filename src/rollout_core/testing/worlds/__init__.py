@@ -16,7 +16,8 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from rollout_core.testing.tracker_cases import MediumCase
-from rollout_core.testing.worlds.kinds import KINDS, Grid, Positions, Shown
+from rollout_core.testing.worlds.kinds import KINDS, Positions, Shown
+from rollout_core.testing.worlds.making import Grid
 from rollout_core.testing.worlds.processor import PROCESSORS, FakeProcessor
 from rollout_core.testing.worlds.templates import TEMPLATES, TemplateCase
 from rollout_core.testing.worlds.tokenizer import Counts, FakeTokenizer
@@ -57,10 +58,10 @@ class World:
     """A processor and what is known of it.
 
     ``shown``: by modality, what the template writes for a medium. ``stops``: the tokens with which a policy may end its turn.
-    ``positions``: how positions are counted, or None if the kit does not know. ``measure(medium)``: of an item made by this recipe, its
-    feature rows (None if the kit does not know) and the grid of each of its spans, in tokens. ``sequence``: output per token -> its value on the feature tokens of each
-    modality. ``ignored``: output keys that are not compared. ``counts``: what the processor was asked to do. ``changed``: makes the same
-    world with another setting of its processor.
+    ``positions``: how positions are counted, or None if the kit does not know. ``measure(medium)``: of an item made by this
+    recipe, its feature rows (None if the kit does not know) and the grid of each of its spans, in tokens. ``sequence``: output
+    per token -> its value on the feature tokens of each modality. ``ignored``: output keys that are not compared. ``counts``:
+    what the processor was asked to do. ``changed``: makes the same world with another setting of its processor.
     """
 
     name: str
@@ -106,8 +107,8 @@ def register_world(
     modalities: Iterable[str] = ("image",),
     traits: Collection[str] = ("stable", "sums", "plain joins", "tool media"),
 ) -> None:
-    """Make a world known under a name. ``builder`` is called for every case; what is dear about it, it keeps. ``ValueError`` for an unknown
-    trait."""
+    """Make a world known under a name. ``builder`` is called for every case; what is dear about it, it keeps. ``ValueError`` for
+    an unknown trait."""
     unknown = sorted(set(traits) - TRAITS.keys())
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no trait of a world; there are {', '.join(TRAITS)}")

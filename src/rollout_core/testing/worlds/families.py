@@ -57,7 +57,7 @@ def _rows(kind: Kind, modality: str) -> Callable[[Any, Any], int]:
         for key in ("video_grid_thw", "image_grid_thw"):
             if key in outputs:
                 return int(outputs[key].prod()) // 4
-        tiles = outputs["pixel_values"].shape[1]
+        tiles = int(outputs["pixel_values"].shape[1])
         if kind.name == "sized":
             return int(outputs["image_sizes"].prod()) // 4
         return {"tiles": 2 * tiles + 1, "heard": 2 * tiles + 1, "stacked": 2 * tiles, "soft": 3}[kind.name]

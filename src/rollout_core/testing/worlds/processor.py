@@ -29,7 +29,8 @@ class Settings:
 
 
 class FakeProcessor:
-    """``template`` writes the text, ``kind`` (of the subclass) says what items become, ``scale`` is a setting that all outputs depend on."""
+    """``template`` writes the text, ``kind`` (of the subclass) says what items become, ``scale`` is a setting that all outputs
+    depend on."""
 
     kind: ClassVar[Kind]
 
@@ -78,8 +79,8 @@ class FakeProcessor:
         return_mm_token_type_ids: bool = True,
         **options: Any,
     ) -> dict[str, Any]:
-        """``input_ids``, ``attention_mask`` and the outputs of all items together. One text; ``ValueError`` where placeholders and items
-        do not match, or an item is empty."""
+        """``input_ids``, ``attention_mask`` and the outputs of all items together. One text; ``ValueError`` where placeholders
+        and items do not match, or an item is empty."""
         given = {"image": images, "video": videos, "audio": audio}
         done = {m: self._process(m, media, options) for m, media in given.items() if media is not None and len(media)}
         texts = [text] if isinstance(text, str) else list(text)
@@ -133,7 +134,13 @@ class FakeProcessor:
             start = length + match.start() - at
             length, at = start + len(replacement), match.end()
             entries.append(
-                {"type": modality, "text": match.group(), "replacement": replacement, "span": match.span(), "new_span": (start, length)}
+                {
+                    "type": modality,
+                    "text": match.group(),
+                    "replacement": replacement,
+                    "span": match.span(),
+                    "new_span": (start, length),
+                }
             )
         for modality, left in waiting.items():
             if next(left, None) is not None:

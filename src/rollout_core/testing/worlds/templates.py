@@ -14,10 +14,10 @@ Shown = Mapping[str, str]
 class TemplateCase(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """A chat template.
 
-    A message is ``header`` (with ``@`` for its role), its content, ``end`` and ``separator``. ``stops``: the tokens with which a policy
-    ends its turn; the separator is never sampled. ``prompt``: what the generation prompt has beyond the header, which the template
-    writes in a history too. ``system``: a system message that is written where none is given. ``stable``: whether it never changes what
-    it wrote before, whatever follows.
+    A message is ``header`` (with ``@`` for its role), its content, ``end`` and ``separator``. ``stops``: the tokens with which a
+    policy ends its turn; the separator is never sampled. ``prompt``: what the generation prompt has beyond the header, which the
+    template writes in a history too. ``system``: a system message that is written where none is given. ``stable``: whether it
+    never changes what it wrote before, whatever follows.
     """
 
     name: str = "chatml"
@@ -55,7 +55,9 @@ class TemplateCase(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
             if role == "assistant":
                 if self.strips_thinking and place < last_user:
                     content = content.rpartition("</think>")[2].lstrip("\n")
-                content = self.prompt + content + "".join(f"[call {call['function']['name']}]" for call in message.get("tool_calls", ()))
+                content = (
+                    self.prompt + content + "".join(f"[call {call['function']['name']}]" for call in message.get("tool_calls", ()))
+                )
             if role == "tool" and self.groups_tools:
                 first = place == 0 or messages[place - 1]["role"] != "tool"
                 last = place == len(messages) - 1 or messages[place + 1]["role"] != "tool"

@@ -1,8 +1,8 @@
 """A tokenizer in pure Python that behaves like a fast one of transformers, small and with every trap that joins have.
 
 An id below 256 is a byte, so that any text can be encoded. Longer tokens are runs of newlines, pairs of digits, a space with the
-letter after it, and a sign with the newlines after it: encoding two texts apart often differs from encoding them together, and a policy
-can spell a text in ways in which no tokenizer would. Control tokens are atomic wherever they stand.
+letter after it, and a sign with the newlines after it: encoding two texts apart often differs from encoding them together, and a
+policy can spell a text in ways in which no tokenizer would. Control tokens are atomic wherever they stand.
 """
 
 from __future__ import annotations
