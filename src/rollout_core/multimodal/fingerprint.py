@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ _DEFAULTS: Final = ("images_kwargs", "videos_kwargs", "audio_kwargs")
 #: No part of what an item becomes: the template writes text, and the rest says where files came from.
 _IGNORED: Final = frozenset({"chat_template", "name_or_path", "_name_or_path", "_commit_hash", "_auto_class", "processor_class"})
 
+_TOKENIZERS: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+
 
 def processor_fingerprint(processor: Any, processor_kwargs: Mapping[str, Any] | None = None) -> str:
     """SHA-256 (hex) over the classes of a processor and its parts, their settings, the version of transformers and the keywords.
@@ -31,13 +34,15 @@ def processor_fingerprint(processor: Any, processor_kwargs: Mapping[str, Any] | 
     Raises ``UnsupportedProcessorError`` for a setting or keyword that has no canonical form.
     """
     parts = {name: part for name in _PARTS if (part := getattr(processor, name, None)) is not None}
+    # A tokenizer by itself has no settings of its own here: it is identified by what it encodes (`tokenizer_fingerprint`).
+    own = vars(processor) if hasattr(processor, "tokenizer") else {}
     described = {
         "classes": {"processor": _class(processor)}
         | {name: _class(part) for name, part in parts.items()}
         | {"tokenizer": _class(getattr(processor, "tokenizer", None))},
         "transformers": _version(processor),
         "settings": {name: _settings(part.to_dict()) for name, part in parts.items()},
-        "processor": _settings({key: value for key, value in vars(processor).items() if _is_plain(value)}),
+        "processor": _settings({key: value for key, value in own.items() if _is_plain(value)}),
         "defaults": {name: getattr(processor, name, None) for name in _DEFAULTS},
         "keywords": dict(processor_kwargs or {}),
     }
@@ -46,6 +51,17 @@ def processor_fingerprint(processor: Any, processor_kwargs: Mapping[str, Any] | 
     except TypeError as error:
         raise UnsupportedProcessorError(f"the settings of {type(processor).__name__} have no fingerprint: {error}") from error
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 (hex) over vocabulary, merges and control tokens. Kept for as long as the tokenizer has the same length."""
+    known = _TOKENIZERS.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        known = len(tokenizer), hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
+        _TOKENIZERS[tokenizer] = known
+    return known[1]
 
 
 def _class(value: Any) -> str:

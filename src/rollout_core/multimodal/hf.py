@@ -18,7 +18,7 @@ from rollout_core.multimodal.contents import Write, contents_of, guard, marks_fo
 from rollout_core.multimodal.deltas import Item, Payload
 from rollout_core.multimodal.encoding import Encoder
 from rollout_core.multimodal.families import Family, family_of
-from rollout_core.multimodal.fingerprint import processor_fingerprint
+from rollout_core.multimodal.fingerprint import processor_fingerprint, tokenizer_fingerprint
 from rollout_core.multimodal.identity import artifact_identity
 from rollout_core.multimodal.layout import Laid, Medium, Script, lay_out
 from rollout_core.multimodal.loading import load_picture, load_sound, load_video
@@ -177,10 +177,10 @@ class HFRenderer:
 
     @cached_property
     def _template_key(self) -> str:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        words = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
         settings = json.dumps([self._template, self._template_kwargs], sort_keys=True, default=repr)
-        return _sha(settings, words, self.family.name, json.dumps(self._placeholders, sort_keys=True))
+        return _sha(
+            settings, tokenizer_fingerprint(self.tokenizer), self.family.name, json.dumps(self._placeholders, sort_keys=True)
+        )
 
     def _render_with(self, tools: Tools) -> Callable[..., str]:
         if not self._own_template and getattr(self.processor, "chat_template", None) != self._template:
@@ -214,6 +214,8 @@ class HFRenderer:
         *,
         first: bool,
     ) -> Laid:
+        for source in messages.media:
+            self.family.support(self.processor, source.modality)
         marks = marks_for(texts(list(messages.items)))
         guards: dict[str, str] = {}
         guarded = [replaced(message, lambda text: guard(text, self._literals, guards, marks)) for message in messages.items]
@@ -255,7 +257,6 @@ class HFRenderer:
         """An item processed, once: the same picture again, here or in another conversation, is found by its identity."""
         if isinstance(source.source, Payload):
             return source.source
-        self.family.support(self.processor, source.modality)
         media = self._load(source)
         if self._processing_fingerprint() != self._artifact:
             raise ConversationError(

@@ -128,7 +128,8 @@ def _part(part: Any, number: int, index: int, media: list[MediaSource]) -> dict[
         what = f"{len(found)} of them" if found else "none"
         raise ConversationError(f"{where} is of type {kind!r} and must hold one of {', '.join(_SOURCES[kind])}; it has {what}")
     options = {key: given[key] for key in _OPTIONS[kind] if key in given}
-    media.append(MediaSource(kind, given[found[0]], options, number, index))
+    source = f"data:;base64,{given['base64']}" if found == ["base64"] and isinstance(given["base64"], str) else given[found[0]]
+    media.append(MediaSource(kind, source, options, number, index))
     rest = {str(key): value for key, value in given.items() if key not in (*_SOURCES[kind], *_OPTIONS[kind], "type")}
     return {"type": kind, **{key: _plain(value, f"{where}, {key!r}") for key, value in rest.items()}}
 

@@ -101,26 +101,31 @@ def decode(
 ) -> tuple[Delta, Tools, Any, bool, list[tuple[Delta, bool]]]:
     """The tip, tools, way with unstable templates, whether it was cut, and the same of earlier segments' tips."""
     try:
-        magic, version, digest, packed = msgspec.msgpack.decode(data, type=tuple[str, int, bytes, bytes])
-        if magic != MAGIC or version != VERSION:
-            raise ConversationError(f"these bytes are {magic!r} version {version}; this reads {MAGIC!r} version {VERSION}")
-        if xxhash.xxh3_128_digest(packed) != digest:
-            raise ConversationError("these bytes are damaged: their digest is not the one written with them")
-        body = msgspec.msgpack.decode(packed, type=_Body)
+        body = _opened(data)
         stored = {p.artifact: _to_payload(p) for p in body.payloads}
-    except (msgspec.MsgspecError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        if (body.fingerprint, body.rule) != (renderer.fingerprint, renderer.rule.name):
+            raise ConversationError(
+                f"this conversation was made by renderer {body.fingerprint[:12]} with positions {body.rule!r}, and the one "
+                f"given is "
+                f"{renderer.fingerprint[:12]} with {renderer.rule.name!r}: another template, tokenizer, processor or setting"
+            )
+        tips = [(_chain(renderer, steps, {**payloads, **stored}), cut) for steps, cut in body.segments]
+        if not tips:
+            raise ValueError("they hold no tokens")
+    except (msgspec.MsgspecError, ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
         if isinstance(error, ConversationError):
             raise
         raise ConversationError(f"these bytes are no stored conversation: {error}") from error
-    if (body.fingerprint, body.rule) != (renderer.fingerprint, renderer.rule.name):
-        raise ConversationError(
-            f"this conversation was made by renderer {body.fingerprint[:12]} with positions {body.rule!r}, and the one given is "
-            f"{renderer.fingerprint[:12]} with {renderer.rule.name!r}: another template, tokenizer, processor or setting"
-        )
-    tips = [(_chain(renderer, steps, {**payloads, **stored}), cut) for steps, cut in body.segments]
-    if not tips:
-        raise ConversationError("these bytes are no stored conversation: they hold no tokens")
     return tips[-1][0], None if body.tools is None else tuple(body.tools), body.on_unstable, tips[-1][1], tips[:-1]
+
+
+def _opened(data: bytes) -> _Body:
+    magic, version, digest, packed = msgspec.msgpack.decode(data, type=tuple[str, int, bytes, bytes])
+    if magic != MAGIC or version != VERSION:
+        raise ConversationError(f"these bytes are {magic!r} version {version}; this reads {MAGIC!r} version {VERSION}")
+    if xxhash.xxh3_128_digest(packed) != digest:
+        raise ConversationError("these bytes are damaged: their digest is not the one written with them")
+    return msgspec.msgpack.decode(packed, type=_Body)
 
 
 def _from_delta(delta: Delta) -> _Step:
@@ -160,7 +165,7 @@ def _chain(renderer: Renderer, steps: list[_Step], payloads: Mapping[str, Payloa
             np.frombuffer(step.message, "<i8").astype(np.int64),
         )
         if len({len(tokens.input_ids), len(tokens.logprobs), len(tokens.origin), len(tokens.message)}) != 1:
-            raise ConversationError("these bytes are no stored conversation: arrays of one step have different lengths")
+            raise ValueError("arrays of one step have different lengths")
         items = []
         for item in step.items:
             if item.artifact not in payloads:
@@ -181,6 +186,7 @@ def _chain(renderer: Renderer, steps: list[_Step], payloads: Mapping[str, Payloa
                 )
             )
             counts[item.modality] = counts.get(item.modality, 0) + 1
+        _check_places(items, tip, tokens)
         length = (tip.length if tip else 0) + len(tokens)
         compact = (tip.compact_length if tip else 0) + len(tokens.compact_ids)
         parts = tuple(segments(items, tip.length if tip else 0, length))
@@ -191,8 +197,26 @@ def _chain(renderer: Renderer, steps: list[_Step], payloads: Mapping[str, Payloa
             step.message_count, following, tuple(step.features), step.turn, step.finish, step.role,
         )  # fmt: skip
     if tip is None:
-        raise ConversationError("these bytes are no stored conversation: they hold no tokens")
+        raise ValueError("they hold no tokens")
     return tip
+
+
+def _check_places(items: list[Item], tip: Delta | None, tokens: Tokens) -> None:
+    """Items lie in order within the step's own tokens, on both tracks."""
+    at, compact_at = (tip.length, tip.compact_length) if tip else (0, 0)
+    stop, compact_stop = at + len(tokens), compact_at + len(tokens.compact_ids)
+    for item in items:
+        region, spans = item.region, [place for span in item.spans for place in span]
+        places = [at, region.start, *spans, region.stop, stop]
+        compact_places = [compact_at, region.compact_start, region.compact_stop, compact_stop]
+        around = [item.envelope[0], region.start, region.stop, item.envelope[1], stop]
+        if any(places != sorted(places) for places in (places, compact_places, around)) or item.envelope[0] < at:
+            raise ValueError(f"{item.modality} {item.modality_index} lies outside its tokens")
+        at, compact_at = region.stop, region.compact_stop
+    if len(tokens.compact_ids) - sum(i.region.compact_stop - i.region.compact_start for i in items) != len(tokens) - sum(
+        i.region.stop - i.region.start for i in items
+    ):
+        raise ValueError("the two tracks of a step do not fit together")
 
 
 # ------------------------------------------------------------------------------------------------ payloads
@@ -235,7 +259,7 @@ def _to_value(value: Any) -> Any:
     tensor = msgspec.convert(value["tensor"], _Tensor)
     dtype = getattr(torch, tensor.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise ConversationError(f"these bytes are no stored conversation: {tensor.dtype!r} is no dtype")
+        raise ValueError(f"{tensor.dtype!r} is no dtype")
     if not tensor.data:
         return torch.empty(tensor.shape, dtype=dtype)
     return torch.frombuffer(bytearray(tensor.data), dtype=dtype).reshape(tensor.shape)

@@ -44,6 +44,10 @@ def start(renderer):
     return Conversation.start(renderer, [user(picture(), "what?")])
 
 
+def parts(*given) -> list:
+    return [{"role": "user", "content": list(given)}]
+
+
 def ids_of(renderer, text) -> list[int]:
     return renderer.encode(text).ids.tolist()
 
@@ -54,7 +58,7 @@ def snapshot(conversation):
 
 class TestGrowing:
     def test_origins_and_messages(self, renderer, start):
-        grown = start.append_sampled(ids_of(renderer, f"it is{END}"), logprobs=[-1.0] * 4).extend([user("and?")])
+        grown = start.append_sampled(ids_of(renderer, f"it is{END}"), logprobs=[-1.0] * 5).extend([user("and?")])
         text = {origin: [] for origin in ORIGINS}
         for token, origin in zip(grown.input_ids, grown.origin, strict=True):
             text[ORIGINS[origin]].append(int(token))
@@ -143,17 +147,17 @@ class TestRefusals:
             ([{"content": "x"}], ConversationError, "message 1 has role None"),
             ([{"role": "", "content": "x"}], ConversationError, "message 1 has role ''"),
             ([{"role": "user", "content": 5}], ConversationError, "content of type int"),
-            ([{"role": "user", "content": [5]}], ConversationError, "message 1, part 0 must be a mapping"),
-            ([{"role": "user", "content": [{"type": "text"}]}], ConversationError, "no string under 'text'"),
-            ([{"role": "user", "content": [{"type": "image"}]}], ConversationError, "must hold one of image, url, path, base64; it has none"),
-            ([{"role": "user", "content": [{"type": "image", "image": picture(), "path": "x"}]}], ConversationError, "it has 2 of them"),
+            (parts(5), ConversationError, "message 1, part 0 must be a mapping"),
+            (parts({"type": "text"}), ConversationError, "no string under 'text'"),
+            (parts({"type": "image"}), ConversationError, "must hold one of image, url, path, base64; it has none"),
+            (parts({"type": "image", "image": picture(), "path": "x"}), ConversationError, "it has 2 of them"),
             ([{"role": "user", "content": "a\ud800b"}], ConversationError, "lone surrogate '\\\\ud800' at character 1"),
             ([{"role": "user", "content": "x", "extra": object()}], ConversationError, "only JSON values reach a template"),
-            ([{"role": "user", "content": [{"type": "audio", "audio": [0.5], "sampling_rate": 16000}]}], UnsupportedProcessorError, "audio"),
-            ([{"role": "user", "content": [{"type": "image", "image": b"no picture"}]}], MediaError, r"message 1, part 0 \(image\)"),
-            ([{"role": "user", "content": [{"type": "image", "image": np.zeros((0, 4, 3), np.uint8)}]}], MediaError, "part 0"),
-            ([{"role": "user", "content": [{"type": "video", "video": []}]}], MediaError, "video"),
-            ([{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "video", "image": 1}]}], ConversationError, "part 1"),
+            (parts({"type": "audio", "audio": [0.5], "sampling_rate": 16000}), UnsupportedProcessorError, "audio"),
+            (parts({"type": "image", "image": b"no picture"}), MediaError, r"message 1, part 0 \(image\)"),
+            (parts({"type": "image", "image": np.zeros((0, 4, 3), np.uint8)}), MediaError, "part 0"),
+            (parts({"type": "video", "video": []}), MediaError, "video"),
+            (parts({"type": "image", "image": picture()}, {"type": "video", "image": 1}), ConversationError, "part 1"),
         ],
     )  # fmt: skip
     def test_messages(self, start, messages, error, words):
@@ -206,10 +210,29 @@ class TestRefusals:
         with pytest.raises(ConversationError, match="chat template was changed"):
             start.extend([user("x")])
 
-    def test_a_template_that_drops_pictures(self):
-        renderer = HFRenderer(make_world("text-tools+rows").processor)
+    def test_a_template_that_drops_pictures(self, world):
+        real = world.processor.apply_chat_template
+
+        def silent(messages, **options):
+            kept = [
+                {**m, "content": [p for p in m["content"] if p["type"] == "text"]}
+                if m["role"] == "tool" and isinstance(m["content"], list)
+                else m
+                for m in messages
+            ]
+            return real(kept, **options)
+
+        world.processor.apply_chat_template = silent
+        world.processor.chat_template = "silent"
+        renderer = HFRenderer(world.processor)
         start = Conversation.start(renderer, [user("look")]).append_sampled(ids_of(renderer, f"ok{END}"))
         with pytest.raises(ConversationError, match="no placeholder .* for the image in message 2"):
+            start.extend([{"role": "tool", "content": shown(picture(), "here")}])
+
+    def test_a_template_that_refuses(self):
+        renderer = HFRenderer(make_world("text-tools+rows").processor)
+        start = Conversation.start(renderer, [user("look")]).append_sampled(ids_of(renderer, f"ok{END}"))
+        with pytest.raises(ConversationError, match="refuses these messages .*Tool messages hold text only"):
             start.extend([{"role": "tool", "content": shown(picture(), "here")}])
 
     def test_an_unstable_template(self):
