@@ -27,6 +27,16 @@ def bench(which: tuple[str, ...], *, repeats: int, threads: int, console: Consol
     if "packing" in which:
         for name, timings in bench_packing(repeats, threads).items():
             console.print(_table(f"packing {name}, {threads} threads", timings, "plain copy"))
+    if "conversation" in which:
+        from rollout_core.bench.conversation import EARLY, LATE, bench_conversation
+
+        for what, pictures in (("text alone", False), ("a picture a turn", True)):
+            turns = bench_conversation(repeats, pictures=pictures)
+            title = (
+                f"a turn of a conversation, {what}; peak allocated {turns.early_bytes} B at turn {EARLY}, {turns.late_bytes} B at "
+                f"turn {LATE}; a fork {turns.fork:.2f} us"
+            )
+            console.print(_table(title, turns.timings, f"turn {EARLY}"))
 
 
 def _table(title: str, timings: dict[str, Timing], baseline: str) -> Table:

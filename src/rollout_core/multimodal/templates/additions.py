@@ -11,7 +11,7 @@ from rollout_core.multimodal.templates.shapes import stand_in
 from rollout_core.multimodal.templates.verdict import Join, Joined, Message, Render, Verdict, features, formed
 
 #: Characters on either side of a join that are encoded to see whether the tokenizer merges across it.
-_TAIL = 256
+TAIL = 256
 _ADVICE = (
     "Start the conversation with on_unstable='segment' to open a new segment here, or use a template that keeps history as it was."
 )
@@ -91,7 +91,7 @@ def _added_to_all(render: Render, verdict: Verdict, joined: Joined, past: Past, 
             f"{verdict.closing!r}. {_ADVICE}"
         )
     added = after[len(before) :]
-    if not joined(before[-_TAIL:], added[:_TAIL]):
+    if not joined(before[-TAIL:], added[:TAIL]):
         raise UnstableTemplateError(f"the tokenizer merges across the join {before[-12:]!r} + {added[:12]!r}. {_ADVICE}")
     return added
 

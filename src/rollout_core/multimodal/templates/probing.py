@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from rollout_core.errors import UnstableTemplateError
 from rollout_core.multimodal.templates.additions import added, difference, shared_start
 from rollout_core.multimodal.templates.shapes import shapes
 from rollout_core.multimodal.templates.verdict import Break, Join, Joined, Message, Render, Verdict, features, formed
 
+#: Characters on either side of a join that are encoded. The probed texts are short, so that this is a message's end and beginning.
+_NEAR = 48
 #: Answers that tokenizers may merge with what follows.
 _ENDINGS = ("an answer", "done.", "5", "a\n", "so ", "x <", "(", "\u00e9\u00e9", "```")
 
@@ -29,7 +32,7 @@ def probe(render: Render, placeholders: Mapping[str, str], joined: Joined) -> Ve
     kept = constant = True
     probed = 0
     parts = _wants_parts(render)
-    render = _remembering(render, parts)
+    render, joined = _remembering(render, parts), cache(joined)
     closing, generation = _turn_texts(render)
     for shape in dict.fromkeys(_Key(s) for s in shapes(tuple(placeholders))):
         messages = shape.messages
@@ -86,7 +89,7 @@ def _problem(render: Render, messages: Sequence[Message], n: int, whole: Sequenc
         return f"the template refuses a short history: {error}"
     if short != after[len(before) :]:
         return f"what a {messages[n]['role']} message adds depends on earlier ones: {difference(after[len(before) :], short)}"
-    if not joined(before, short):
+    if not joined(before[-_NEAR:], short[:_NEAR]):
         return f"the tokenizer merges across the join {before[-12:]!r} + {short[:12]!r}"
     return None
 

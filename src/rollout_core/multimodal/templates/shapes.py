@@ -33,15 +33,15 @@ def shapes(modalities: Sequence[str]) -> Iterator[tuple[Message, ...]]:
     for opening, first in itertools.product(_OPENINGS, (_USERS[0], *shown["user"][:1])):
         for turn in _ASSISTANTS:
             called = bool(turn.get("tool_calls"))
-            follow = [_TOOL, *shown["tool"]] if called else [_LATER, _USERS[1], *shown["user"]]
-            for message in follow:
-                for second in _ASSISTANTS[:3] if message is follow[0] else (plain,):
+            # A tool's result may follow a plain answer too: the call was sampled, and nobody has parsed it.
+            tools, users = [_TOOL, *shown["tool"]], [_LATER, _USERS[1], *shown["user"]]
+            for message in tools if called else [*tools, *users]:
+                for second in _ASSISTANTS[:3] if message in (_TOOL, _LATER) else (plain,):
                     yield (*opening, first, turn, message, second, _LATER, plain, _LATER)
-                if called:
+                if message["role"] == "tool":
                     yield (*opening, first, turn, message, message, plain, _LATER)
                     yield (*opening, first, turn, message, _LATER, plain)
-            if called:
-                yield (*opening, first, turn, _TOOL, turn, _TOOL, turn, _TOOL)
+            yield (*opening, first, turn, _TOOL, turn, _TOOL, turn, _TOOL)
         for message in (_LATER, *shown["user"]):
             yield (*opening, first, message, message, plain, message, _LATER)
 
