@@ -21,7 +21,7 @@ def _image(token: str, feature: str = "", before: str = "", after: str = "") -> 
     return {"image": Shown(token, feature or token, before, after)}
 
 
-#: name -> what the templates of tests/support/processors.py write, output per token, and how positions are counted if the kit can say.
+#: name -> what the templates of tests/support/processors.py write, outputs per token, and how positions are counted.
 REAL: dict[str, tuple[dict[str, Shown], dict[str, Any], Positions | None]] = {
     "qwen2_vl": ({"image": _QWEN["image"]}, _TYPES, Positions(3, resume="sides")),
     "qwen2_5_vl": ({"image": _QWEN["image"]}, _TYPES, Positions(3, resume="sides")),

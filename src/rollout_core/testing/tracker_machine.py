@@ -116,6 +116,8 @@ class Machine:
         play = self.play
         before = views(play.tracker, play.state)
         kinds = [*bad.MESSAGES, *(bad.PICTURES if "image" in play.world.shown else ()), *bad.SAMPLED]
+        if play.world.counts is None:  # what a real template does with these is its own affair
+            kinds = [kind for kind in kinds if kind not in bad.BY_TEMPLATE]
         kind = kinds[number % len(kinds)]
         if kind in bad.SAMPLED:
             ids, logprobs, finish = bad.SAMPLED[kind](play.world)

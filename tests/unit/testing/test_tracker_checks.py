@@ -68,9 +68,7 @@ class Rerenders:
 
     def input_ids(self, state):
         parts = [part for message in state if isinstance(message["content"], list) for part in message["content"]]
-        media = {
-            f"{name}s": [part[name] for part in parts if part["type"] == name] or None for name in ("image", "video")
-        }
+        media = {f"{name}s": [part[name] for part in parts if part["type"] == name] or None for name in ("image", "video")}
         return self.processor(text=[self.processor.apply_chat_template(state)], **media)["input_ids"]
 
 
@@ -171,7 +169,9 @@ def test_worlds_that_are_not_fit_are_told():
 
 def test_what_is_lacking_is_skipped_with_the_reason():
     report = check_tracker(Rerenders, only=["M6-compact"], **FAST)
-    assert report["tracker/M6-compact"].reason == "needs 'compact_ids': method compact_ids(state): ids with one placeholder per item"
+    assert (
+        report["tracker/M6-compact"].reason == "needs 'compact_ids': method compact_ids(state): ids with one placeholder per item"
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,10 @@ def test_what_is_lacking_is_skipped_with_the_reason():
         (3, "an int cannot be called with a processor; a tracker under test is a class or factory"),
         (type("Claims", (Rerenders,), {"capabilities": {"magic"}}), "capabilities has 'magic'; it may have prompt_ids, "),
         (type("Claims", (Rerenders,), {"capabilities": "forks"}), "capabilities is 'forks'; it is a set of names"),
-        (type("Claims", (Rerenders,), {"capabilities": {"expand"}}), "capabilities has 'expand', and the tracker has not the methods"),
+        (
+            type("Claims", (Rerenders,), {"capabilities": {"expand"}}),
+            "capabilities has 'expand', and the tracker has not the methods",
+        ),
     ],
 )
 def test_what_is_no_tracker_is_refused(thing, message):

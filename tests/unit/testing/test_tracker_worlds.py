@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -92,7 +94,7 @@ def test_stable_templates_keep_what_they_wrote(name):
     picture = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "b"}]}
     messages = [USER, {"role": "assistant", "content": "<think>x</think>y"}, picture, {"role": "tool", "content": "c"}, picture]
     texts = [TEMPLATES[name].render(messages[:count], {"image": "@"}) for count in range(1, 6)]
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     answered = TEMPLATES[name].render(messages[:2], {"image": "@"})
     assert answered.startswith(TEMPLATES[name].render(messages[:1], {"image": "@"}, generation=True))
 

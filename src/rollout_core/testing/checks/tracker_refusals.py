@@ -128,6 +128,8 @@ MESSAGES: Final[dict[str, Callable[[World], list[Any]]]] = {
     "a modality that the processor has not": lambda world: [_part(_lacking(world), np.ones(9, np.float32))],
     "a good message, then one without role": lambda world: [_good(world), {"content": "a"}],
 }  # fmt: skip
+#: Those of them that templates refuse, if they do.
+BY_TEMPLATE: Final = ("a part of unknown type", "a modality that the processor has not")
 #: Pictures that are none.
 PICTURES: Final[dict[str, Callable[[World], list[Any]]]] = {
     "a picture part without picture": lambda world: [{"role": "user", "content": [{"type": "image"}]}],
