@@ -75,6 +75,8 @@ class HFRenderer:
     ) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        if not callable(self.tokenizer) or not hasattr(self.tokenizer, "convert_tokens_to_ids"):
+            raise UnsupportedProcessorError(f"a {type(processor).__name__} is no tokenizer, and no processor with one")
         self.encode = Encoder(self.tokenizer, alone=self.tokenizer is processor)
         self.family = family or family_of(processor)
         if self.family.refuse is not None:
@@ -82,7 +84,7 @@ class HFRenderer:
                 f"{type(processor).__name__} (family {self.family.name!r}) is refused: {self.family.refuse}"
             )
         self._template = chat_template or getattr(processor, "chat_template", None)
-        if not self._template and not callable(getattr(processor, "apply_chat_template", None)):
+        if not self._template:
             raise UnsupportedProcessorError(f"{type(processor).__name__} has no chat template; give chat_template=")
         self._own_template = chat_template is not None
         self._template_kwargs = dict(template_kwargs or {})
@@ -95,6 +97,9 @@ class HFRenderer:
         self._feature_ids = {m: (self.encode.id_of(s.feature(processor)),) for m, s in self._usable.items()}
         self._artifact = self._processing_fingerprint()
         self._payloads: WeakValueDictionary[str, Payload] = WeakValueDictionary()
+
+    def __repr__(self) -> str:
+        return f"<HFRenderer of {type(self.processor).__name__}, family {self.family.name!r}, positions {self.rule.name!r}>"
 
     # ---------------------------------------------------------------- Renderer
 

@@ -115,10 +115,13 @@ def _part(part: Any, number: int, index: int, media: list[MediaSource]) -> dict[
             f"{where} must be a mapping with a 'type' ('text', {', '.join(map(repr, MODALITIES))}), not {part!r:.80}"
         )
     kind = "image" if part["type"] == "image_url" else part["type"]
-    if kind not in MODALITIES:
-        if kind == "text" and not isinstance(part.get("text"), str):
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
             raise ConversationError(f"{where} is of type 'text' and has no string under 'text'")
         return {str(key): _plain(value, f"{where}, {key!r}") for key, value in part.items()}
+    if kind not in MODALITIES:
+        # Templates leave out parts that they do not know, without a word.
+        raise ConversationError(f"{where} is of type {kind!r}; a part is of type 'text', {', '.join(map(repr, MODALITIES))}")
     given = dict(part)
     if part["type"] == "image_url":
         url = part.get("image_url")

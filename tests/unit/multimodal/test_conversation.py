@@ -149,6 +149,7 @@ class TestRefusals:
             ([{"role": "user", "content": 5}], ConversationError, "content of type int"),
             (parts(5), ConversationError, "message 1, part 0 must be a mapping"),
             (parts({"type": "text"}), ConversationError, "no string under 'text'"),
+            (parts({"type": "document", "text": "x"}), ConversationError, "part 0 is of type 'document'"),
             (parts({"type": "image"}), ConversationError, "must hold one of image, url, path, base64; it has none"),
             (parts({"type": "image", "image": picture(), "path": "x"}), ConversationError, "it has 2 of them"),
             ([{"role": "user", "content": "a\ud800b"}], ConversationError, "lone surrogate '\\\\ud800' at character 1"),
@@ -261,6 +262,14 @@ class TestRefusals:
         with pytest.raises(UnstableTemplateError, match="must be added in one extend"):
             start.extend(results[:1]).extend(results[1:])
 
+    def test_what_is_no_processor(self, world):
+        for bad in (None, "qwen", world.processor.tokenizer.__call__):
+            with pytest.raises(UnsupportedProcessorError, match="is no tokenizer, and no processor with one"):
+                HFRenderer(bad)
+        world.processor.chat_template = None
+        with pytest.raises(UnsupportedProcessorError, match="has no chat template; give chat_template="):
+            HFRenderer(world.processor)
+
     def test_no_offsets(self, world):
         class Slow:
             def __init__(self, real):
@@ -349,7 +358,8 @@ class TestReading:
         assert item.uuid() != item.uuid("run 1") != item.uuid("run 2")
         assert item.artifact != item.identity
 
-    def test_repr(self, start):
+    def test_repr(self, renderer, start):
+        assert repr(renderer) == "<HFRenderer of FakeRowsProcessor, family 'fake-rows', positions 'qwen2-vl@2'>"
         assert "1 items, 1 messages" in repr(start)
 
 
