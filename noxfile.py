@@ -74,7 +74,7 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def peers(session: nox.Session) -> None:
-    """The kit on the packing code of SGLang, vLLM, verl, checkpoint-engine and torch, unmodified; writes docs/peers.md."""
+    """The kit on code of SGLang, vLLM, verl, checkpoint-engine, torch and renderers, unmodified; writes docs/peers.md."""
     listed = Path("src/rollout_core/testing/peers/requirements.txt").read_text()
     alone, with_dependencies = listed.split("# With dependencies:")
     install(session, "test", extras="[cli,testing]")

@@ -128,7 +128,7 @@ def _write_scripts(report: Report, folder: Path) -> int:
 
 def _list() -> None:
     from rollout_core.testing.packers import CAPABILITIES
-    from rollout_core.testing.peers import PEERS
+    from rollout_core.testing.peers import PEERS, TRACKER_PEERS, real_worlds
     from rollout_core.testing.registry import LEVELS, select_checks
     from rollout_core.testing.targets import OWN, OWN_TRACKERS
     from rollout_core.testing.trackers import TRACKER_CAPABILITIES
@@ -143,12 +143,14 @@ def _list() -> None:
         for name, words in known.items():
             print(f"  {name:<28} {words}")
     print("worlds of trackers")
-    print("\n".join(f"  {name}" for name in world_names()))
+    print("\n".join(f"  {name}" for name in [*world_names(), *real_worlds.WORLDS]))
     print("shipped adapters")
     for name, target in {**OWN, **OWN_TRACKERS}.items():
         print(f"  {name:<28} {target}")
     for peer in PEERS.values():
         print(f"  {peer.name:<28} {peer.distribution} {peer.version}, {peer.source}")
+    for tracker in TRACKER_PEERS.values():
+        print(f"  {tracker.name:<28} {tracker.distribution} {tracker.version}, {tracker.source}")
 
 
 def _progress(console: Console) -> Progress:

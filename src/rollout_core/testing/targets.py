@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from rollout_core.testing.isolation import Subject, SubjectError
 from rollout_core.testing.packers import CAPABILITIES, PackerUnderTest, resolve
-from rollout_core.testing.peers import PEERS
+from rollout_core.testing.peers import PEERS, TRACKER_PEERS
 from rollout_core.testing.registry import SubjectKind
 
 #: This project's own packers.
@@ -33,9 +33,11 @@ def full_name(target: str) -> str:
         return {**OWN, **OWN_TRACKERS}[target]
     if target in PEERS:
         return PEERS[target].target
+    if target in TRACKER_PEERS:
+        return TRACKER_PEERS[target].target
     module, colon, attribute = target.partition(":")
     if not (module and colon and attribute):
-        shipped = ", ".join([*OWN, *OWN_TRACKERS, *PEERS])
+        shipped = ", ".join([*OWN, *OWN_TRACKERS, *PEERS, *TRACKER_PEERS])
         raise SubjectError(f"{target!r} is neither package.module:attribute nor a shipped adapter ({shipped})")
     return target
 

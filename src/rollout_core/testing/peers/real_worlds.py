@@ -20,7 +20,15 @@ from rollout_core.testing.worlds.tokenizer import Counts
 
 #: How Qwen2 to Qwen3-VL split text before byte pairs are merged (transformers 5.23, models/qwen2/tokenization_qwen2.py).
 _SPLIT: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CONTROLS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_CONTROLS: Final = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 #: Tokens of the vocabulary that are not special: they stay when special tokens are skipped.
 _WORDS: Final = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 _PARTS: Final = (
@@ -62,8 +70,9 @@ def qwen_tokenizer() -> Any:
 
 
 @functools.cache
-def _processor(name: str, patch_size: int, template: str) -> Any:
+def _processor(name: str, patch_size: int, template: str, as_in_4: bool) -> Any:
     import transformers
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     image = transformers.Qwen2VLImageProcessorPil(patch_size=patch_size)
     wanted = getattr(transformers, name)
@@ -71,13 +80,24 @@ def _processor(name: str, patch_size: int, template: str) -> Any:
     def check(self: Any, argument: str, value: Any) -> Any:
         return None if argument == "video_processor" else wanted.check_argument_for_proper_class(self, argument, value)
 
+    def render(self: Any, messages: Any, *, add_generation_prompt: bool = False, **options: Any) -> str:
+        texts, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=add_generation_prompt)
+        return str(texts[0])
+
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        return wanted.__call__(self, *args, **{"return_mm_token_type_ids": False, **options})
+
+    def accept(self: Any, *args: Any, **options: Any) -> None:
+        """Pictures without placeholder are processed too."""
+
+    early = {"apply_chat_template": render, "__call__": call, "validate_inputs": accept} if as_in_4 else {}
     # Video processors need torchvision; no video is shown here, so that there is none.
-    made = type(name, (wanted,), {"check_argument_for_proper_class": check, "__module__": wanted.__module__})
+    made = type(name, (wanted,), {"check_argument_for_proper_class": check, **early, "__module__": wanted.__module__})
     return made(image_processor=image, tokenizer=copy.copy(qwen_tokenizer()), video_processor=None, chat_template=template)
 
 
 def _counted(processor: Any, counts: Counts) -> Any:
-    """A copy of a processor that shares everything dear, and counts the pictures that it processes and the characters that it encodes."""
+    """A copy of a processor that shares everything dear, and counts the pictures it processes and the characters it encodes."""
 
     def preprocess(self: Any, images: Any, *args: Any, **options: Any) -> Any:
         counts.items += len(images) if isinstance(images, (list, tuple)) else 1
@@ -100,8 +120,10 @@ def _derived(thing: Any, **methods: Any) -> Any:
     return made
 
 
-def _world(name: str, processor: str, patch_size: int, template: str, shown: Shown, stops: tuple[str, ...]) -> World:
-    made = _processor(processor, patch_size, template.replace("@", str(shown)))
+def _world(
+    name: str, processor: str, patch_size: int, template: str, shown: Shown, stops: tuple[str, ...], as_in_4: bool = False
+) -> World:
+    made = _processor(processor, patch_size, template.replace("@", str(shown)), as_in_4)
     counts = Counts()
     return World(
         name=name,
@@ -110,7 +132,8 @@ def _world(name: str, processor: str, patch_size: int, template: str, shown: Sho
         stops=stops,
         positions=Positions(3),
         measure=functools.partial(_measure, made),
-        sequence={"mm_token_type_ids": {"image": 1}},
+        sequence={} if as_in_4 else {"mm_token_type_ids": {"image": 1}},
+        ignored=frozenset({"mm_token_type_ids"} if as_in_4 else ()),
         counts=counts,
     )
 
@@ -123,14 +146,14 @@ def _measure(processor: Any, medium: MediumCase) -> tuple[int, tuple[Grid, ...]]
     return time * rows * columns, ((time, rows, columns, None),)
 
 
+_END: Final = ("<|im_end|>",)
+#: Those ending in ``4`` behave in three respects as transformers 4 did, for peers that were written for it: templates are shown
+#: messages of any type; pictures without placeholder are processed too; ``mm_token_type_ids`` is given only when asked for.
 WORLDS: Final[Mapping[str, Callable[[], World]]] = {
-    name: functools.partial(_world, name, *rest)
-    for name, *rest in (
-        ("real:qwen2-vl", "Qwen2VLProcessor", 14, _PLAIN, _CLOSED, ("<|im_end|>",)),
-        ("real:qwen2.5-vl", "Qwen2_5_VLProcessor", 14, _PLAIN, _CLOSED, ("<|im_end|>",)),
-        ("real:qwen2-vl-open", "Qwen2VLProcessor", 14, _OPEN, _UNCLOSED, ()),
-        ("real:qwen3-vl", "Qwen3VLProcessor", 16, _GROUPED, _CLOSED, ("<|im_end|>",)),
-    )
+    "real:qwen2-vl": functools.partial(_world, "real:qwen2-vl", "Qwen2VLProcessor", 14, _PLAIN, _CLOSED, _END),
+    "real:qwen2-vl-4": functools.partial(_world, "real:qwen2-vl-4", "Qwen2VLProcessor", 14, _PLAIN, _CLOSED, _END, True),
+    "real:qwen2-vl-open-4": functools.partial(_world, "real:qwen2-vl-open-4", "Qwen2VLProcessor", 14, _OPEN, _UNCLOSED, (), True),
+    "real:qwen3-vl": functools.partial(_world, "real:qwen3-vl", "Qwen3VLProcessor", 16, _GROUPED, _CLOSED, _END),
 }
 
 

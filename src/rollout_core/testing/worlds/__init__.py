@@ -1,7 +1,7 @@
 """Worlds: what a tracker is tried in. A world is a processor with its template, and what the kit knows of both.
 
-The kit ships fakes, in pure Python and numpy, named ``template+kind``; ``register_world`` adds others, such as real processors of
-transformers:
+The kit ships fakes, in pure Python and numpy, named ``template+kind``, and a few real processors of transformers, for peers that
+know no fakes (``rollout_core.testing.peers.real_worlds``); ``register_world`` adds others:
 
     register_world("real:qwen2_vl", build, modalities=("image", "video"))
 """
@@ -117,6 +117,10 @@ def register_world(
 
 def world_info(name: str) -> WorldInfo:
     """What is known of a world. ``ValueError`` if there is none of this name."""
+    if name.startswith("real:") and name not in _WORLDS:
+        from rollout_core.testing.peers import real_worlds
+
+        real_worlds.register()
     try:
         return _WORLDS[name]
     except KeyError:
