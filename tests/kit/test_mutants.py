@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from rollout_core.testing import check_packer, get_check, replay
-from rollout_core.testing.mutants import MUTANTS
+from rollout_core.testing.mutants import mutants_of
 from rollout_core.testing.registry import select_checks
 from rollout_core.testing.scripts import reproduction
 
+MUTANTS = mutants_of("packer")
 GOLDEN = Path(__file__).parent / "golden" / "mutants.json"
 #: Whether its bug shows depends on which memory is used again.
 BY_CHANCE = {"TiesByAddressInStreams"}
@@ -65,7 +66,7 @@ def test_its_script_shows_the_bug(name, reports):
         exec(compile(script, "script", "exec"), {"__name__": "__main__"})
     vars(builtins).pop("rollout_core_unpickled", None)
     sound = script.replace(
-        f"from {mutant.packer.__module__} import {name}", f"from rollout_core.testing.reference import ReferencePacker as {name}"
+        f"from {mutant.subject.__module__} import {name}", f"from rollout_core.testing.reference import ReferencePacker as {name}"
     )
     assert sound != script
     exec(compile(sound, "script", "exec"), {"__name__": "__main__"})

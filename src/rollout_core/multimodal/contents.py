@@ -14,16 +14,18 @@ from rollout_core.errors import RolloutCoreError
 
 #: Renders messages; gives their text, in one piece or by message.
 Write = Callable[[Sequence[Mapping[str, Any]]], tuple[str, ...]]
+#: Three characters that stand nowhere in the texts: around a guard's number, and in place of a text.
+Marks = tuple[str, str, str]
 
 
-def marks_for(given: Iterable[str]) -> tuple[str, str, str]:
+def marks_for(given: Iterable[str]) -> Marks:
     """Three characters of Unicode's private use area that stand nowhere in the texts."""
     used = {c for text in given for c in text if "\ue000" <= c <= "\uf8ff"}
     free = (chr(c) for c in range(0xE100, 0xF8FF) if chr(c) not in used)
     return next(free), next(free), next(free)
 
 
-def guard(text: str, literals: re.Pattern[str], guards: dict[str, str], marks: tuple[str, str, str]) -> str:
+def guard(text: str, literals: re.Pattern[str], guards: dict[str, str], marks: Marks) -> str:
     def stand_in(match: re.Match[str]) -> str:
         made = f"{marks[0]}{len(guards)}{marks[1]}"
         guards[made] = match.group()
@@ -36,7 +38,7 @@ def contents_of(
     pieces: Sequence[str],
     messages: Sequence[Mapping[str, Any]],
     write: Write,
-    marks: tuple[str, str, str],
+    marks: Marks,
 ) -> tuple[list[tuple[int, int]], list[int]]:
     """The character ranges that came from the messages' contents, and the message of each.
 
@@ -74,3 +76,24 @@ def contents_of(
         owners.append(owner)
         at += len(shown) + len(literal)
     return (ranges, owners) if at == len(whole) else everything
+
+
+def bounds_of(
+    pieces: Sequence[str], count: int, contents: Sequence[tuple[int, int]], owners: Sequence[int], closing: str
+) -> tuple[int, ...]:
+    """Where the text of each of ``count`` messages begins. In text that is not kept apart by message, a message ends with what
+    ends a
+    turn, if the template writes that after it, else with its content."""
+    bounds = [0]
+    if len(pieces) == count:
+        for piece in pieces[:-1]:
+            bounds.append(bounds[-1] + len(piece))
+        return tuple(bounds)
+    whole = "".join(pieces)
+    ends = {owner: stop for (_, stop), owner in zip(contents, owners, strict=True)}
+    starts = {owner: start for (start, _), owner in reversed(list(zip(contents, owners, strict=True)))}
+    for index in range(1, count):
+        stop = ends.get(index - 1, bounds[-1])
+        found = whole.find(closing, stop, starts.get(index, len(whole))) if closing else -1
+        bounds.append(max(bounds[-1], stop if found < 0 else found + len(closing)))
+    return tuple(bounds)

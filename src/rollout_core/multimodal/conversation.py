@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from rollout_core.errors import ConversationError, UnstableTemplateError
 from rollout_core.multimodal import cutting, stored
 from rollout_core.multimodal.arrays import Arrays
 from rollout_core.multimodal.deltas import SAMPLED, Bytes, Delta, Item, Payload, Tokens
-from rollout_core.multimodal.messages import take
+from rollout_core.multimodal.messages import plain_tools, take
 from rollout_core.multimodal.positions import Text
 from rollout_core.multimodal.renderer import Renderer, Tools
 from rollout_core.multimodal.sampled import Finish, check_sampled
@@ -60,7 +60,7 @@ class Conversation:
         tools: tool schemas that the template shows.
         on_unstable: what `extend` does when the template changes what it wrote before.
         segments: what this conversation was before each change of that kind, oldest first; each is a training sample of its own.
-        cut: whether `truncate` removed tokens at the end, so that nothing can follow.
+        cut: whether `truncate` removed tokens: it is a sample to train on, nothing can follow, and it has no messages.
     """
 
     renderer: Renderer
@@ -91,7 +91,7 @@ class Conversation:
         """
         if on_unstable not in ("refuse", "segment"):
             raise ConversationError(f"on_unstable is {on_unstable!r}; it is 'refuse' or 'segment'")
-        tools = None if tools is None else tuple(tools)
+        tools = plain_tools(tools)
         taken = take(messages)
         laid = renderer.begin(taken, tools)
         return cls(renderer, delta_of(renderer, None, "messages", laid, taken.items), tools, on_unstable)
@@ -110,6 +110,7 @@ class Conversation:
             raise ConversationError(
                 "the assistant's turn is open: add what was sampled, or extend the conversation from before the prompt"
             )
+        messages = list(messages) if isinstance(messages, Iterator) else messages
         taken = take(messages, first=self.tip.message_count)
         past = past_of(self.renderer, self.tip)
         try:
@@ -196,7 +197,7 @@ class Conversation:
             TruncationError: nothing would be left; or the cut falls inside an item under ``error``.
         """
         tip = cutting.truncated(self.renderer.rule, self.tip, max_length, side, policy)
-        return self if tip is self.tip else replace(self, tip=tip, cut=self.cut or side == "right")
+        return self if tip is self.tip else replace(self, tip=tip, cut=True)
 
     # ---------------------------------------------------------------- reading
 
@@ -263,7 +264,13 @@ class Conversation:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """All messages as a template sees them; media are bare parts, in the order of `items` per modality."""
+        """All messages as a template sees them; media are bare parts, in the order of `items` per modality.
+
+        Raises:
+            ConversationError: the conversation was truncated.
+        """
+        if self.cut:
+            raise ConversationError("a truncated conversation has tokens and no messages; ask the one it was cut from")
         return tuple(messages_of(self.renderer, self.tip))
 
     @property
@@ -290,7 +297,8 @@ class Conversation:
             steps = self.tip.path(start)
         except LookupError:
             raise ConversationError(
-                "this conversation does not go on from the one given as since: it is another fork, or a new segment began; "
+                "this conversation does not go on from the one given as since: it is another fork, was truncated, or a new "
+                "segment began; "
                 "send it whole"
             ) from None
         tokens = Tokens.concatenate([step.tokens for step in steps])
@@ -325,9 +333,59 @@ class Conversation:
             ConversationError: other bytes; another renderer; a payload that is missing.
         """
         tip, tools, on_unstable, cut, earlier = stored.decode(renderer, data, payloads or {})
+        found = {
+            item.artifact: item.payload for one in (tip, *(old for old, _ in earlier)) for step in one.path() for item in step.items
+        }
+        renderer.adopt(found.values())
         parts = tuple(cls(renderer, old, tools, on_unstable, (), was_cut) for old, was_cut in earlier)
         parts = tuple(replace(part, segments=parts[:index]) for index, part in enumerate(parts))
         return cls(renderer, tip, tools, on_unstable, parts, cut)
+
+    def verify(self) -> None:
+        """Grow this conversation again from its messages and sampled ids, comparing each step with the render of the whole past.
+
+        For now and then: it costs in proportion to the square of the turns. No item is processed again.
+
+        Raises:
+            UnstableTemplateError: the template, asked about the whole, writes something else than what was tracked: it looks
+            further
+                than probing could see.
+            ConversationError: the conversation was truncated.
+        """
+        if self.cut:
+            raise ConversationError("a truncated conversation cannot be verified; verify the one it was cut from")
+        checking = self.renderer.checking()
+        grown: Conversation | None = None
+        for delta in self.tip.path():
+            items = {modality: iter([i for i in delta.items if i.modality == modality]) for modality in delta.item_counts}
+            if grown is None:
+                grown = type(self).start(checking, [refilled(m, items) for m in delta.messages], self.tools)
+            elif delta.kind == "messages":
+                grown = grown.extend([refilled(m, items) for m in delta.messages])
+            elif delta.kind == "sampled":
+                said = delta.messages[0] if delta.messages else None
+                grown = grown.append_sampled(delta.tokens.input_ids, finish=cast("Finish", delta.finish), message=said)
+        assert grown is not None
+        if self.tip.kind == "generation_prompt":
+            grown = grown.with_generation_prompt()
+        ours, theirs = self.input_ids, grown.input_ids
+        if not np.array_equal(ours, theirs):
+            same = min(len(ours), len(theirs))
+            at = next((n for n in range(same) if ours[n] != theirs[n]), same)
+            raise UnstableTemplateError(
+                f"token {at} is {ours[at : at + 1].tolist()} here, and {theirs[at : at + 1].tolist()} where every addition "
+                f"is compared with "
+                f"the whole past ({len(ours)} and {len(theirs)} tokens): use HFRenderer(check_history=True) with this template"
+            )
+
+    def __copy__(self) -> Conversation:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Conversation:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Conversation holds a processor and is not pickled: send to_bytes(), and use from_bytes(renderer, data)")
 
     def __repr__(self) -> str:
         return (
@@ -342,7 +400,7 @@ class Conversation:
 
     def _may_grow(self) -> None:
         if self.cut:
-            raise ConversationError("this conversation was cut at its end; grow the one it was cut from")
+            raise ConversationError("this conversation was truncated; grow the one it was cut from, and truncate that again")
 
     def _segment(self, messages: Iterable[Message]) -> Conversation:
         """A new segment: the whole history and the new messages, rendered at once, as the prompt of what follows."""

@@ -104,7 +104,6 @@ def _tail(rule: PositionRule, path: Sequence[Delta], at: int) -> Delta:
             items=tuple(items),
             segments=parts,
             positions=positions,
-            messages=delta.messages if parent else tuple(m for d in path[: path.index(delta) + 1] for m in d.messages),
             length=delta.length - at,
             compact_length=delta.compact_length - compact_at,
             item_counts=dict(counts),

@@ -6,7 +6,7 @@ Deltas form a tree: each knows the one before it. They are never changed, so any
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -171,7 +171,7 @@ class Delta:
         role: of the last message.
     """
 
-    parent: Delta | None
+    parent: Delta | None = field(repr=False)
     kind: str
     tokens: Tokens
     items: tuple[Item, ...]

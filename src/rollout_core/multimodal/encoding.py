@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from rollout_core.errors import UnsupportedProcessorError
 from rollout_core.multimodal.tracks import Encoded
+
+#: Texts with which what follows should not merge, best first; and texts that they are tried with.
+_LEADS = ("\n", "\x00", "a")
+_AFTER_LEAD = ("a", " a", "\n", "\n\n", "1", "<")
+_PLAIN: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 class Encoder:
@@ -25,21 +33,26 @@ class Encoder:
         self.tokenizer = tokenizer
         self._alone = alone
         self._control = frozenset(getattr(tokenizer, "added_tokens_decoder", ()))
-        self._anchor = self._needs_anchor()
+        self._lead = self._needs_lead()
 
     def __call__(self, text: str, *, plain: bool = False, first: bool = False) -> Encoded:
         """Ids and character offsets. ``first`` adds what the tokenizer puts before a sequence, as transformers' processors do
         unless the text begins with it; ``plain`` takes control tokens as ordinary text."""
         bos = getattr(self.tokenizer, "bos_token", None)
         special = first and not self._alone and not (bos and text.startswith(bos))
-        lead = "\n" if self._anchor and not first else ""
-        out = self.tokenizer(
-            lead + text, add_special_tokens=special, return_offsets_mapping=True, split_special_tokens=plain, verbose=False
-        )
+        lead = self._lead if not first else ""
+        use = self._plain() if plain else self.tokenizer
+        options = {"split_special_tokens": True} if plain else {}
+        out = use(lead + text, add_special_tokens=special, return_offsets_mapping=True, verbose=False, **options)
         ids = np.asarray(out["input_ids"], np.int64).reshape(-1)
         offsets = np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2)
         if lead:
             skip = int((offsets[:, 1] <= len(lead)).sum())
+            if not skip or offsets[skip - 1, 1] != len(lead):
+                raise UnsupportedProcessorError(
+                    f"{type(self.tokenizer).__name__} merges {lead!r} with {text[:20]!r}, so that the middle of a text "
+                    f"cannot be encoded alone"
+                )
             ids, offsets = ids[skip:], np.maximum(offsets[skip:] - len(lead), 0)
         if special and len(ids) and tuple(offsets[-1]) == (0, 0) and text:
             raise UnsupportedProcessorError(
@@ -53,15 +66,32 @@ class Encoder:
         one, two = self(before, first=True), self(after)
         return bool(np.array_equal(np.concatenate([one.ids, two.ids]), self(before + after, first=True).ids))
 
-    def _needs_anchor(self) -> bool:
-        """Whether the tokenizer treats the front of a text unlike its middle, as SentencePiece's do."""
-        self._anchor = False
+    def _needs_lead(self) -> str:
+        """What to put before the middle of a text, for tokenizers that treat the front unlike it, as SentencePiece's do."""
+        self._lead = ""
         try:
-            return not self.joined("a\n", "a b")
+            if self.joined("a\n", "a b"):
+                return ""
+            for lead in _LEADS:
+                self._lead = lead
+                with contextlib.suppress(UnsupportedProcessorError):
+                    if all(len(self(text).ids) for text in _AFTER_LEAD):
+                        return lead
         except (KeyError, NotImplementedError) as error:
             raise UnsupportedProcessorError(
                 f"{type(self.tokenizer).__name__} gives no character offsets; use a fast tokenizer"
             ) from error
+        return self._lead
+
+    def _plain(self) -> Any:
+        """A tokenizer for plain text. transformers keeps ``split_special_tokens`` in the tokenizer itself, so that asking the
+        shared one
+        would change what other threads get."""
+        if not hasattr(self.tokenizer, "backend_tokenizer"):
+            return self.tokenizer
+        if self.tokenizer not in _PLAIN:
+            _PLAIN[self.tokenizer] = copy.deepcopy(self.tokenizer)
+        return _PLAIN[self.tokenizer]
 
     def id_of(self, text: str) -> int:
         """The id of one token. ``UnsupportedProcessorError`` if there is none."""

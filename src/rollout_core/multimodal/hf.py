@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
 
-from rollout_core.errors import ConversationError, MediaError, RolloutCoreError, UnsupportedProcessorError
+from rollout_core.errors import ConversationError, MediaError, RolloutCoreError, UnstableTemplateError, UnsupportedProcessorError
 from rollout_core.multimodal import templates
-from rollout_core.multimodal.contents import Write, contents_of, guard, marks_for
+from rollout_core.multimodal.contents import Marks, Write, bounds_of, contents_of, guard, marks_for
 from rollout_core.multimodal.deltas import Item, Payload
 from rollout_core.multimodal.encoding import Encoder
 from rollout_core.multimodal.families import Family, family_of
@@ -29,6 +32,7 @@ from rollout_core.multimodal.processing import merge_outputs, process_one, seque
 from rollout_core.multimodal.renderer import Past, Tools
 from rollout_core.multimodal.templates import Verdict
 from rollout_core.multimodal.tracks import Ids
+from rollout_core.multimodal.values import check_colour
 
 #: Verdicts by the hash of template, its settings and tokenizer: probing one takes a moment, and a trainer makes many renderers.
 _VERDICTS: dict[str, Verdict] = {}
@@ -55,6 +59,10 @@ class HFRenderer:
         positions: a position rule or its full name; by default that of the processor's family.
         vocab_size: sampled ids are below it; by default the tokenizer's length. Models with padded embeddings can sample more.
         family: how the processor's outputs merge; by default found by its class name.
+        check_history: compare every addition with the render of the whole past, instead of trusting what probing found. A turn then
+            costs in proportion to the history.
+
+    Threads may share a renderer, as far as the processor itself allows; two that add the same new picture may both process it.
 
     Raises:
         UnsupportedProcessorError: no chat template, no character offsets, or a family that is unknown or cannot be taken apart.
@@ -72,6 +80,7 @@ class HFRenderer:
         positions: PositionRule | str | None = None,
         vocab_size: int | None = None,
         family: Family | None = None,
+        check_history: bool = False,
     ) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
@@ -86,10 +95,12 @@ class HFRenderer:
         self._template = chat_template or getattr(processor, "chat_template", None)
         if not self._template:
             raise UnsupportedProcessorError(f"{type(processor).__name__} has no chat template; give chat_template=")
+        self._check_history = check_history
+        self._words = len(self.tokenizer)
         self._own_template = chat_template is not None
         self._template_kwargs = dict(template_kwargs or {})
         self._processor_kwargs = dict(processor_kwargs or {})
-        self._background = background
+        self._background = check_colour(background, "background")
         self.rule: PositionRule = positions if isinstance(positions, PositionRule) else _rule(positions, self.family)
         self.vocab_size: int = len(self.tokenizer) if vocab_size is None else vocab_size
         self._usable = {m: s for m, s in self.family.modalities.items() if s.refuse is None}
@@ -112,32 +123,40 @@ class HFRenderer:
     def verdict(self) -> Verdict:
         """What probing the template found."""
         if self._template_key not in _VERDICTS:
-            verdicts = [self._probe(tools) for tools in (None, (_TOOL,))]
-            _VERDICTS[self._template_key] = templates.both(*verdicts)
+            verdict = self._probe(None)
+            # Without a second opinion from a template that cannot render tools.
+            with contextlib.suppress(UnstableTemplateError):
+                verdict = templates.both(verdict, self._probe((_TOOL,)))
+            _VERDICTS[self._template_key] = verdict
         return _VERDICTS[self._template_key]
 
     def begin(self, messages: Messages, tools: Tools) -> Laid:
         """The first tokens of a conversation."""
 
+        marks = marks_for([*texts(list(messages.items)), *texts(list(tools or ()))])
+        guards: dict[str, str] = {}
+        guarded = None if tools is None else [self._guarded(tool, guards, marks) for tool in tools]
+
         def write(given: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-            pieces = templates.begin(self._render_with(tools), self.verdict, given)
+            pieces = templates.begin(self._render_with(guarded), self.verdict, given)
             self._check_front("".join(pieces))
             return pieces
 
-        return self._lay_out(messages, 0, "", np.zeros(0, np.int64), write, first=True)
+        return self._lay_out(messages, 0, "", np.zeros(0, np.int64), write, marks, guards, first=True)
 
     def add(self, past: Past, messages: Messages, tools: Tools) -> Laid:
         """Tokens that messages add, with those that end a sampled turn before them."""
 
         def write(given: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-            return templates.add(self._render_with(tools), self.verdict, self.encode.joined, past, given)
+            return templates.add(self._render_with(tools), self.verdict, self.encode.joined, past, given, self._check_history)
 
         closing = self.verdict.closing if past.sampled else ""
-        return self._lay_out(messages, past.message_count, closing, past.tail, write, first=False)
+        marks = marks_for(texts(list(messages.items)))
+        return self._lay_out(messages, past.message_count, closing, past.tail, write, marks, {}, first=False)
 
     def generation_prompt(self, past: Past, tools: Tools) -> Laid:
         """Tokens that open an assistant's turn."""
-        text = templates.generation_prompt(self._render_with(tools), self.verdict, past)
+        text = templates.generation_prompt(self._render_with(tools), self.verdict, self.encode.joined, past, self._check_history)
         script = Script(text, {}, (), (0,), past.message_count, 0, first=False)
         return lay_out(script, (), self.encode, {}, {}, {}, self.encode.atomic, np.zeros(0, np.int64))
 
@@ -154,6 +173,17 @@ class HFRenderer:
         given = [(item.modality, item.payload.outputs) for item in items]
         spans = [item.spans for item in items]
         return {**merge_outputs(self.family, given), **sequence_outputs(self.family, len(input_ids), given, spans)}
+
+    def adopt(self, payloads: Iterable[Payload]) -> None:
+        """Know these payloads, so that their items are not processed again."""
+        for payload in payloads:
+            self._payloads.setdefault(payload.artifact, payload)
+
+    def checking(self) -> HFRenderer:
+        """The same renderer with ``check_history``."""
+        made = copy.copy(self)
+        made._check_history = True
+        return made
 
     # ---------------------------------------------------------------- text
 
@@ -216,30 +246,25 @@ class HFRenderer:
         closing: str,
         tail: Ids,
         write: Write,
+        marks: Marks,
+        guards: dict[str, str],
         *,
         first: bool,
     ) -> Laid:
+        if len(self.tokenizer) != self._words:
+            raise ConversationError("the tokenizer was changed after the renderer was made: make a new renderer")
         for source in messages.media:
             self.family.support(self.processor, source.modality)
-        marks = marks_for(texts(list(messages.items)))
-        guards: dict[str, str] = {}
-        guarded = [replaced(message, lambda text: guard(text, self._literals, guards, marks)) for message in messages.items]
+        guarded = [self._guarded(message, guards, marks) for message in messages.items]
         pieces = write(guarded)
         contents, owners = contents_of(pieces, guarded, write, marks)
-        bounds = [0]
-        if len(pieces) == len(guarded):
-            for piece in pieces[:-1]:
-                bounds.append(bounds[-1] + len(piece))
-        else:
-            for index in range(1, len(guarded)):
-                earlier = [stop for (_, stop), owner in zip(contents, owners, strict=True) if owner < index]
-                bounds.append(max([bounds[-1], *earlier]))
+        bounds = bounds_of(pieces, len(guarded), contents, owners, self.verdict.closing)
         shift = len(closing)
         script = Script(
             closing + "".join(pieces),
             guards,
             tuple((start + shift, stop + shift) for start, stop in contents),
-            (0, *(b + shift for b in bounds)) if shift else tuple(bounds),
+            (0, *(bound + shift for bound in bounds)) if shift else bounds,
             number - 1 if shift else number,
             shift,
             first,
@@ -248,6 +273,9 @@ class HFRenderer:
         return lay_out(
             script, media, self.encode, self._placeholders, self._feature_ids, self.verdict.envelopes, self.encode.atomic, tail
         )
+
+    def _guarded(self, value: Any, guards: dict[str, str], marks: Marks) -> Any:
+        return replaced(value, lambda text: guard(text, self._literals, guards, marks))
 
     @cached_property
     def _literals(self) -> re.Pattern[str]:
@@ -261,6 +289,8 @@ class HFRenderer:
     def _payload(self, source: MediaSource) -> Payload:
         """An item processed, once: the same picture again, here or in another conversation, is found by its identity."""
         if isinstance(source.source, Payload):
+            if source.source.artifact != artifact_identity(source.source.identity, self._artifact):
+                raise ConversationError(f"{source.where()} holds what another processor, or this one with other settings, has made")
             return source.source
         media = self._load(source)
         if self._processing_fingerprint() != self._artifact:
@@ -281,6 +311,8 @@ class HFRenderer:
         if isinstance(source.source, (Picture, Video, Sound)):
             if source.source.modality != source.modality:
                 raise MediaError(f"{source.where()} holds a {source.source.modality}")
+            if isinstance(source.source, Picture) and source.source.background != self._background:
+                return replace(source.source, background=self._background)
             return source.source
         try:
             if source.modality == "image":

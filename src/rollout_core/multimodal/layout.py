@@ -95,7 +95,8 @@ def lay_out(
         UnsupportedProcessorError: spans and feature rows differ, or the tokenizer merges expansions with the text around them.
     """
     shown = _occurrences(script, media, placeholders)
-    compact, expanded, regions = _encode(script, shown, encode)
+    reserved = np.asarray([token for ids in features.values() for token in ids], np.int64)
+    compact, expanded, regions = _encode(script, shown, encode, reserved)
     cut = _overlap(before, compact.ids, max(int((compact.offsets[:, 1] <= script.closing).sum()), 1))
     if cut and (not atomic(int(compact.ids[0])) or (regions and regions[0].compact_start < cut)):
         cut = 0
@@ -177,7 +178,9 @@ def _occurrences(script: Script, media: Sequence[Medium], placeholders: Mapping[
     return shown
 
 
-def _encode(script: Script, shown: Sequence[tuple[int, int, Medium]], encode: Encode) -> tuple[Encoded, Encoded, list[Region]]:
+def _encode(
+    script: Script, shown: Sequence[tuple[int, int, Medium]], encode: Encode, reserved: Ids
+) -> tuple[Encoded, Encoded, list[Region]]:
     """Both tracks. Offsets of the compact track count characters of the script's text, guards included."""
     ids: list[Ids] = []
     offsets: list[Ids] = []
@@ -187,6 +190,8 @@ def _encode(script: Script, shown: Sequence[tuple[int, int, Medium]], encode: En
     for index, (start, stop, literal) in enumerate(_parts(script)):
         if literal is not None:
             part = encode(literal, plain=True, first=script.first and index == 0)
+            if np.isin(part.ids, reserved).any():
+                raise ConversationError(f"the text {literal!r} in a message is one token however it is written; take it out")
             part = Encoded(part.ids, np.tile(np.asarray([[start, stop]], np.int64), (len(part.ids), 1)))
             ids, offsets, wide = [*ids, part.ids], [*offsets, part.offsets], [*wide, part.ids]
             length, wide_length = length + len(part.ids), wide_length + len(part.ids)
@@ -209,10 +214,9 @@ def _parts(script: Script) -> Iterator[tuple[int, int, str | None]]:
     at = 0
     if script.guards:
         found = list(re.finditer("|".join(map(re.escape, script.guards)), script.text))
-        if sorted(m.group() for m in found) != sorted(script.guards):
-            raise ConversationError(
-                "the chat template drops or changes text that looks like a placeholder; take it out of the messages"
-            )
+        mark = next(iter(script.guards))[0]
+        if script.text.count(mark) != len(found):
+            raise ConversationError("the chat template changes text that looks like a placeholder; take it out of the messages")
         for match in found:
             if match.start() > at:
                 yield at, match.start(), None
@@ -275,4 +279,7 @@ def _envelope(
     suffix = next(suffix[:n] for n in range(len(suffix), -1, -1) if text[stop:].startswith(suffix[:n]))
     before = compact.offsets[: region.compact_start]
     after = compact.offsets[region.compact_stop :]
-    return int((before[:, 0] >= start - len(prefix)).sum()), int((after[:, 1] <= stop + len(suffix)).sum())
+    # Tokens that touch it: a control token may have taken white space around it.
+    touching_before = (before[:, 1] > start - len(prefix)) & (before[:, 1] > before[:, 0])
+    touching_after = (after[:, 0] < stop + len(suffix)) & (after[:, 1] > after[:, 0])
+    return (int(touching_before.sum()) if prefix else 0), (int(touching_after.sum()) if suffix else 0)

@@ -19,6 +19,8 @@ MODALITIES = ("image", "video", "audio")
 #: Keys of a media part that hold the medium or say how to read it; they never reach the template.
 _SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path"), "audio": ("audio", "url", "path")}
 _OPTIONS = {"image": (), "video": ("metadata",), "audio": ("sampling_rate",)}
+#: How deep a message may be nested.
+_MOST_DEPTH = 64
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -85,15 +87,31 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(entry)
 
 
-def replaced(value: Any, replace: Any, *, keep: tuple[str, ...] = ("role", "type")) -> Any:
-    """A copy of a message with ``replace`` applied to every string but those under the keys of ``keep``."""
+def replaced(value: Any, replace: Any) -> Any:
+    """A copy of a message with ``replace`` applied to every string in it, keys too."""
     if isinstance(value, str):
         return replace(value)
     if isinstance(value, Mapping):
-        return {key: entry if key in keep else replaced(entry, replace) for key, entry in value.items()}
+        return {replace(key): replaced(entry, replace) for key, entry in value.items()}
     if isinstance(value, list):
         return [replaced(entry, replace) for entry in value]
     return value
+
+
+def plain_tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
+    """A private copy of tool schemas. ``ConversationError`` for anything but a list of JSON schemas."""
+    if tools is None:
+        return None
+    if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Iterable):
+        raise ConversationError(f"tools must be a list of JSON schemas, not {type(tools).__name__}")
+    found = list(tools)
+    for number, tool in enumerate(found):
+        if not isinstance(tool, Mapping):
+            raise ConversationError(
+                f"tool {number} is a {type(tool).__name__}; give its JSON schema (transformers.utils.get_json_schema makes "
+                f"one of a function)"
+            )
+    return tuple(_plain(tool, f"tool {number}") for number, tool in enumerate(found))
 
 
 def _content(content: Any, number: int, media: list[MediaSource]) -> Any:
@@ -122,7 +140,7 @@ def _part(part: Any, number: int, index: int, media: list[MediaSource]) -> dict[
     if kind not in MODALITIES:
         # Templates leave out parts that they do not know, without a word.
         raise ConversationError(f"{where} is of type {kind!r}; a part is of type 'text', {', '.join(map(repr, MODALITIES))}")
-    given = dict(part)
+    given = {key: value for key, value in part.items() if value is not None}  # as tables have them for what a row lacks
     if part["type"] == "image_url":
         url = part.get("image_url")
         given = {"type": "image", "url": url.get("url") if isinstance(url, Mapping) else url}
@@ -137,16 +155,24 @@ def _part(part: Any, number: int, index: int, media: list[MediaSource]) -> dict[
     return {"type": kind, **{key: _plain(value, f"{where}, {key!r}") for key, value in rest.items()}}
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
     """A deep copy of a JSON value."""
+    if depth > _MOST_DEPTH:
+        raise ConversationError(f"{where} is nested more than {_MOST_DEPTH} deep, or holds itself")
     if isinstance(value, str):
-        return _text(value, where)
-    if value is None or isinstance(value, (bool, int, float)):
+        return _text(str(value), where)
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, int):
+        if not -(1 << 63) <= value < 1 << 64:
+            raise ConversationError(f"{where} holds a whole number beyond 64 bits; give it as text")
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry, where) for key, entry in value.items()}
+        return {str(key): _plain(entry, where, depth + 1) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry, where) for entry in value]
+        return [_plain(entry, where, depth + 1) for entry in value]
     raise ConversationError(f"{where} holds a {type(value).__name__}; only JSON values reach a template")
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rollout_core.multimodal.deltas import Item
+from rollout_core.multimodal.deltas import Item, Payload
 from rollout_core.multimodal.layout import Laid
 from rollout_core.multimodal.messages import Messages
 from rollout_core.multimodal.positions import PositionRule
@@ -26,6 +26,7 @@ class Past:
         role: of the last message.
         features: `templates.features` of all messages.
         messages: gives all messages; called only where a template is not known to be stable.
+        recent: gives those from the last answer on.
         message_count: how many there are.
         sampled: whether the last message was sampled.
         tail: the last sampled ids of a turn, (k,) int64, k at most `TAIL`; empty where the last message was not sampled.
@@ -34,6 +35,7 @@ class Past:
     role: str
     features: tuple[str, ...]
     messages: Callable[[], Sequence[Mapping[str, Any]]]
+    recent: Callable[[], Sequence[Mapping[str, Any]]]
     message_count: int
     sampled: bool
     tail: Ids
@@ -69,6 +71,14 @@ class Renderer(Protocol):
 
     def said(self, ids: Ids) -> Mapping[str, Any]:
         """Sampled ids as an assistant's message, for a template that must see it; without the tokens that end a turn."""
+        ...
+
+    def adopt(self, payloads: Iterable[Payload]) -> None:
+        """Know these payloads, so that their items are not processed again."""
+        ...
+
+    def checking(self) -> Renderer:
+        """The same renderer, which compares every addition with the whole past and trusts no probing."""
         ...
 
     def merged(self, items: Sequence[Item], input_ids: Ids) -> dict[str, Any]:

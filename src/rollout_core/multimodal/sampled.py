@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -10,6 +11,8 @@ from rollout_core.errors import ConversationError
 from rollout_core.multimodal.deltas import Floats
 from rollout_core.multimodal.tracks import Ids, as_ids
 
+#: Beyond the range of float32, which trainers use.
+_MOST = 3e38
 #: How a sampled turn may end.
 Finish = Literal["stop", "length", "aborted"]
 
@@ -37,6 +40,10 @@ def check_sampled(ids: Any, logprobs: Any, finish: str, vocab_size: int) -> tupl
 
 
 def _values(logprobs: Any) -> Floats:
+    if isinstance(logprobs, (Mapping, str, bytes)) or not (hasattr(logprobs, "__len__") and hasattr(logprobs, "__iter__")):
+        raise ConversationError(
+            f"logprobs is a {type(logprobs).__name__}; it is a list, array or tensor with one number for each id"
+        )
     if hasattr(logprobs, "detach"):
         logprobs = logprobs.detach().cpu().double().numpy()
     if isinstance(logprobs, np.ndarray):
@@ -47,7 +54,7 @@ def _values(logprobs: Any) -> Floats:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
             raise ConversationError(f"logprob {index} is {value!r:.60}; it is a number, or None where there is none")
-        if not np.isfinite(value):
+        if not abs(float(value)) < _MOST:
             raise ConversationError(f"logprob {index} is {value}; a sampled token has a finite one, and a missing one is None")
         values[index] = value
     return values

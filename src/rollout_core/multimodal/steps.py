@@ -11,7 +11,8 @@ from rollout_core.multimodal.deltas import Delta, Item, Tokens
 from rollout_core.multimodal.layout import Laid
 from rollout_core.multimodal.positions import Segment
 from rollout_core.multimodal.renderer import TAIL, Past, Renderer
-from rollout_core.multimodal.templates import FEATURES, features
+from rollout_core.multimodal.templates import features, united
+from rollout_core.multimodal.templates.shapes import recent_of
 from rollout_core.multimodal.tracks import Ids
 
 Message = Mapping[str, Any]
@@ -29,7 +30,7 @@ def delta_of(
     tokens = Tokens(laid.input_ids, laid.compact_ids, np.full(len(laid.input_ids), np.nan), laid.origin, laid.message)
     count = len(messages) + (parent.message_count if parent else 0)
     role = messages[-1]["role"] if messages else "assistant"
-    found = _united(found, features(messages))
+    found = united(found, features(messages))
     return step(
         renderer, parent, kind, tokens, laid.items, laid.segments, messages,
         message_count=count, turn=turn, finish=None, role=role, found=found,
@@ -60,16 +61,12 @@ def step(
         counts[item.modality] = counts.get(item.modality, 0) + 1
     positions, following = renderer.rule.advance(parent.next_position if parent else 0, parts)
     positions.flags.writeable = False
-    found = _united(parent.features if parent else (), found)
+    found = united(parent.features if parent else (), found)
     return Delta(
         parent, kind, tokens, tuple(placed), parts, positions, messages,
         length + len(tokens), compact + len(tokens.compact_ids), counts, message_count, following,
         found, turn, finish, role,
     )  # fmt: skip
-
-
-def _united(one: tuple[str, ...], two: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(feature for feature in FEATURES if feature in one or feature in two)
 
 
 def _sampled_turn(tip: Delta) -> list[Delta]:
@@ -117,10 +114,31 @@ def refilled(message: Message, items: Mapping[str, Any]) -> Message:
 
 def past_of(renderer: Renderer, tip: Delta) -> Past:
     """What new messages follow."""
+
+    def messages() -> list[Message]:
+        return list(messages_of(renderer, tip))
+
+    def recent() -> tuple[Message, ...]:
+        return recent_of(list(_since_answer(renderer, tip)))
+
     if tip.kind != "sampled":
-        return Past(
-            tip.role, tip.features, lambda: list(messages_of(renderer, tip)), tip.message_count, False, np.zeros(0, np.int64)
-        )
+        return Past(tip.role, tip.features, messages, recent, tip.message_count, False, np.zeros(0, np.int64))
     said, ids = _sampled_message(renderer, _sampled_turn(tip))
-    found = _united(tip.features, features((said,)))
-    return Past(tip.role, found, lambda: list(messages_of(renderer, tip)), tip.message_count, True, ids[-TAIL:])
+    found = united(tip.features, features((said,)))
+    return Past(tip.role, found, messages, recent, tip.message_count, True, ids[-TAIL:])
+
+
+def _since_answer(renderer: Renderer, tip: Delta) -> Iterator[Message]:
+    """The messages of the deltas from the last one with an answer on."""
+    steps: list[Delta] = []
+    at: Delta | None = tip
+    while at is not None and at.kind != "sampled":
+        steps.append(at)
+        if any(message["role"] == "assistant" for message in at.messages):
+            at = None
+            break
+        at = at.parent
+    if at is not None:
+        yield _sampled_message(renderer, _sampled_turn(at))[0]
+    for delta in reversed(steps):
+        yield from delta.messages

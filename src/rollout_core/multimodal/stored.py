@@ -168,6 +168,8 @@ def _chain(renderer: Renderer, steps: list[_Step], payloads: Mapping[str, Payloa
             raise ValueError("arrays of one step have different lengths")
         items = []
         for item in step.items:
+            if item.artifact in payloads and payloads[item.artifact].artifact != item.artifact:
+                raise ConversationError(f"the payload given for artifact {item.artifact} is of {payloads[item.artifact].artifact}")
             if item.artifact not in payloads:
                 raise ConversationError(
                     f"the payload of {item.modality} {counts.get(item.modality, 0)} (artifact {item.artifact}) is not "

@@ -169,7 +169,10 @@ def as_ids(values: Any, what: str) -> Ids:
     Raises:
         ConversationError: not one-dimensional, or not whole numbers (bool is none).
     """
-    array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    try:
+        array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConversationError(f"{what} must be a one-dimensional sequence of whole numbers: {error}") from error
     if array.ndim == 1 and len(array) == 0:
         return np.zeros(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":

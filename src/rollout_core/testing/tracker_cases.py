@@ -101,24 +101,31 @@ class MediumCase(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class MessageCase(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A message. Content of one text alone is given as a string, any other as a list of parts."""
+    """A message. Content of one text alone is given as a string, any other as a list of parts. ``call``: a tool that it calls."""
 
     role: str = "user"
     content: tuple[str | MediumCase, ...] = ("a",)
+    call: str = ""
 
     def make(self) -> dict[str, Any]:
         """A new message for a tracker or a template."""
         if len(self.content) == 1 and isinstance(self.content[0], str):
-            return {"role": self.role, "content": self.content[0]}
+            return {"role": self.role, "content": self.content[0], **self.called()}
         parts = [{"type": "text", "text": part} if isinstance(part, str) else part.part() for part in self.content]
-        return {"role": self.role, "content": parts}
+        return {"role": self.role, "content": parts, **self.called()}
+
+    def called(self) -> dict[str, Any]:
+        """The key of a message that calls a tool."""
+        if not self.call:
+            return {}
+        return {"tool_calls": [{"type": "function", "id": "c0", "function": {"name": self.call, "arguments": {"at": "1"}}}]}
 
     def media(self) -> list[MediumCase]:
         return [part for part in self.content if isinstance(part, MediumCase)]
 
     def __str__(self) -> str:
         words = " ".join(repr(part) if isinstance(part, str) else str(part) for part in self.content)
-        return f"{self.role} {words}"
+        return f"{self.role} {words}" + (f" and a call of {self.call}" if self.call else "")
 
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):

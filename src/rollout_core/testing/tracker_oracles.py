@@ -171,7 +171,7 @@ def _grouped(turns: Sequence[Turn]) -> Iterator[tuple[bool, list[Turn]]]:
 
 def _bare(message: MessageCase) -> dict[str, Any]:
     """A message as a template sees it: media are bare markers."""
-    made = {"role": message.role, "content": message.content[0] if message.content else ""}
+    made = {"role": message.role, "content": message.content[0] if message.content else "", **message.called()}
     if len(message.content) == 1 and isinstance(message.content[0], str):
         return made
     parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": p.modality} for p in message.content]

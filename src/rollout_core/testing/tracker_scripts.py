@@ -82,6 +82,7 @@ def _call(world: World, step: Step) -> list[str]:
 
 def _message(case: MessageCase) -> str:
     if len(case.content) == 1 and isinstance(case.content[0], str):
-        return repr({"role": case.role, "content": case.content[0]})
+        return repr({"role": case.role, "content": case.content[0], **case.called()})
     parts = [repr({"type": "text", "text": part}) if isinstance(part, str) else f"{part!r}.part()" for part in case.content]
-    return f"{{'role': {case.role!r}, 'content': [{', '.join(parts)}]}}"
+    called = f", **{case.called()!r}" if case.call else ""
+    return f"{{'role': {case.role!r}, 'content': [{', '.join(parts)}]{called}}}"

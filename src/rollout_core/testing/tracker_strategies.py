@@ -49,7 +49,7 @@ MEDIA: Final[dict[str, tuple[MediumCase, ...]]] = {
     "audio": tuple(MediumCase("audio", height=h, seed=s) for h, s in ((1, 0), (3, 0), (6, 1))),
 }
 #: What ``extend`` adds: (role, parts) of each message. ``t`` is the text, ``s`` the next text, ``m`` the medium, ``n`` the next
-#: medium.
+#: medium, ``c`` a call of a tool.
 ADDED: Final = (
     (("user", "t"),),
     (("tool", "t"),),
@@ -75,6 +75,7 @@ BEGUN: Final = (
     (("user", "tmn"),),
     (("user", "m"), ("assistant", "t"), ("user", "n")),
     (("system", "t"), ("user", "mt"), ("assistant", "s"), ("user", "t")),
+    (("user", "t"), ("assistant", "sc"), ("user", "m")),
 )
 #: What a policy samples: fields of ``Step``.
 PLAIN: Final[tuple[dict[str, Any], ...]] = ({},)
@@ -168,7 +169,7 @@ def conversations(
     return st.builds(
         partial(_program, begun, added, samples, texts, alternating),
         st.sampled_from(names),
-        st.tuples(*[st.integers(0, 1 << 16)] * places),
+        st.tuples(*[st.integers(0, 63) | st.integers(0, 1 << 16)] * places),
         st.tuples(st.sampled_from(range(len(begun))), pick, pick),
         st.lists(step, min_size=min_steps, max_size=max_steps),
     )
@@ -209,7 +210,8 @@ def messages(world: str, rows: _Row, text: int, medium: int, texts: Sequence[str
     for role, letters in rows:
         shows = any(letter in "mn" for letter in letters)
         said = "user" if role == "tool" and shows and "tool media" not in info.traits else role
-        found.append(MessageCase(said, tuple(parts[letter] for letter in letters)))
+        content = tuple(parts[letter] for letter in letters if letter != "c")
+        found.append(MessageCase(said, content, "look" if "c" in letters else ""))
     return tuple(found)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 
 import msgspec
 import numpy as np
@@ -103,6 +105,41 @@ class TestGrowing:
         )
         assert renderer.tokenizer.decode(grown.input_ids.tolist()).count("<|user|>") == 2
 
+    def test_messages_may_come_from_an_iterator(self):
+        renderer = HFRenderer(make_world("strips-thinking+rows").processor)
+        said = ids_of(renderer, f"<think>hm</think>yes{END}")
+        before = Conversation.start(renderer, iter([user("x")]), on_unstable="segment").append_sampled(said)
+        after = before.extend(iter([user("new")]))
+        assert "new" in renderer.tokenizer.decode(after.input_ids.tolist())
+
+    def test_verify(self, renderer, start):
+        grown = start.append_sampled(ids_of(renderer, "a"), finish="aborted").append_sampled(ids_of(renderer, f"b{END}"))
+        grown = grown.extend([user(picture(value=4), "c")]).with_generation_prompt()
+        grown.verify()
+        start.verify()
+
+    def test_verify_sees_a_template_that_counts(self, world):
+        """One that says how many messages there were, but only after six: no probing goes there."""
+        real = world.processor.apply_chat_template
+
+        def counting(messages, **options):
+            text = real(messages, **options)
+            return text + f"({len(messages)})" if len(messages) > 12 and not options.get("add_generation_prompt") else text
+
+        world.processor.apply_chat_template = counting
+        world.processor.chat_template = "counting"
+        renderer = HFRenderer(world.processor)
+        grown = Conversation.start(renderer, [{"role": "user", "content": "x"}])
+        for _ in range(7):
+            grown = grown.append_sampled(ids_of(renderer, f"a{END}")).extend([{"role": "user", "content": "b"}])
+        with pytest.raises(UnstableTemplateError):
+            grown.verify()
+        careful = HFRenderer(world.processor, check_history=True)
+        again = Conversation.start(careful, [{"role": "user", "content": "x"}])
+        with pytest.raises(UnstableTemplateError):
+            for _ in range(7):
+                again = again.append_sampled(ids_of(careful, f"a{END}")).extend([{"role": "user", "content": "b"}])
+
     def test_a_parsed_message_goes_to_the_template(self, renderer, start):
         message = {"role": "assistant", "content": "parsed", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
         grown = start.append_sampled(ids_of(renderer, f"raw{END}"), message=message)
@@ -198,10 +235,18 @@ class TestRefusals:
         for call in (stopped.with_generation_prompt, lambda: stopped.append_sampled([1])):
             with pytest.raises(ConversationError, match="turn has ended"):
                 call()
-        cut = start.truncate(len(start) - 1)
-        for call in (cut.with_generation_prompt, lambda: cut.extend([user("x")]), lambda: cut.append_sampled([1])):
-            with pytest.raises(ConversationError, match="was cut at its end"):
-                call()
+        for side in ("right", "left"):
+            cut = start.truncate(len(start) - 1, side)
+            for call in (
+                cut.with_generation_prompt,
+                lambda cut=cut: cut.extend([user("x")]),
+                lambda cut=cut: cut.append_sampled([1]),
+            ):
+                with pytest.raises(ConversationError, match="was truncated; grow the one it was cut from"):
+                    call()
+            for read in (lambda cut=cut: cut.messages, cut.verify):
+                with pytest.raises(ConversationError, match="truncated conversation"):
+                    read()
         with pytest.raises(ConversationError, match="on_unstable is 'ignore'"):
             Conversation.start(renderer, [user("x")], on_unstable="ignore")
 
@@ -288,8 +333,52 @@ class TestRefusals:
         with pytest.raises(UnsupportedProcessorError, match="no character offsets; use a fast tokenizer"):
             HFRenderer(world.processor)
 
+    def test_tools(self, renderer):
+        schema = {"type": "function", "function": {"name": "f", "description": "shows <|image_pad|>"}}
+        conversation = Conversation.start(renderer, [user(picture(), "x")], tools=[schema])
+        stored = conversation.to_bytes()
+        schema["function"]["name"] = "g"
+        assert conversation.to_bytes() == stored
+        with pytest.raises(ConversationError, match="give its JSON schema"):
+            Conversation.start(renderer, [user("x")], tools=[print])
+        with pytest.raises(ConversationError, match="list of JSON schemas"):
+            Conversation.start(renderer, [user("x")], tools={"f": 1})
+
+    def test_payloads_of_others(self, start):
+        world = make_world("chatml+rows").changed()
+        other = Conversation.start(HFRenderer(world.processor), [user(picture(), "x")])
+        with pytest.raises(ConversationError, match="this one with other settings"):
+            start.extend([{"role": "user", "content": [{"type": "image", "image": other.items[0].payload}]}])
+        payloads = {start.items[0].artifact: other.items[0].payload}
+        with pytest.raises(ConversationError, match="payload given for artifact"):
+            Conversation.from_bytes(start.renderer, start.to_bytes(payloads=False), payloads)
+
+    def test_it_is_not_pickled(self, start):
+        with pytest.raises(TypeError, match="send to_bytes"):
+            pickle.dumps(start)
+        assert copy.deepcopy(start) is copy.copy(start) is start
+
+    def test_values_that_are_no_json(self, start):
+        nested: list = []
+        nested.append(nested)
+        for bad, words in ((10**30, "beyond 64 bits"), (nested, "nested more than")):
+            with pytest.raises(ConversationError, match=words):
+                start.extend([{"role": "user", "content": "x", "more": bad}])
+        start.extend([{"role": "user", "content": "x", "more": np.float64(1.5)}]).to_bytes()
+
+    @pytest.mark.parametrize("bad", [3, {0: -1.0}, (x for x in [0.5]), "x", [1e39]])
+    def test_logprobs_of_other_kinds(self, start, bad):
+        with pytest.raises(ConversationError, match="logprob"):
+            start.append_sampled([1], logprobs=bad)
+
 
 class TestText:
+    def test_literals_in_tool_calls(self, renderer):
+        call = {"type": "<|image_pad|>", "function": {"name": "f", "arguments": {"<|image_pad|>": "<|video_pad|>"}}}
+        message = {"role": "assistant", "content": "x", "tool_calls": [call]}
+        conversation = Conversation.start(renderer, [user(picture(), "x"), message, user("y")])
+        assert len(conversation.items) == 1
+
     def test_literal_placeholders_make_no_item(self, renderer):
         text = "see <|image_pad|> and <|video_pad|>\x00"
         conversation = Conversation.start(renderer, [user(text, picture(), text)])
@@ -390,13 +479,6 @@ class TestCutting:
 
     def test_what_fits_is_returned(self, long):
         assert long.truncate(len(long)) is long
-
-    def test_a_cut_on_the_left_goes_on(self, long):
-        cut = long.truncate(len(long) - 3, "left")
-        assert (
-            cut.extend([user(picture(), "d")]).input_ids.tolist()[-5:]
-            == long.extend([user(picture(), "d")]).input_ids.tolist()[-5:]
-        )
 
     def test_errors(self, long):
         inside = long.items[0].region.start + 1

@@ -61,7 +61,7 @@ def test_a_level_of_trackers_never_changes():
     names = """
         M1-prefix M1-verbatim M1-machine M2-template M2-splice M2-separator M2-cut-turn M2-history M2-prompt
         M3-changed M3-names M4-rows M4-spans M5-sampled-placeholder M5-literal-placeholder M6-compact
-        M6-round-trip M6-twice M7-payload M7-whole M7-coupled M7-unknown-key M8-recompute M8-after-item
+        M6-round-trip M6-twice M7-payload M7-joins M7-whole M7-coupled M7-unknown-key M8-recompute M8-after-item
         M8-text M9-order M9-repeated M9-delta M10-message M10-picture M10-template M10-sampled M11-items
         M11-openers M11-payload M11-arrays M11-error M11-messages M12-lengths M12-mask M12-logprobs
         M13-separates M13-settings M13-spoiled M14-forms M14-orientation M15-isolated M15-shared M15-serialise

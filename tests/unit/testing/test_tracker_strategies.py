@@ -55,7 +55,7 @@ CASES = {
     "sounds": (
         rst.conversations(),
         lambda c: "<sound" in str(c),
-        "world chatml+heard; start [user 'a' <2x2> <sound of 100 samples>]",  # a lower medium goes before a lower pattern
+        "world chatml+heard; start [user <sound of 100 samples>]",
     ),
     "another template": (
         rst.conversations(),

@@ -8,6 +8,19 @@ where it changes the past.
 
 from rollout_core.multimodal.templates.additions import add, begin, generation_prompt
 from rollout_core.multimodal.templates.probing import probe
-from rollout_core.multimodal.templates.verdict import FEATURES, Break, Join, Verdict, both, features, formed
+from rollout_core.multimodal.templates.verdict import FEATURES, Break, Join, Verdict, both, features, formed, united
 
-__all__ = ["FEATURES", "Break", "Join", "Verdict", "add", "begin", "both", "features", "formed", "generation_prompt", "probe"]
+__all__ = [
+    "FEATURES",
+    "Break",
+    "Join",
+    "Verdict",
+    "add",
+    "begin",
+    "both",
+    "features",
+    "formed",
+    "generation_prompt",
+    "probe",
+    "united",
+]

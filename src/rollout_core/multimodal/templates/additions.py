@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from rollout_core.errors import ConversationError, UnstableTemplateError
 from rollout_core.multimodal.renderer import Past
 from rollout_core.multimodal.templates.shapes import stand_in
-from rollout_core.multimodal.templates.verdict import Join, Joined, Message, Render, Verdict, features, formed
+from rollout_core.multimodal.templates.verdict import Join, Joined, Message, Render, Verdict, features, united
 
 #: Characters on either side of a join that are encoded to see whether the tokenizer merges across it.
-TAIL = 256
+TAIL = 96
 _ADVICE = (
     "Start the conversation with on_unstable='segment' to open a new segment here, or use a template that keeps history as it was."
 )
@@ -28,28 +28,38 @@ def begin(render: Render, verdict: Verdict, messages: Sequence[Message]) -> tupl
         whole = render(messages, generation=False)
     except Exception as error:
         raise ConversationError(f"the chat template refuses these messages ({' -> '.join(roles)}): {error}") from error
-    if any(Join(*pair, features(messages[:n])) not in verdict.stable for n, pair in enumerate(itertools.pairwise(roles), 1)):
+    found: tuple[str, ...] = ()
+    for one, two in itertools.pairwise(messages):
+        found = united(found, features((one,)))
+        if Join(one["role"], two["role"], found) not in verdict.stable:
+            return (whole,)
+    try:
+        later = [added(render, (one,), (two,), verdict.parts) for one, two in itertools.pairwise(messages)]
+    except Exception:
         return (whole,)
-    later = [added(render, role, (message,), verdict.parts) for role, message in zip(roles, messages[1:], strict=False)]
     rest = "".join(later)
     return (whole[: len(whole) - len(rest)], *later) if whole.endswith(rest) else (whole,)
 
 
-def generation_prompt(render: Render, verdict: Verdict, past: Past) -> str:
+def generation_prompt(render: Render, verdict: Verdict, joined: Joined, past: Past, check: bool) -> str:
     """The text that opens an assistant's turn."""
-    if verdict.generation is not None:
+    if verdict.generation is not None and not check:
         return verdict.generation
     history = past.messages()
     before, after = render(history, generation=False), render(history, generation=True)
     if not after.startswith(before):
-        raise UnstableTemplateError(f"the generation prompt changes earlier text: {difference(before, after)}. {_ADVICE}")
-    return after[len(before) :]
+        raise UnstableTemplateError(f"the generation prompt changes earlier text: {difference(before, after)}")
+    prompt = after[len(before) :]
+    _require_joined(joined, before, prompt)
+    return prompt
 
 
-def add(render: Render, verdict: Verdict, joined: Joined, past: Past, messages: Sequence[Message]) -> tuple[str, ...]:
+def add(render: Render, verdict: Verdict, joined: Joined, past: Past, messages: Sequence[Message], check: bool) -> tuple[str, ...]:
     """The text that ``messages`` add, by message; one text for all where the template does not keep them apart.
 
-    It is rendered after a stand-in for the history where every join is known to hold, else from the whole past.
+    It is rendered after the last answer alone where every join is known to hold and ``check`` is not asked for, else after the
+    whole
+    past.
 
     Raises:
         UnstableTemplateError: the template changes what it wrote before; the text names the first message that is changed.
@@ -59,12 +69,19 @@ def add(render: Render, verdict: Verdict, joined: Joined, past: Past, messages: 
     if past.sampled and not verdict.separate:
         raise UnstableTemplateError(f"the tokenizer merges a sampled answer with {verdict.closing!r}, which ends a turn. {_ADVICE}")
     trusted = (verdict.generation_kept or not past.sampled) and "assistant" not in roles[1:]
-    known = trusted and all(Join(*pair, past.features) in verdict.stable for pair in itertools.pairwise(roles))
+    known = not check and trusted and all(Join(*pair, past.features) in verdict.stable for pair in itertools.pairwise(roles))
     try:
         if not known:
             return (_added_to_all(render, verdict, joined, past, messages),)
-        pieces = tuple(added(render, role, (message,), verdict.parts) for role, message in zip(roles, messages, strict=False))
-        whole = pieces[0] if len(pieces) == 1 else added(render, roles[0], messages, verdict.parts)
+        recent = past.recent()
+        try:
+            whole = added(render, recent, messages, verdict.parts, joined)
+            pieces = tuple(
+                added(render, (before,) if n else recent, (message,), verdict.parts)
+                for n, (before, message) in enumerate(itertools.pairwise((recent[-1], *messages)))
+            )
+        except Exception:  # what the template does with these very messages is seen on the whole past
+            return (_added_to_all(render, verdict, joined, past, messages),)
     except ConversationError:
         raise
     except Exception as error:
@@ -91,9 +108,13 @@ def _added_to_all(render: Render, verdict: Verdict, joined: Joined, past: Past, 
             f"{verdict.closing!r}. {_ADVICE}"
         )
     added = after[len(before) :]
-    if not joined(before[-TAIL:], added[:TAIL]):
-        raise UnstableTemplateError(f"the tokenizer merges across the join {before[-12:]!r} + {added[:12]!r}. {_ADVICE}")
+    _require_joined(joined, before, added)
     return added
+
+
+def _require_joined(joined: Joined, before: str, after: str) -> None:
+    if not joined(before[-TAIL:], after[:TAIL]):
+        raise UnstableTemplateError(f"the tokenizer merges across the join {before[-12:]!r} + {after[:12]!r}. {_ADVICE}")
 
 
 def _explain(render: Render, history: Sequence[Message], messages: Sequence[Message], before: str, after: str) -> str:
@@ -127,11 +148,14 @@ def _explain(render: Render, history: Sequence[Message], messages: Sequence[Mess
     )
 
 
-def added(render: Render, role: str, messages: Sequence[Message], parts: bool = False) -> str:
-    base = tuple(formed(m, parts) for m in stand_in(role))
+def added(render: Render, recent: Sequence[Message], messages: Sequence[Message], parts: bool, joined: Joined | None = None) -> str:
+    """What ``messages`` add to a short history that ends with ``recent``."""
+    base = stand_in(recent, parts)
     before, after = render(base, generation=False), render((*base, *messages), generation=False)
     if not after.startswith(before):
-        raise UnstableTemplateError(f"after a {role} message earlier text changes: {difference(before, after)}")
+        raise UnstableTemplateError(f"earlier text changes: {difference(before, after)}")
+    if joined is not None:
+        _require_joined(joined, before, after[len(before) :])
     return after[len(before) :]
 
 

@@ -7,7 +7,7 @@ from functools import cache
 
 from rollout_core.errors import UnstableTemplateError
 from rollout_core.multimodal.templates.additions import added, difference, shared_start
-from rollout_core.multimodal.templates.shapes import shapes
+from rollout_core.multimodal.templates.shapes import recent_of, shapes
 from rollout_core.multimodal.templates.verdict import Break, Join, Joined, Message, Render, Verdict, features, formed
 
 #: Characters on either side of a join that are encoded. The probed texts are short, so that this is a message's end and beginning.
@@ -51,7 +51,7 @@ def probe(render: Render, placeholders: Mapping[str, str], joined: Joined) -> Ve
             if messages[n]["role"] != "assistant":
                 continue
             prompt = render(messages[:n], generation=True)
-            constant = constant and prompt == whole[n - 1] + generation
+            constant = constant and prompt == whole[n - 1] + generation and joined(whole[n - 1][-_NEAR:], generation)
             if not whole[n].startswith(prompt):
                 kept = False
     separate = all(joined(answer, closing) for answer in _ENDINGS)
@@ -84,7 +84,7 @@ def _problem(render: Render, messages: Sequence[Message], n: int, whole: Sequenc
     if messages[n - 1]["role"] == "assistant" and not before.endswith(closing):
         return f"the template ends this turn with {before[-len(closing) :]!r} and others with {closing!r}"
     try:
-        short = added(render, messages[n - 1]["role"], messages[n : n + 1])
+        short = added(render, recent_of(messages[:n]), messages[n : n + 1], parts=False)
     except Exception as error:
         return f"the template refuses a short history: {error}"
     if short != after[len(before) :]:

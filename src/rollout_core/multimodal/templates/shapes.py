@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rollout_core.multimodal.templates.verdict import Message
+from rollout_core.multimodal.templates.verdict import Message, formed
 
 _CALL = {"type": "function", "id": "c0", "function": {"name": "look", "arguments": {"where": "left"}}}
 _ASSISTANTS: tuple[dict[str, Any], ...] = (
@@ -42,6 +42,9 @@ def shapes(modalities: Sequence[str]) -> Iterator[tuple[Message, ...]]:
                     yield (*opening, first, turn, message, message, plain, _LATER)
                     yield (*opening, first, turn, message, _LATER, plain)
             yield (*opening, first, turn, _TOOL, turn, _TOOL, turn, _TOOL)
+            for message in (shown["user"] or [_LATER])[:1]:
+                yield (*opening, first, turn, message, turn, message, plain, message)
+                yield (*opening, first, turn, _TOOL, message, turn, _TOOL, message, message)
         for message in (_LATER, *shown["user"]):
             yield (*opening, first, message, message, plain, message, _LATER)
 
@@ -50,13 +53,15 @@ def _pictured(role: str, modality: str) -> Message:
     return {"role": role, "content": [{"type": modality}, {"type": "text", "text": f"what of this {modality}?"}]}
 
 
-def stand_in(role: str) -> tuple[Message, ...]:
-    """A short history that ends with a message of ``role``."""
-    user, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}
-    ends = {
-        "user": (user, answer, user),
-        "assistant": (user, answer),
-        "tool": (user, {"role": "assistant", "content": "", "tool_calls": [_CALL]}, {"role": "tool", "content": "x"}),
-        "system": ({"role": "system", "content": "x"},),
-    }
-    return ends.get(role, (user, answer, {"role": role, "content": "x"}))
+def recent_of(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages from the last answer on; all of them where there is none."""
+    last = next((n for n in range(len(messages) - 1, -1, -1) if messages[n]["role"] == "assistant"), 0)
+    return tuple(messages[last:])
+
+
+def stand_in(recent: Sequence[Message], parts: bool) -> tuple[Message, ...]:
+    """A short history that ends with these messages. ``parts``: whether the template takes contents only as lists of parts."""
+    user: Message = {"role": "user", "content": "x"}
+    call: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+    front = {"assistant": (user,), "tool": (user, call)}.get(recent[0]["role"], ())
+    return (*(formed(message, parts) for message in front), *recent)

@@ -12,6 +12,20 @@ from rollout_core.multimodal.messages import MODALITIES
 Message = Mapping[str, Any]
 #: What of a history may change how a template renders later or earlier messages.
 FEATURES = ("thinking", "tool_calls", "media")
+#: Under what keys messages have thinking (transformers 5.23, chat_template_utils.py, ``_REASONING_FIELDS``), and how models
+# write it.
+_THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_THINKING_MARKS = (
+    "<think>",
+    "</think>",
+    "[THINK]",
+    "[/THINK]",
+    "<reasoning>",
+    "</reasoning>",
+    "<thinking>",
+    "</seed:think>",
+    "<|channel|>",
+)
 #: Whether two texts, encoded one after the other, give the ids of the two together.
 Joined = Callable[[str, str], bool]
 
@@ -102,11 +116,17 @@ def features(messages: Iterable[Message]) -> tuple[str, ...]:
             found.add("media")
         if message["role"] == "assistant":
             said = [content] if isinstance(content, str) else [part.get("text", "") for part in parts]
-            if message.get("reasoning_content") or message.get("reasoning") or any("<think>" in t or "</think>" in t for t in said):
+            if any(message.get(key) for key in _THINKING_KEYS) or any(mark in text for text in said for mark in _THINKING_MARKS):
                 found.add("thinking")
             if message.get("tool_calls"):
                 found.add("tool_calls")
     return tuple(f for f in FEATURES if f in found)
+
+
+def united(one: Iterable[str], two: Iterable[str]) -> tuple[str, ...]:
+    """Features that one or the other has."""
+    found = {*one, *two}
+    return tuple(feature for feature in FEATURES if feature in found)
 
 
 def formed(message: Message, parts: bool) -> Message:

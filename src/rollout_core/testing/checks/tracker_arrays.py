@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from rollout_core.testing.checks.tracker_base import play, require_equal, require_outputs, tracker_check
+from rollout_core.testing.checks.tracker_base import one_of_each, play, require_equal, require_outputs, tracker_check
 from rollout_core.testing.packers import Raised
 from rollout_core.testing.registry import Violation
 from rollout_core.testing.tracker_cases import TrackerCase
 from rollout_core.testing.tracker_oracles import outputs, positions, splice, whole
 from rollout_core.testing.tracker_play import Play
-from rollout_core.testing.tracker_strategies import CUT, PLAIN, SCORED, conversations
+from rollout_core.testing.tracker_strategies import CUT, PLAIN, POSED, SCORED, conversations
 from rollout_core.testing.trackers import TrackerUnderTest
 
 _SHOWN = ((("user", "m"),), (("user", "mn"),), (("user", "tm"),), (("user", "mm"),), (("tool", "mt"),))
+_TURNS = (*PLAIN, *POSED, *CUT)
 
 
 @tracker_check(
     "tracker/M7-payload",
     "the outputs are those of one call over all items, byte for byte",
     needs=["multi_modal_inputs"],
+    cases=lambda worlds: conversations(worlds=one_of_each(worlds), begun=_SHOWN, added=_SHOWN, samples=_TURNS, max_steps=4),
 )
 def payload(subject: TrackerUnderTest, case: TrackerCase) -> None:
     found = play(subject, case)
     expected = found.expected()
     model = outputs(found.oracle, expected.items, len(expected.ids))
     require_outputs(model, found.tracker.multi_modal_inputs(found.state), found.world.ignored, "one call over all items")
+
+
+@tracker_check(
+    "tracker/M7-joins",
+    "outputs of items of different sizes are padded and joined as in one call over all of them",
+    only=("chatml+tiles", "chatml+stacked", "chatml+sized"),
+    needs=["multi_modal_inputs"],
+    cases=lambda worlds: conversations(
+        worlds=worlds, begun=_SHOWN, added=_SHOWN, samples=PLAIN, texts=("a",), min_steps=1, max_steps=4
+    ),
+)
+def joins(subject: TrackerUnderTest, case: TrackerCase) -> None:
+    payload(subject, case)
 
 
 @tracker_check(

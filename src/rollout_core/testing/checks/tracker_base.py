@@ -70,6 +70,14 @@ def tracker_check(
     return declare
 
 
+def one_of_each(worlds: Sequence[str]) -> list[str]:
+    """The first fake of each kind of processing, and all worlds that are no fakes."""
+    found: dict[str, str] = {}
+    for name in worlds:
+        found.setdefault(name.partition("+")[2] or name, name)
+    return list(found.values())
+
+
 def play(subject: TrackerUnderTest, case: TrackerCase) -> Play:
     """The program of a case, done; ``Violation`` where the tracker refuses a step."""
     found = Play(subject, case.world)

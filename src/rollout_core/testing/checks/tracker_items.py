@@ -43,7 +43,10 @@ def _rows(found: Play, media: Sequence[MediumCase]) -> list[int] | None:
 
 
 @tracker_check(
-    "tracker/M4-spans", "spans are where the processor wrote feature tokens: ordered, disjoint, complete", needs=["items"]
+    "tracker/M4-spans",
+    "spans are where the processor wrote feature tokens: ordered, disjoint, complete",
+    needs=["items"],
+    cases=lambda worlds: conversations(worlds=worlds, begun=_SHOWN, added=_SHOWN, samples=(*PLAIN, *POSED), max_steps=4),
 )
 def spans(subject: TrackerUnderTest, case: TrackerCase) -> None:
     found = play(subject, case)

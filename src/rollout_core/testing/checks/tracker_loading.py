@@ -36,12 +36,11 @@ def _come_in(subject: TrackerUnderTest, case: TrackerCase, what: str, part: Part
     found.do(Step("start", (MessageCase("user", ("a", plain)),)))
     other = Play(subject, case.world)
     state = other.tracker.start([{"role": "user", "content": [{"type": "text", "text": "a"}, part]}])
-    require_ids(
-        found.world, found.tracker.input_ids(found.state), other.tracker.input_ids(state), f"the picture itself, and not {what},"
-    )
+    whose = f"the picture itself (not {what})"
+    require_ids(found.world, found.tracker.input_ids(found.state), other.tracker.input_ids(state), whose)
     if "multi_modal_inputs" in subject.capabilities:
         model, actual = found.tracker.multi_modal_inputs(found.state), other.tracker.multi_modal_inputs(state)
-        require_outputs(model, actual, (), f"the picture itself, and not {what},")
+        require_outputs(model, actual, (), whose)
     if "items" in subject.capabilities:
         one, two = (play.tracker.items(it)[0][2] for play, it in ((found, found.state), (other, state)))
         if one != two:

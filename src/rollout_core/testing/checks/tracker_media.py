@@ -45,6 +45,12 @@ def _palette(medium: MediumCase, first: int) -> Part:
     return image_part(image)
 
 
+def _keyed(image: Any, transparent: Any) -> Part:
+    """A picture of which one colour, or one entry of its palette, is transparent."""
+    image.info["transparency"] = transparent
+    return image_part(image)
+
+
 def _turned(medium: MediumCase) -> tuple[Part, Part]:
     pixels = medium.pixels()
     return image_part(_pil("RGB", pixels)), image_part(_pil("RGB", pixels.reshape(pixels.shape[1], pixels.shape[0], 3)))
@@ -81,6 +87,8 @@ PAIRS: Final[dict[str, Callable[[MediumCase], tuple[Part, Part]]]] = {
     "the mode, RGB or RGBA": lambda m: (image_part(_pil("RGB", m.pixels())), _rgba(m, 255)),
     "the palette": lambda m: (_palette(m, 1), _palette(m, 9)),
     "the alpha": lambda m: (_rgba(m, 255), _rgba(m, 128)),
+    "the transparent colour": lambda m: (image_part(_pil("RGB", m.pixels())), _keyed(_pil("RGB", m.pixels()), (1, 2, 3))),
+    "the transparent entry of the palette": lambda m: (_palette(m, 1), _keyed(_palette(m, 1)["image"], 0)),
     "the sides of the frames": lambda m: (
         _video(m),
         _video(m, _frames(m).reshape(2, m.width, m.height, 3)),

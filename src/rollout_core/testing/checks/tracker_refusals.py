@@ -28,12 +28,13 @@ from rollout_core.testing.trackers import TrackerUnderTest
 from rollout_core.testing.worlds import World, world_info
 
 _TEXT = ((("user", "t"),), (("tool", "t"),), (("user", "tm"),), (("tool", "t"), ("tool", "s")))
-_THOUGHTS = ("a", "<think>b</think>a", "a.", "b\n")
+_THOUGHTS = ("a", "<think>b</think>a", "b\n", "<think>\n</think>\na.")
 _UNSTABLE = ("strips-thinking+rows", "counts-media+rows", "groups-tools+rows", "plain-end+rows")
 
 
 def _unstable(worlds: Sequence[str]) -> SearchStrategy[TrackerCase]:
-    return conversations(worlds=worlds, begun=_TEXT[:1], added=_TEXT, samples=PLAIN, texts=_THOUGHTS, min_steps=1, max_steps=5)
+    made = partial(conversations, worlds=worlds, begun=_TEXT[:1], added=_TEXT, samples=PLAIN, texts=_THOUGHTS)
+    return made(min_steps=1, max_steps=5) | made(min_steps=2, max_steps=4, alternating=True)
 
 
 @tracker_check(

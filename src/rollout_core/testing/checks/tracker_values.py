@@ -12,7 +12,7 @@ from rollout_core.testing.checks.tracker_base import play, require_ids, require_
 from rollout_core.testing.registry import Violation
 from rollout_core.testing.tracker_cases import MediumCase, MessageCase, Step, TrackerCase
 from rollout_core.testing.tracker_play import Play, turn_of, views
-from rollout_core.testing.tracker_strategies import PLAIN, SAMPLES, conversations
+from rollout_core.testing.tracker_strategies import CUT, PLAIN, SAMPLES, SCORED, conversations
 from rollout_core.testing.trackers import TrackerUnderTest
 
 _SHOWN: Final = ((("user", "tm"),), (("user", "m"),), (("user", "t"),), (("user", "mm"),), (("tool", "mt"),))
@@ -70,7 +70,10 @@ def shared(subject: TrackerUnderTest, case: TrackerCase) -> None:
 
 
 @tracker_check(
-    "tracker/M15-serialise", "a state that was written and read is the same, and goes on the same", needs=["to_bytes"], cost=3
+    "tracker/M15-serialise",
+    "a state that was written and read is the same, and goes on the same",
+    needs=["to_bytes"],
+    cases=lambda worlds: conversations(worlds=worlds, samples=(*PLAIN, *CUT, *SCORED), max_steps=5, places=1),
 )
 def serialise(subject: TrackerUnderTest, case: TrackerCase) -> None:
     found = play(subject, case)
@@ -79,7 +82,8 @@ def serialise(subject: TrackerUnderTest, case: TrackerCase) -> None:
     other = Play(subject, case.world)
     other.state, other.turns = other.tracker.from_bytes(data), found.turns
     require_views("a state is not what was written", before, views(other.tracker, other.state))
-    for step in _branches(found)[1:2]:
+    ways = [step for step in _branches(found) if found.can(step)]
+    for step in (ways[case.at[0] % len(ways)], ways[1]):
         for each in (found, other):
             each.do(step)
         model, actual = views(found.tracker, found.state), views(other.tracker, other.state)

@@ -1,6 +1,6 @@
-"""Mutants: the reference packer and this project's tracker with one bug each, most of them bugs that trainers have shipped. The kit has to
-find every one by the clause that it breaks: so is the kit itself tested. ``python -m rollout_core.testing.mutants`` runs them and prints the
-table.
+"""Mutants: the reference packer and this project's tracker with one bug each, most of them bugs that trainers have shipped. The
+kit has to find every one by the clause that it breaks: so is the kit itself tested. ``python -m rollout_core.testing.mutants`` runs
+them and prints the tables.
 """
 
 from rollout_core.testing.mutants import (
@@ -19,6 +19,19 @@ from rollout_core.testing.mutants import (
 from rollout_core.testing.mutants.registry import MUTANTS, SOUND, Mutant, mutants_of
 
 __all__ = [
-    *("MUTANTS", "SOUND", "Mutant", "content", "layout", "mutants_of", "ownership", "protocol", "sources"),
-    *("tracker_arrays", "tracker_cuts", "tracker_ids", "tracker_items", "tracker_media", "tracker_states"),
+    "MUTANTS",
+    "SOUND",
+    "Mutant",
+    "content",
+    "layout",
+    "mutants_of",
+    "ownership",
+    "protocol",
+    "sources",
+    "tracker_arrays",
+    "tracker_cuts",
+    "tracker_ids",
+    "tracker_items",
+    "tracker_media",
+    "tracker_states",
 ]

@@ -1,30 +1,47 @@
-"""Run the kit on every mutant and on the packer without a bug, and print the table. Exits with 1 if a mutant survives."""
+"""Run the kit on every mutant and on what has no bug, and print a table. Exits with 1 if a mutant survives."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from typing import Final, get_args
 
-from rollout_core.testing.mutants import MUTANTS
-from rollout_core.testing.registry import Check
-from rollout_core.testing.report import Result
-from rollout_core.testing.runner import check_packer
+from rollout_core.testing.mutants import SOUND, mutants_of
+from rollout_core.testing.mutants.tracker_base import probe_templates
+from rollout_core.testing.registry import Check, SubjectKind
+from rollout_core.testing.report import Report, Result
+from rollout_core.testing.runner import check_packer, check_tracker
+
+_CHECK: Final[dict[str, Callable[..., Report]]] = {"packer": check_packer, "tracker": check_tracker}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rollout_core.testing.mutants", description=__doc__)
+    parser.add_argument("--kind", choices=[*_CHECK], help="mutants of packers or of trackers alone")
     parser.add_argument("--all-checks", action="store_true", help="run every check on every mutant, not only the one that kills it")
     parser.add_argument("--max-examples", type=int, default=100)
     arguments = parser.parse_args()
-    survivors = []
+    ok = True
+    for kind in get_args(SubjectKind):
+        if kind in _CHECK and arguments.kind in (None, kind):
+            ok = _table(kind, arguments.all_checks, arguments.max_examples) and ok
+    return 0 if ok else 1
+
+
+def _table(kind: SubjectKind, all_checks: bool, max_examples: int) -> bool:
+    """Print the mutants of a kind; whether every one was killed, and what has no bug passed."""
+    check, mutants, survivors = _CHECK[kind], mutants_of(kind), []
     began = time.monotonic()
+    if kind == "tracker":
+        probe_templates()
     print(
         "| mutant | killed by | seen in | seconds to the first counterexample | cases | counterexample |\n|---|---|---|---|---|---|"
     )
-    for mutant in MUTANTS.values():
+    for mutant in mutants.values():
         found = _Stopwatch()
-        only = [] if arguments.all_checks else [mutant.killed_by]
-        report = check_packer(mutant.target, only=only, max_examples=arguments.max_examples, progress=found.note)
+        only = [] if all_checks else [mutant.killed_by]
+        report = check(mutant.target, only=only, max_examples=max_examples, progress=found.note)
         result = report[mutant.killed_by]
         if result.status != "fail":
             survivors.append(mutant.name)
@@ -34,12 +51,12 @@ def main() -> int:
         words = f"{result.text}; {result.words}".replace("|", "\\|")[:160]
         row = (f"{mutant.name}: {mutant.bug}", killed + beside, mutant.seen_in, f"{found.seconds:.1f}", str(result.examples), words)
         print(f"| {' | '.join(row)} |", flush=True)
-    clean = check_packer("reference", max_examples=arguments.max_examples)
-    print(f"\nthe packer without a bug: {clean.summary()}")
-    print(f"{len(MUTANTS) - len(survivors)} of {len(MUTANTS)} mutants killed by their clause, in {time.monotonic() - began:.0f} s")
+    clean = check(SOUND[kind], max_examples=max_examples)
+    print(f"\nthe {kind} without a bug: {clean.summary()}")
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed by their clause, in {time.monotonic() - began:.0f} s")
     if survivors:
         print("survived: " + ", ".join(survivors))
-    return 1 if survivors or not clean.ok else 0
+    return not survivors and clean.ok
 
 
 class _Stopwatch:

@@ -18,8 +18,8 @@ _Subject = TypeVar("_Subject", bound=type[Any])
 
 @dataclass(frozen=True)
 class Mutant:
-    """``killed_by``: the id of the check that has to fail on it. ``seen_in``: who has shipped the bug, where somebody has. ``sound``: the
-    short name of the subject without the bug."""
+    """``killed_by``: the id of the check that has to fail on it. ``seen_in``: who has shipped the bug, or under what it shows,
+    where that is known. ``sound``: the short name of the subject without the bug."""
 
     kind: SubjectKind
     subject: type[Any]

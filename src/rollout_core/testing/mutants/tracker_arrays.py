@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from rollout_core.testing.mutants.tracker_base import Joined
 from rollout_core.testing.own_tracker import ConversationTracker
 
 
-@tracker_mutant("M7-payload", "every trainer that concatenates along dimension 0, with Idefics3 and SmolVLM")
+@tracker_mutant("M7-joins", "concatenation of Idefics3's and SmolVLM's outputs")
 class JoinsAlongDimensionZero(Joined):
     """Concatenates all outputs along dimension 0."""
 
@@ -25,7 +25,7 @@ class JoinsAlongDimensionZero(Joined):
         return replace(known, outputs={key: replace(rule, dim=0) for key, rule in known.outputs.items()})
 
 
-@tracker_mutant("M7-payload", "LLaVA-NeXT and Pixtral under a naive concatenation")
+@tracker_mutant("M7-joins", "concatenation of LLaVA-NeXT's and Pixtral's outputs")
 class PadsNothing(Joined):
     """Concatenates outputs that have to be padded."""
 
@@ -33,7 +33,29 @@ class PadsNothing(Joined):
         return replace(known, outputs={key: Cat(rule.dim) for key, rule in known.outputs.items()})
 
 
-@tracker_mutant("M7-whole", "Phi4-MM's image_attention_mask, whose padding is not zero, the other way round")
+@tracker_mutant("M8-after-item")
+class ForgetsFrameRates(ConversationTracker):
+    """Gives frames to the processor without what is known of their video."""
+
+    def start(self, messages: Sequence[Any]) -> Conversation:
+        return super().start(_without_metadata(messages))
+
+    def extend(self, state: Conversation, messages: Sequence[Any]) -> Conversation:
+        return super().extend(state, _without_metadata(messages))
+
+
+def _without_metadata(messages: Sequence[Any]) -> list[Any]:
+    """The messages with bare frames."""
+    bare = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, list):
+            content = [{key: value for key, value in part.items() if key != "metadata"} for part in content]
+        bare.append({**message, "content": content})
+    return bare
+
+
+@tracker_mutant("M7-whole")
 class PadsWithOnes(Joined):
     """Pads with a value that the processor does not pad with."""
 
@@ -53,6 +75,16 @@ class MergesWhatDependsOnOthers(Joined):
         return replace(known, modalities={"image": support}, outputs={"pixel_values": Cat()}, refuse=None)
 
 
+@tracker_mutant("M7-payload", "slime#1847, #1803: later pictures never reach the model")
+class KeepsTheFirstPayload(ConversationTracker):
+    """Has the outputs of the first turn that shows something."""
+
+    def multi_modal_inputs(self, state: Conversation) -> dict[str, Any]:
+        first = next((delta.items for delta in state.tip.path() if delta.items), ())
+        per_token = {key: value for key, value in super().multi_modal_inputs(state).items() if key in self.renderer.family.sequence}
+        return self.renderer.merged(first, state.input_ids) | per_token
+
+
 class _Guessed(dict[str, OutputRule]):
     """A rule for every key."""
 
@@ -65,7 +97,7 @@ class _Guessed(dict[str, OutputRule]):
         return Cat()
 
 
-@tracker_mutant("M7-unknown-key", "every trainer that concatenates whatever the processor gives")
+@tracker_mutant("M7-unknown-key", "concatenation of whatever the processor gives")
 class JoinsUnknownOutputs(Joined):
     """Joins an output that it has no rule for along dimension 0."""
 
@@ -73,7 +105,7 @@ class JoinsUnknownOutputs(Joined):
         return replace(known, outputs=_Guessed(known.outputs))
 
 
-@tracker_mutant("M7-unknown-key", "every trainer with a list of keys")
+@tracker_mutant("M7-unknown-key", "lists of keys")
 class DropsUnknownOutputs(JoinsUnknownOutputs):
     """Drops an output that it has no rule for."""
 
@@ -87,8 +119,6 @@ class _Short(PositionRule):
         return super()._place(part, position, grid) - 1
 
 
-
-
 @tracker_mutant("M8-recompute")
 class GoesOnOneShort(ConversationTracker):
     """Gives the text after an item the last position of the item."""
@@ -100,7 +130,7 @@ class GoesOnOneShort(ConversationTracker):
         self.renderer = HFRenderer(processor, positions=short)
 
 
-@tracker_mutant("M8-recompute", "trainer and engine with different versions of transformers")
+@tracker_mutant("M8-recompute", "verl and SGLang beside transformers 5.23")
 class GoesOnAfterTheLargest(ConversationTracker):
     """Goes on after a video at its largest position, as transformers 4 does, where the processor is of 5."""
 
@@ -110,7 +140,7 @@ class GoesOnAfterTheLargest(ConversationTracker):
         self.renderer = HFRenderer(processor, positions=replace(rule, resume="largest"))
 
 
-@tracker_mutant("M8-recompute", "transformers#45381")
+@tracker_mutant("M8-recompute")
 class FreezesTextInsideItems(ConversationTracker):
     """Gives all text that the processor writes inside an item the item's first position."""
 
@@ -171,7 +201,7 @@ class TrainsOnPrompts(ConversationTracker):
         return [int(delta.kind in kinds) for delta in state.tip.path() for _ in delta.tokens.input_ids]
 
 
-@tracker_mutant("M12-logprobs", "0.0 is the logprob of a certain token")
+@tracker_mutant("M12-logprobs")
 class HasZeroForNone(ConversationTracker):
     """Has 0.0 where there is no logprob."""
 

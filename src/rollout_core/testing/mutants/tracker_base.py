@@ -16,6 +16,7 @@ from rollout_core.multimodal.processing import process_one
 from rollout_core.multimodal.tracks import Ids
 from rollout_core.testing.own_tracker import ConversationTracker
 from rollout_core.testing.trackers import ItemRow
+from rollout_core.testing.worlds import make_world, world_names
 
 
 class Rendered(ConversationTracker):
@@ -134,6 +135,12 @@ def processed_again(tracker: ConversationTracker, state: Conversation) -> None:
     for item in state.items:
         media: Any = item.payload.media
         process_one(tracker.renderer.processor, tracker.renderer.family, item.modality, media)
+
+
+def probe_templates() -> None:
+    """Probe the templates of all fakes now, so that processes forked later need not: it is most of what a check takes."""
+    for world in world_names("sums"):
+        _ = HFRenderer(make_world(world).processor).verdict
 
 
 def parts_of(messages: Sequence[Any]) -> Iterator[Any]:

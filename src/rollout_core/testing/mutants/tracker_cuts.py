@@ -7,28 +7,36 @@ from typing import Any
 
 import numpy as np
 
-from rollout_core.multimodal import Conversation
+from rollout_core.multimodal import Conversation, Item
 from rollout_core.testing.mutants.registry import tracker_mutant
 from rollout_core.testing.mutants.tracker_base import Remembering, with_items
 from rollout_core.testing.own_tracker import ConversationTracker
 
 
+def _narrowed(state: Conversation, side: str) -> Conversation:
+    """With items of no width: at their first token for a cut at the right, behind their last for one at the left."""
+
+    def narrow(item: Item) -> Item:
+        at = item.region.start if side == "right" else item.region.stop
+        return replace(item, envelope=(at, at))
+
+    return with_items(state, narrow)
+
+
 @tracker_mutant("M11-items", "verl-tool#145, prime-rl#2013")
 class CutsThroughItems(ConversationTracker):
-    """Cuts at a number of tokens, wherever that is."""
+    """Cuts at a number of tokens, wherever that is, and drops the item."""
 
     def truncate(self, state: Conversation, max_length: int, side: Any, policy: Any) -> Conversation:
-        blind = with_items(state, lambda item: replace(item, envelope=(item.region.stop, item.region.stop)))
-        return super().truncate(blind, max_length, side, policy)
+        return super().truncate(_narrowed(state, "left" if side == "right" else "right"), max_length, side, policy)
 
 
-@tracker_mutant("M11-items", "verl#4050")
+@tracker_mutant("M11-items")
 class KeepsItemsThatWereCut(ConversationTracker):
-    """Cuts through an item at the end, and keeps it."""
+    """Cuts at a number of tokens, wherever that is, and keeps the item."""
 
     def truncate(self, state: Conversation, max_length: int, side: Any, policy: Any) -> Conversation:
-        blind = with_items(state, lambda item: replace(item, envelope=(item.region.start, item.region.start)))
-        return super().truncate(blind, max_length, side, policy)
+        return super().truncate(_narrowed(state, side), max_length, side, policy)
 
 
 @tracker_mutant("M11-openers", "transformers 4: get_rope_index raises IndexError for a sequence that ends in <|vision_start|>")
@@ -40,7 +48,7 @@ class LeavesOpeners(ConversationTracker):
         return super().truncate(bare, max_length, side, policy)
 
 
-@tracker_mutant("M11-payload", "prime-rl#2013")
+@tracker_mutant("M11-payload")
 class KeepsThePayload(Remembering):
     """Keeps the outputs of items that were cut."""
 
@@ -51,8 +59,8 @@ class KeepsThePayload(Remembering):
         now, before = super().multi_modal_inputs(state), self.noted(state)
         if before is None:
             return now
-        return {key: now.get(key, value) if key in self.renderer.family.sequence else value for key, value in
-                super().multi_modal_inputs(before).items()}  # fmt: skip
+        per_token = {key: value for key, value in now.items() if key in self.renderer.family.sequence}
+        return super().multi_modal_inputs(before) | per_token
 
 
 @tracker_mutant("M11-arrays")

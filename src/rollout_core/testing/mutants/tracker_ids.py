@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -12,15 +13,17 @@ import numpy as np
 from rollout_core.errors import UnstableTemplateError
 from rollout_core.multimodal import Conversation, HFRenderer
 from rollout_core.multimodal.deltas import BOUNDARY
+from rollout_core.multimodal.encoding import Encoder
 from rollout_core.multimodal.layout import Laid
 from rollout_core.multimodal.messages import Messages
 from rollout_core.multimodal.renderer import Past, Tools
+from rollout_core.multimodal.tracks import Encoded
 from rollout_core.testing.mutants.registry import tracker_mutant
 from rollout_core.testing.mutants.tracker_base import Remembering, Rendered, inserted
 from rollout_core.testing.own_tracker import ConversationTracker, SegmentsTracker
 
 
-@tracker_mutant("M1-prefix", "every trainer that applies the template to the whole history at each turn")
+@tracker_mutant("M1-prefix", "trainers that apply the template to the whole history at each turn")
 class RendersAnew(Remembering):
     """Renders the whole history anew at each extend, with what the policy said as text."""
 
@@ -84,6 +87,30 @@ class LeavesCutTurnsOpen(Rendered):
     renderer_type = _EndsNever
 
 
+class _Apart(Encoder):
+    def __call__(self, text: str, *, plain: bool = False, first: bool = False) -> Encoded:
+        pieces = [text] if plain else [piece for piece in _HEADER.split(text) if piece] or [""]
+        ids: list[Any] = []
+        offsets: list[Any] = []
+        at = 0
+        for piece in pieces:
+            part = super().__call__(piece, plain=plain, first=first and not at)
+            ids, offsets, at = [*ids, part.ids], [*offsets, part.offsets + at], at + len(piece)
+        return Encoded(np.concatenate(ids), np.concatenate(offsets))
+
+
+_HEADER = re.compile(r"(<\|[^|]*\|>[a-z]*\n)")
+
+
+@tracker_mutant("M2-template", "merges of BPE across a join")
+class EncodesHeadersApart(ConversationTracker):
+    """Encodes the header of a message and its content apart."""
+
+    def __init__(self, processor: Any) -> None:
+        super().__init__(processor)
+        self.renderer.encode = _Apart(self.renderer.tokenizer, alone=False)
+
+
 class _WithFront(HFRenderer):
     def add(self, past: Past, messages: Messages, tools: Tools) -> Laid:
         laid = super().add(past, messages, tools)
@@ -93,7 +120,7 @@ class _WithFront(HFRenderer):
         return inserted(laid, int((laid.origin == BOUNDARY).sum()), self.encode(front).ids)
 
 
-@tracker_mutant("M2-template", "every trainer that renders new messages alone, with Qwen2.5's template")
+@tracker_mutant("M2-history", "rendering new messages alone with Qwen2.5's template")
 class RepeatsTheSystemPrompt(Rendered):
     """Renders new messages alone, with the system prompt that the template writes where none is given."""
 
@@ -119,9 +146,24 @@ class _Trusting(HFRenderer):
         return replace(super().verdict, stable=_Everything())
 
 
-@tracker_mutant("M3-changed", "every trainer that does not look, with Qwen3's template")
+@tracker_mutant("M3-changed", "Qwen3's template in a trainer that does not look")
 class TrustsTheTemplate(Rendered):
     """Goes on where the template strips the thinking of earlier turns."""
+
+    renderer_type = _Trusting
+
+
+@tracker_mutant("M2-splice", "verl#3960")
+class ClearsToolCalls(ConversationTracker):
+    """Keeps role and content of a message, and nothing else."""
+
+    def start(self, messages: Sequence[Any]) -> Conversation:
+        return super().start([{key: message[key] for key in ("role", "content")} for message in messages])
+
+
+@tracker_mutant("M2-history")
+class NumbersFromOneAgain(Rendered):
+    """Renders new messages after a stand-in for the history, in which no picture was numbered."""
 
     renderer_type = _Trusting
 
@@ -139,7 +181,7 @@ class BeginsWithoutHistory(SegmentsTracker):
             return self.start(messages)
 
 
-@tracker_mutant("M3-names", "verl#2165: a warning that names nothing")
+@tracker_mutant("M3-names")
 class NamesNoMessage(ConversationTracker):
     """Refuses a template that changes the past without saying where."""
 
@@ -166,13 +208,14 @@ class JoinsMessages(ConversationTracker):
         return super().extend(state, joined)
 
 
-class _Reopening(_Trusting):
+class _Reopening(HFRenderer):
     def add(self, past: Past, messages: Messages, tools: Tools) -> Laid:
-        again = past.role == messages.items[0]["role"] == "tool"
-        return super().add(replace(past, role="user") if again else past, messages, tools)
+        if past.role == messages.items[0]["role"] == "tool":
+            past = replace(past, role="user", messages=lambda: [{"role": "user", "content": "x"}])
+        return super().add(past, messages, tools)
 
 
-@tracker_mutant("M17-tools", "every trainer that adds tool messages as they come, with Qwen's template")
+@tracker_mutant("M17-tools", "adding tool messages as they come with Qwen's template")
 class ReopensTheToolHeader(Rendered):
     """Puts each tool message under a header of its own where the template has one for all."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -9,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rollout_core.multimodal import Conversation, HFRenderer
-from rollout_core.multimodal.tracks import Ids, runs
+from rollout_core.multimodal import Conversation, HFRenderer, Item
 from rollout_core.testing.mutants.registry import tracker_mutant
 from rollout_core.testing.mutants.tracker_base import Rendered
 from rollout_core.testing.own_tracker import ConversationTracker
@@ -26,7 +26,7 @@ class ForgetsEarlierItems(ConversationTracker):
         return super().items(state)[-len(found[-1]) :] if found else []
 
 
-@tracker_mutant("M4-spans", "run lengths counted by verl, slime: wrong for Idefics and for Qwen3-VL's videos")
+@tracker_mutant("M4-spans", "run lengths under Idefics' rows and Qwen3-VL's videos")
 class TakesItemsForOneRun(ConversationTracker):
     """Takes an item's first and last feature token for the ends of one run."""
 
@@ -49,50 +49,52 @@ class TakesTextForPlaceholders(Rendered):
 
 @tracker_mutant("M5-sampled-placeholder", "verl#7038, and all who look for pad ids")
 class ScansForFeatureTokens(ConversationTracker):
-    """Looks for feature tokens among the ids, and gives each run to the next item."""
+    """Looks for feature tokens among the ids, and gives the first to the first item."""
 
     def items(self, state: Conversation) -> list[ItemRow]:
-        rows = super().items(state)
-        found = runs(state.input_ids, [token for ids in self.renderer._feature_ids.values() for token in ids], 0)
-        at = 0
+        features = [token for ids in self.renderer._feature_ids.values() for token in ids]
+        found = np.flatnonzero(np.isin(state.input_ids, features)).tolist()
         scanned: list[ItemRow] = []
-        for modality, spans, identity in rows:
-            scanned.append((modality, list(found[at : at + len(spans)]), identity))
-            at += len(spans)
+        for modality, spans, identity in super().items(state):
+            moved = []
+            for start, stop in spans:
+                moved.append((found[0], found[0] + stop - start))
+                found = found[stop - start :]
+            scanned.append((modality, moved, identity))
         return scanned
 
 
-@tracker_mutant("M6-compact", "adjacent pictures without a separator (transformers 5.23 groups mm_token_type_ids so)")
+def _placeholders(renderer: HFRenderer) -> list[int]:
+    """The ids of placeholders."""
+    return [int(renderer.tokenizer.convert_tokens_to_ids(text)) for text in renderer._placeholders.values()]
+
+
+def _region(state: Conversation, item: Item) -> list[int]:
+    """The expanded ids of an item."""
+    found: list[int] = state.input_ids[item.region.start : item.region.stop].tolist()
+    return found
+
+
+@tracker_mutant("M6-compact", "transformers 5.23 groups mm_token_type_ids so: adjacent pictures are one")
 class CollapsesRuns(ConversationTracker):
-    """Makes one placeholder of each run of feature tokens."""
+    """Takes adjacent placeholders for one."""
 
     def compact_ids(self, state: Conversation) -> Any:
-        features = [token for ids in self.renderer._feature_ids.values() for token in ids]
-        ids = state.input_ids
-        again = np.concatenate([[False], (ids[1:] == ids[:-1]) & np.isin(ids[1:], features)])
-        return ids[~again]
+        ids, known = state.compact_ids.tolist(), _placeholders(self.renderer)
+        return ids[:1] + [now for before, now in itertools.pairwise(ids) if now != before or now not in known]
 
 
-def _expanded(state: Conversation, ids: Sequence[int]) -> Ids:
-    """Each placeholder replaced by the next item's tokens, wherever it comes from."""
-    inside = {int(token) for item in state.items for token in _compact(state, item)}
-    waiting = iter([state.input_ids[item.region.start : item.region.stop] for item in state.items])
-    parts: list[Any] = []
-    for token in ids:
-        parts.append(next(waiting, [token]) if int(token) in inside else [token])
-    return np.concatenate([np.zeros(0, np.int64), *parts])
-
-
-def _compact(state: Conversation, item: Any) -> Ids:
-    return state.compact_ids[item.region.compact_start : item.region.compact_stop]
-
-
-@tracker_mutant("M6-round-trip", "verl#7038: a sampled placeholder is expanded")
+@tracker_mutant("M6-round-trip", "verl#7038")
 class ExpandsWhatItFinds(ConversationTracker):
     """Expands every placeholder token, sampled ones too."""
 
     def expand(self, state: Conversation, ids: Sequence[int]) -> Any:
-        return _expanded(state, ids)
+        inside = {at for item in state.items for at in range(item.region.start, item.region.stop)}
+        known = _placeholders(self.renderer)
+        parts: list[int] = []
+        for at, token in enumerate(super().expand(state, ids).tolist()):
+            parts += _region(state, state.items[0]) if at not in inside and token in known and state.items else [token]
+        return parts
 
 
 @tracker_mutant("M6-twice", "prime-rl#1739, trl#6294, OpenRLHF#1220, vllm#57796, NeMo-RL#2360")
@@ -102,10 +104,14 @@ class ExpandsAgain(ConversationTracker):
     def expand(self, state: Conversation, ids: Sequence[int]) -> Any:
         if len(ids) == len(state.compact_ids):
             return super().expand(state, ids)
-        return _expanded(state, ids)
+        known, waiting = _placeholders(self.renderer), iter([_region(state, item) for item in state.items])
+        parts: list[int] = []
+        for token in ids:
+            parts += next(waiting, [token]) if token in known else [token]
+        return parts
 
 
-@tracker_mutant("M9-order", "processors that keep a list for each modality")
+@tracker_mutant("M9-order", "lists of items by modality")
 class OrdersByModality(ConversationTracker):
     """Has the pictures first, then the videos."""
 
@@ -121,7 +127,7 @@ class MergesTheSamePicture(ConversationTracker):
         return list({row[2]: row for row in reversed(super().items(state))}.values())[::-1]
 
 
-@tracker_mutant("M9-repeated", "dynamo#8340, vllm#55547: a cache key that is not bound to the content")
+@tracker_mutant("M9-repeated", "dynamo#8340, vllm#55547")
 class HasOneIdentity(ConversationTracker):
     """Has the identity of the last item for all of a modality."""
 

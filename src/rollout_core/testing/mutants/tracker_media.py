@@ -60,6 +60,14 @@ class HashesWithoutAlpha(_Hashing):
 
 
 @tracker_mutant("M13-separates")
+class HashesWithoutTransparency(_Hashing):
+    """Hashes a picture without the one colour that is transparent."""
+
+    def hashed(self, media: Picture | Video | Sound) -> Any:
+        return (media.mode, media.size, media.palette, media.pixels) if isinstance(media, Picture) else None
+
+
+@tracker_mutant("M13-separates")
 class HashesWithoutRate(_Hashing):
     """Hashes the samples of a sound, and not their rate."""
 
@@ -83,7 +91,7 @@ class ForgetsTheSettings(ConversationTracker):
         return self.identity(modality, part)
 
 
-@tracker_mutant("M13-spoiled", "payloads that are the caller's arrays")
+@tracker_mutant("M13-spoiled", "arrays shared with the caller")
 class ReadsLate(Remembering):
     """Keeps what the caller gave, and processes it when its outputs are asked for."""
 
@@ -107,7 +115,7 @@ class ReadsLate(Remembering):
         return self.renderer.merged(items, state.input_ids)
 
 
-class _Lying(HFRenderer):
+class _AsStored(HFRenderer):
     def _load(self, source: MediaSource) -> Any:
         if source.modality == "image" and isinstance(source.source, bytes):
             from PIL import Image
@@ -121,7 +129,7 @@ class _Lying(HFRenderer):
 class IgnoresTheOrientation(Rendered):
     """Takes a picture as it is stored, whatever its EXIF orientation says."""
 
-    renderer_type = _Lying
+    renderer_type = _AsStored
 
 
 class _Swapping(HFRenderer):

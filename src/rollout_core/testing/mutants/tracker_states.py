@@ -22,7 +22,7 @@ from rollout_core.testing.trackers import ItemRow
 class StoresPicturesFirst(InPlace):
     """Stores the pictures of messages before it knows whether it can add them."""
 
-    def extend(self, state: Any, messages: Sequence[Any]) -> None:
+    def extend(self, state: Any, messages: Sequence[Any]) -> Any:
         for part in parts_of(messages):
             media = self.renderer._load(MediaSource(part["type"], part.get(part["type"]), {}, 0, 0))
             state.rows.append((part["type"], [], media.identity))
@@ -37,7 +37,7 @@ class StoresPicturesFirst(InPlace):
 class KeepsTheFirstMessages(InPlace):
     """Adds messages one by one, and keeps those before one that it refuses."""
 
-    def extend(self, state: Any, messages: Sequence[Any]) -> None:
+    def extend(self, state: Any, messages: Sequence[Any]) -> Any:
         for message in list(messages) or [{}]:
             super().extend(state, [message])
 
@@ -54,12 +54,21 @@ class DropsPicturesOfTools(ConversationTracker):
             return super().extend(state, [{**m, "content": parts} for m, parts in zip(messages, kept, strict=True)])
 
 
-@tracker_mutant("M10-sampled", "models with padded embeddings")
+@tracker_mutant("M10-sampled")
 class TakesAnyId(ConversationTracker):
     """Takes sampled ids beyond the vocabulary."""
 
     def __init__(self, processor: Any) -> None:
         self.renderer = HFRenderer(processor, vocab_size=1 << 31)
+
+
+@tracker_mutant("M10-sampled")
+class PromptsBeforeItLooks(InPlace):
+    """Writes the generation prompt before it knows whether it can add what was sampled."""
+
+    def append_sampled(self, state: Any, ids: Any, logprobs: Any, finish: Any) -> Any:
+        state.now = state.now.with_generation_prompt()
+        super().append_sampled(state, ids, logprobs, finish)
 
 
 @tracker_mutant("M15-isolated")
@@ -129,10 +138,19 @@ class StoresItemsByIdentity(ConversationTracker):
         seen: set[str] = set()
 
         def once(delta: Delta) -> Delta:
-            kept = [item for item in delta.items if not (item.identity in seen or seen.add(item.identity))]  # type: ignore[func-returns-value]
-            return replace(delta, items=tuple(kept))
+            kept = {item.identity: item for item in reversed(delta.items) if item.identity not in seen}
+            seen.update(kept)
+            return replace(delta, items=tuple(reversed(kept.values())))
 
         return super().to_bytes(changed(state, once))
+
+
+@tracker_mutant("M15-serialise")
+class ForgetsThatATurnIsOpen(ConversationTracker):
+    """Stores a turn that was cut as one that has ended."""
+
+    def to_bytes(self, state: Conversation) -> bytes:
+        return super().to_bytes(changed(state, lambda delta: replace(delta, turn="none")))
 
 
 @tracker_mutant("M16-work", "verl's Continuous Token: about 141 pictures for eleven")
@@ -153,7 +171,7 @@ class ProcessesEachTurn(ConversationTracker):
         return super().extend(state, messages)
 
 
-@tracker_mutant("M16-proportional", "every trainer that applies the template to the whole history at each turn")
+@tracker_mutant("M16-proportional", "trainers that apply the template to the whole history at each turn")
 class EncodesTheHistory(ConversationTracker):
     """Encodes the whole history at each turn."""
 
