@@ -32,7 +32,10 @@ class Encoder:
     def __init__(self, tokenizer: Any, *, alone: bool) -> None:
         self.tokenizer = tokenizer
         self._alone = alone
-        self._control = frozenset(getattr(tokenizer, "added_tokens_decoder", ()))
+        control = dict(getattr(tokenizer, "added_tokens_decoder", {}))
+        self._control = frozenset(control)
+        # Not those that take the white space beside them.
+        self._walls = tuple(t.content for t in control.values() if not (getattr(t, "lstrip", False) or getattr(t, "rstrip", False)))
         self._lead = self._needs_lead()
 
     def __call__(self, text: str, *, plain: bool = False, first: bool = False) -> Encoded:
@@ -65,6 +68,10 @@ class Encoder:
         """Whether two texts, encoded one after the other, give the ids of the two together."""
         one, two = self(before, first=True), self(after)
         return bool(np.array_equal(np.concatenate([one.ids, two.ids]), self(before + after, first=True).ids))
+
+    def apart(self, before: str, after: str) -> bool:
+        """The same where a control token stands at the join, without encoding anything: no tokenizer merges across one."""
+        return before.endswith(self._walls) or after.startswith(self._walls) or self.joined(before, after)
 
     def _needs_lead(self) -> str:
         """What to put before the middle of a text, for tokenizers that treat the front unlike it, as SentencePiece's do."""

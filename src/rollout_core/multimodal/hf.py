@@ -148,7 +148,7 @@ class HFRenderer:
         """Tokens that messages add, with those that end a sampled turn before them."""
 
         def write(given: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-            return templates.add(self._render_with(tools), self.verdict, self.encode.joined, past, given, self._check_history)
+            return templates.add(self._render_with(tools), self.verdict, self.encode.apart, past, given, self._check_history)
 
         closing = self.verdict.closing if past.sampled else ""
         marks = marks_for(texts(list(messages.items)))

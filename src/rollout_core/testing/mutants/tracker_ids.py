@@ -145,6 +145,9 @@ class _Trusting(HFRenderer):
     def verdict(self) -> Any:
         return replace(super().verdict, stable=_Everything())
 
+    def add(self, past: Any, messages: Any, tools: Any) -> Any:
+        return super().add(replace(past, recent=lambda: [{"role": past.role, "content": "x"}]), messages, tools)
+
 
 @tracker_mutant("M3-changed", "Qwen3's template in a trainer that does not look")
 class TrustsTheTemplate(Rendered):
