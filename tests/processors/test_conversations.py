@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import numpy as np
@@ -176,3 +177,55 @@ def test_the_oracle_sees_a_difference():
     drawn.messages[-1]["content"].append({"type": "text", "text": "x"})
     assert differences(conversation, processor, drawn, {})[0].startswith("ids: first at")
     assert whole(processor, drawn, {})["input_ids"].shape[1] > len(conversation)
+
+
+def test_threads_may_share_a_renderer():
+    """transformers keeps in the tokenizer whether control tokens are taken as text: nobody else may see it while a literal is
+    encoded."""
+    renderer = HFRenderer(built("qwen2_vl"))
+    texts = {"literal": "see <|image_pad|> " * 10, "plain": "w " * 500}
+    expected = {
+        name: Conversation.start(renderer, [{"role": "user", "content": text}]).input_ids.tolist() for name, text in texts.items()
+    }
+    wrong = []
+
+    def work(name):
+        for _ in range(150):
+            if Conversation.start(renderer, [{"role": "user", "content": texts[name]}]).input_ids.tolist() != expected[name]:
+                wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in (*texts, *texts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_turn_of_qwen3_does_not_render_the_history():
+    """Its template strips thinking once a user speaks, and not before: tool results after thinking are rendered after the last
+    answer."""
+    processor = built("qwen2_vl")
+    processor.chat_template = (
+        "{% set ns = namespace(last=-1) %}"
+        "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and loop.index0 < ns.last %}{{ m.content.split('</think>')[-1].lstrip('\n') }}"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rendered = []
+    real = processor.apply_chat_template
+    processor.apply_chat_template = lambda messages, **options: (rendered.append(len(messages)), real(messages, **options))[1]
+    renderer = HFRenderer(processor)
+    conversation = Conversation.start(renderer, [{"role": "user", "content": "go"}])
+    said = processor.tokenizer("<think>\nhm\n</think>\n\nlook")["input_ids"] + [
+        processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ]
+    for turn in range(6):
+        rendered.clear()
+        conversation = conversation.append_sampled(said).extend([{"role": "tool", "content": f"result {turn}"}])
+    assert max(rendered) <= 4
+    conversation.verify()
+    with pytest.raises(UnstableTemplateError, match=r"makes the chat template change message 1 \(assistant\)"):
+        conversation.append_sampled(said).extend([{"role": "user", "content": "stop"}])
