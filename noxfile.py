@@ -53,7 +53,7 @@ def unit(session: nox.Session) -> None:
 
 @nox.session
 def kit(session: nox.Session) -> None:
-    """The conformance kit: it kills every mutant, and our own packers and tracker pass it; `-- --table` prints the mutants instead."""
+    """The conformance kit kills every mutant, and our own packers and tracker pass it; `-- --table` prints the mutants instead."""
     install(session, "test", extras="[cli,testing]")
     if session.posargs == ["--table"]:
         session.run("python", "-m", "rollout_core.testing.mutants", env=QUIET)
