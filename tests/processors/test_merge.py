@@ -665,7 +665,7 @@ class TestFingerprint:
     def test_equal_in_another_process(self):
         names = ("gemma4", "aria")
         program = (
-            "from support.processors import PROCESSORS\n"
+            "from support import torchvision_cpu\ntorchvision_cpu.prepare()\nfrom support.processors import PROCESSORS\n"
             "from rollout_core.multimodal.processing import processor_fingerprint\n"
             f"print(*[processor_fingerprint(PROCESSORS[name]()) for name in {names}])"
         )
