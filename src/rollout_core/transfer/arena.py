@@ -31,11 +31,13 @@ class Arena:
         if slots < 1 or slot_nbytes < 0:
             raise TransferError(f"{slots} slots of {slot_nbytes} bytes were asked for; at least one slot is needed")
         size = max(1, -(-slot_nbytes // _SLOT_ALIGN)) * _SLOT_ALIGN
+        kept = self._map if self._map is not None and len(self._map) == slots * size else None
         self.detach()
         try:
             # Never made smaller: a tensor that somebody still holds would fault when read.
             os.ftruncate(self.fd, max(slots * size, os.fstat(self.fd).st_size))
-            self._map = mmap.mmap(self.fd, slots * size)
+            # A new mapping takes every page in anew, at its first touch.
+            self._map = kept or mmap.mmap(self.fd, slots * size)
         except (OSError, OverflowError) as error:
             raise TransferError(f"{slots * size} bytes of shared memory cannot be had: {error}") from error
         self._free = [slot * size for slot in reversed(range(slots))]
@@ -46,7 +48,8 @@ class Arena:
         actual = os.fstat(self.fd).st_size
         if not 0 < nbytes <= actual:
             raise TransferError(f"the shared memory has {actual} bytes, and the sender says {nbytes}")
-        self._map = mmap.mmap(self.fd, nbytes)
+        if self._map is None or len(self._map) != nbytes:
+            self._map = mmap.mmap(self.fd, nbytes)
 
     def view(self, offset: int, nbytes: int) -> torch.Tensor:
         """``nbytes`` of the memory as a 1-d uint8 tensor that both sides see. ``TransferError`` if that is out of bounds."""

@@ -40,7 +40,7 @@ class Channel(Generic[Received]):
         self._ended = False
         self._torn = False  # within a call to the system that moves bytes: interrupted there, nobody knows how many
 
-    def send(self, message: msgspec.Struct, timeout: float | None = None) -> None:
+    def send(self, message: Any, timeout: float | None = None) -> None:
         """Raises ``PeerGone`` if the other side is gone, ``TransferError`` if it has not taken the message in after ``timeout``
         seconds (None: no limit), and what msgspec raises for a value that it cannot encode, before anything is sent."""
         self._check_open()
@@ -56,6 +56,26 @@ class Channel(Generic[Received]):
                 self._drain()
             if self._outbox and _is_past(deadline):
                 raise TransferError(f"the other process took no message in within {timeout:g} s")
+
+    def post(self, message: Any) -> None:
+        """``send`` without waiting: what the system does not take at once goes out with ``flush``. ``PeerGone`` as for ``send``."""
+        self._check_open()
+        payload = _ENCODER.encode(message)
+        self._outbox += _HEADER.pack(_MARK, len(payload)) + payload
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is left of earlier messages, as far as the system takes it. ``PeerGone`` if the other side is gone."""
+        self._check_open()
+        while self._outbox and self._drain():
+            pass
+
+    @property
+    def is_flushed(self) -> bool:
+        return not self._outbox
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
     def receive(self, timeout: float | None) -> Received:
         """The next message. Raises ``TransferError`` after ``timeout`` seconds (None: no limit), or at once if the other side is
@@ -127,9 +147,9 @@ class Channel(Generic[Received]):
             self._ended = True
         self._torn = False
 
-    def _drain(self) -> None:
-        """Send what the system takes, without waiting."""
-        self._torn = True
+    def _drain(self) -> bool:
+        """Send what the system takes, without waiting; whether it took any."""
+        self._torn, count = True, 0
         try:
             with memoryview(self._outbox) as view:
                 count = self._socket.send(view[:_CHUNK], socket.MSG_NOSIGNAL)
@@ -138,8 +158,10 @@ class Channel(Generic[Received]):
             pass
         except OSError as error:
             self._torn = False
+            self._outbox.clear()  # nobody will take it
             raise PeerGone("the other process closed its end of the channel") from error
         self._torn = False
+        return count > 0
 
 
 def _deadline(timeout: float | None) -> float | None:

@@ -168,6 +168,10 @@ class Load:
 
     filled: Filled
 
+    @property
+    def index(self) -> int:
+        return self.filled.index
+
 
 @dataclass(frozen=True, slots=True)
 class Prepare:

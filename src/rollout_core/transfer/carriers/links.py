@@ -1,0 +1,111 @@
+"""The control half of a carrier over stream sockets: messages to and from any number of peers, without waiting for one of them."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from socket import socket
+from types import TracebackType
+from typing import Final
+
+from rollout_core.errors import TransferError
+from rollout_core.transfer.channel import Channel, PeerGone
+
+_LONGEST_POLL: Final = 3600.0  # seconds; poll counts milliseconds in a C int
+
+
+class Links:
+    """A socket to each peer; they are this object's from then on, and closed with it."""
+
+    def __init__(self, sockets: Sequence[socket]) -> None:
+        self._channels: list[Channel[bytes]] = [Channel(one.detach(), bytes) for one in sockets]
+        self._gone: dict[int, TransferError] = {}
+
+    def __len__(self) -> int:
+        return len(self._channels)
+
+    def post(self, peer: int, message: bytes) -> None:
+        if peer in self._gone:
+            raise self._gone[peer]
+        with suppress(PeerGone):  # poll says so, after what it said before it went
+            self._channels[peer].post(message)
+
+    def poll(self, seconds: float | None) -> list[tuple[int, bytes | TransferError]]:
+        """Messages by peer, waiting for the first at most ``seconds``; in place of one a ``TransferError``, once for a peer."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while True:
+            found = self._arrived()
+            left = _LONGEST_POLL if deadline is None else min(deadline - time.monotonic(), _LONGEST_POLL)
+            if found or left <= 0:
+                return found
+            self._wait(left)
+
+    def close(self) -> None:
+        for peer, channel in enumerate(self._channels):
+            self._gone.setdefault(peer, TransferError("this end of the carrier is closed"))
+            channel.close()
+
+    def _arrived(self) -> list[tuple[int, bytes | TransferError]]:
+        found: list[tuple[int, bytes | TransferError]] = []
+        for peer, channel in enumerate(self._channels):
+            try:
+                while peer not in self._gone and channel.has_message():
+                    found.append((peer, channel.receive(0)))
+                if peer not in self._gone:
+                    with suppress(PeerGone):
+                        channel.flush()
+            except TransferError as error:
+                self._gone[peer] = error
+                found.append((peer, error))
+        return found
+
+    def _wait(self, seconds: float) -> None:
+        poll = select.poll()
+        for peer, channel in enumerate(self._channels):
+            if peer not in self._gone:
+                poll.register(channel.fileno(), select.POLLIN | (0 if channel.is_flushed else select.POLLOUT))
+        poll.poll(seconds * 1000)
+
+
+class LinkedEnd:
+    """What both ends of a carrier with ``Links`` have in common."""
+
+    def __init__(self, sockets: Sequence[socket]) -> None:
+        self.version = 0
+        self._links = Links(sockets)
+
+    def close(self) -> None:
+        """Let go of everything. A second call is harmless."""
+        self._links.close()
+
+    def __enter__(self):  # type: ignore[no-untyped-def]  # noqa: ANN204 - Self, for the subclass
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class LinkedSender(LinkedEnd):
+    """The control half of a sender's end."""
+
+    @property
+    def receivers(self) -> int:
+        return len(self._links)
+
+    def post(self, receiver: int, message: bytes) -> None:
+        self._links.post(receiver, message)
+
+    def poll(self, seconds: float | None) -> list[tuple[int, bytes | TransferError]]:
+        return self._links.poll(seconds)
+
+
+class LinkedReceiver(LinkedEnd):
+    """The control half of a receiver's end; its one peer is the sender."""
+
+    def post(self, message: bytes) -> None:
+        self._links.post(0, message)
+
+    def poll(self, seconds: float | None) -> list[bytes | TransferError]:
+        return [message for _, message in self._links.poll(seconds)]

@@ -1,0 +1,160 @@
+"""Runs one of the protocol's machines over an end of a carrier: the only place where an update meets clocks and memory.
+
+One thread, nothing in the background: while a bucket is packed or loaded, no message is read and no sign of life given. A timeout
+has to be longer than the longest of those.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+from rollout_core.errors import TransferError
+from rollout_core.transfer.carriers.contract import Moving
+from rollout_core.transfer.causes import cause_of
+from rollout_core.transfer.protocol import wire
+from rollout_core.transfer.protocol.messages import Beat, Body, Envelope, Filled, Free
+from rollout_core.transfer.protocol.receiver import Receiver
+from rollout_core.transfer.protocol.sender import Sender
+from rollout_core.transfer.protocol.steps import Came, Done, Failed, Gone, Post, Tick
+from rollout_core.transfer.report import Observe, Step
+
+_FIRST_NAP: Final = 20e-6  # seconds between looks at bytes that are being moved
+_LONGEST_NAP: Final = 1e-3
+
+
+#: ``Sender`` or ``Receiver``.
+Machine = TypeVar("Machine", Sender, Receiver)
+
+
+class Hands(Protocol):
+    """What an end can do. ``do`` carries an action out and gives the events that answer it, or a move that is under way and the
+    event at its end. ``instead``: the events for an action that is of no use once the update is given up; None if it is to be done
+    all the same."""
+
+    def do(self, action: Any) -> list[Any] | tuple[Moving, Any]: ...
+    def instead(self, action: Any) -> list[Any] | None: ...
+    def post(self, peer: int, message: bytes) -> None: ...
+    def poll(self, seconds: float | None) -> list[tuple[int, bytes | TransferError]]: ...
+
+
+class Driver(Generic[Machine]):
+    """One machine at work. ``run`` returns how it ended; ``error`` is what was raised at this end, if anything was."""
+
+    def __init__(
+        self, machine: Machine, hands: Hands, observe: Observe | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.machine: Machine = machine
+        self.error: BaseException | None = None
+        self._hands = hands
+        self._observe = observe
+        self._clock = clock
+        self._done: Done | None = None
+        self._work: deque[Any] = deque()
+        self._moving: deque[tuple[Moving, Any]] = deque()
+        self._nap = _FIRST_NAP
+
+    def run(self, first: Any = None) -> Done:
+        """Until the machine is done. A second KeyboardInterrupt, while the update is being given up, comes out at once."""
+        if first is not None:
+            self._guarded(lambda: self._feed(first))
+        while self._done is None:
+            self._guarded(self._turn)
+        return self._done
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self.error is not None and not isinstance(error, Exception):
+            raise error
+        self.error = self.error or error
+        self._feed(Failed(cause_of(error)))
+
+    def _turn(self) -> None:
+        """Take in what has come, then do one thing."""
+        left = max(0.0, self.machine.wake_at - self._clock())
+        self._listen(0.0 if self._work else min(left, self._nap) if self._moving else left)
+        self._settle()
+        if self._done is None and self._work:
+            self._carry_out(self._work.popleft())
+        self._feed(Tick())
+
+    def _carry_out(self, action: Any) -> None:
+        instead = self._hands.instead(action)
+        if instead is not None and self.machine.phase == "aborting":
+            return self._feed(*instead)
+        try:
+            self._note(Step(type(action).__name__.lower(), getattr(action, "index", None)))
+            result = self._hands.do(action)
+        except BaseException as error:
+            self._fail(error)
+            return self._feed(*(instead or ()))
+        if isinstance(result, tuple):
+            self._moving.append(result)
+            self._nap = _FIRST_NAP
+        else:
+            self._feed(*result)
+        return None
+
+    def _settle(self) -> None:
+        """See what has been moved; moves end in the order in which they began."""
+        while self._moving and self._done is None:
+            moving, event = self._moving[0]
+            if not moving():
+                self._nap = min(2 * self._nap, _LONGEST_NAP)
+                return
+            self._moving.popleft()
+            self._feed(event)
+
+    def _listen(self, seconds: float) -> None:
+        for peer, message in self._hands.poll(None if seconds == float("inf") else seconds):
+            if isinstance(message, TransferError):
+                self._feed(Gone(str(message), peer))
+                continue
+            try:
+                envelope = wire.decode(message)
+            except TransferError as error:
+                self._feed(Gone(f"it sent {error}", peer))
+                continue
+            self._feed(Came(envelope, peer))
+            self._note_message("hear", envelope)
+
+    def _feed(self, *events: Any) -> None:
+        """Tell the machine, post what it says, and keep the rest of what it asks for as work."""
+        queue = deque(events)
+        posted: list[Envelope] = []
+        while queue:
+            self.machine, actions = self.machine.step(queue.popleft(), self._clock())
+            for action in actions:
+                if isinstance(action, Done):
+                    self._done = action
+                elif isinstance(action, Post):
+                    posted.append(action.envelope)
+                    try:
+                        self._hands.post(action.peer, wire.encode(action.envelope))
+                    except TransferError as error:
+                        queue.append(Gone(str(error), action.peer))
+                else:
+                    self._work.append(action)
+        for envelope in posted:
+            self._note_message("say", envelope)
+
+    def _note_message(self, verb: str, envelope: Envelope) -> None:
+        body: Body = envelope.body
+        if not isinstance(body, Beat):
+            self._note(Step(f"{verb} {type(body).__name__}", body.index if isinstance(body, Filled | Free) else None))
+
+    def _note(self, step: Step) -> None:
+        if self._observe is None:
+            return
+        try:
+            self._observe(step)
+        except Exception:
+            if self.error is None and self._done is None:  # else the update is over, or given up for another reason
+                raise

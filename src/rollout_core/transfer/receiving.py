@@ -1,0 +1,216 @@
+"""receive: one update on the worker's side."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from rollout_core.bucketing import Bucket, BucketPlan, StreamBucket, StreamUnpacker, Unpacker
+from rollout_core.bucketing.sources import Pair
+from rollout_core.errors import PlanMismatchError, RolloutCoreError, TransferError
+from rollout_core.transfer.carriers.contract import Moving, ReceiverEnd
+from rollout_core.transfer.causes import error_of
+from rollout_core.transfer.driver import Driver
+from rollout_core.transfer.protocol.messages import Filled, Hello
+from rollout_core.transfer.protocol.receiver import Receiver
+from rollout_core.transfer.protocol.steps import (
+    Applied,
+    Apply,
+    Examine,
+    Examined,
+    Load,
+    Loaded,
+    Prepare,
+    Prepared,
+    Pull,
+    Pulled,
+    ReceiverAction,
+)
+from rollout_core.transfer.report import Observe, ReceiveReport
+from rollout_core.transfer.sending import MAX_SLOTS, check_timeouts
+from rollout_core.transfer.targets import CollectedWeights, Target
+
+
+def receive(
+    carrier: ReceiverEnd,
+    into: Target | None = None,
+    *,
+    plan: BucketPlan | None = None,
+    wait: float | None = None,
+    timeout: float = 60.0,
+    deadline: float | None = None,
+    verify: bool = True,
+    observe: Observe | None = None,
+) -> ReceiveReport:
+    """Receive one update, which the other side gives to ``send`` or ``send_stream``. Returns once it is committed here.
+
+    ``into``: what the weights are loaded into, such as ``DirectWeights(model)`` or ``StagedWeights(model)``; None collects them in
+    memory of their own, as the report's ``weights``. ``plan``: accept this one only. ``wait``: seconds until an update has to begin
+    (None: ``timeout``; ``math.inf``: as long as the sender lives). ``timeout``: seconds from the sender's last sign of life to the
+    end of the update with an error; it has to be longer than any side takes over one bucket. ``deadline``: seconds that the whole
+    update may take. ``verify``: check every bucket's digest before anything of it is used. ``observe`` is told of every step.
+
+    If this raises, the version has not advanced: ``into`` has the old weights, or says that they are unusable (clause T5). The
+    carrier can be used for the next update if the sender was not lost; else it is closed.
+
+    Raises:
+        PlanMismatchError: the update is not what ``plan`` or ``into`` expects; nothing has changed.
+        IntegrityError, IncompleteStreamError: what came is not what was sent.
+        TransferError: the sender ended, gave up, fell silent, or was not done in time; the message says why.
+        Exception: whatever ``into`` raises, unchanged.
+    """
+    check_timeouts(timeout, deadline, wait)
+    target = CollectedWeights(carrier.version) if into is None else into
+    hands = _Receiving(carrier, target, plan, verify)
+    machine = Receiver.new(
+        timeout=timeout,
+        wait=timeout if wait is None else wait,
+        deadline=math.inf if deadline is None else deadline,
+        now=time.monotonic(),
+    )
+    driver = Driver(machine, hands, observe)
+    reusable = False
+    try:
+        done = driver.run()
+        reusable = done.reusable
+    finally:
+        if not reusable:
+            carrier.close()
+        # Not "done.cause": a second interrupt may have come out of the driver.
+        hands.end()
+    if driver.error is not None:
+        raise driver.error
+    if done.cause is not None:
+        raise error_of(done.cause, TransferError, who="the sender")
+    return hands.report()
+
+
+class _Receiving:
+    """What the receiver's machine asks for, done."""
+
+    def __init__(self, carrier: ReceiverEnd, target: Target, plan: BucketPlan | None, verify: bool) -> None:
+        self._carrier = carrier
+        self._target = target
+        self._plan = plan
+        self._verify = verify
+        self._unpacker: Unpacker | StreamUnpacker | None = None
+        self._version: int | None = None  # of an update that the target was told of
+        self._applied = False
+        self._start = 0.0
+        self._buckets, self._nbytes, self._loading = 0, 0, 0.0
+
+    def end(self) -> None:
+        """Tell the target if the update did not come to its end."""
+        self._unpacker = None
+        if self._version is not None and not self._applied:
+            self._target.abort(self._version)
+
+    def report(self) -> ReceiveReport:
+        assert self._version is not None
+        return ReceiveReport(
+            version=self._version,
+            buckets=self._buckets,
+            nbytes=self._nbytes,
+            seconds=time.monotonic() - self._start,
+            loading=self._loading,
+            weights=self._target.weights if isinstance(self._target, CollectedWeights) else None,
+        )
+
+    def post(self, peer: int, message: bytes) -> None:
+        del peer
+        self._carrier.post(message)
+
+    def poll(self, seconds: float | None) -> list[tuple[int, bytes | TransferError]]:
+        return [(0, message) for message in self._carrier.poll(seconds)]
+
+    def do(self, action: ReceiverAction) -> list[Any] | tuple[Moving, Any]:
+        match action:
+            case Examine(hello):
+                return [self._examine(hello)]
+            case Pull(index, slot, nbytes):
+                moving = self._carrier.pull(slot, nbytes)
+                return [Pulled(index)] if moving is None else (moving, Pulled(index))
+            case Load(filled):
+                self._load(filled)
+                return [Loaded(filled.index)]
+            case Prepare():
+                assert self._unpacker is not None
+                self._unpacker.close()
+                self._target.prepare()
+                return [Prepared()]
+            case Apply(version):
+                self._target.commit(version)
+                self._applied = True
+                self._carrier.version = version
+                return [Applied()]
+        raise AssertionError(f"no action of a receiver: {action}")
+
+    def instead(self, action: ReceiverAction) -> list[Any] | None:
+        match action:
+            case Pull():
+                return None
+            case Load(filled):
+                return [Loaded(filled.index)]
+        return []
+
+    def _examine(self, hello: Hello) -> Examined:
+        """Refuse by raising, before anything has changed."""
+        self._start = time.monotonic()
+        if hello.manifest:
+            plan = BucketPlan.from_bytes(hello.manifest)
+            if plan.digest != hello.plan_digest:
+                raise PlanMismatchError(f"the sender's plan has digest {plan.digest.hex()}, and it says {hello.plan_digest.hex()}")
+            if self._plan is not None:
+                self._plan.require_same(plan)
+            largest = max((layout.nbytes for layout in plan.buckets), default=0)
+            self._unpacker = Unpacker(plan, verify=self._verify, version=hello.version)
+        elif self._plan is not None:
+            raise PlanMismatchError("the sender sends a stream, whose tensors are not known ahead, and this side expects a plan")
+        else:
+            plan, largest = None, hello.slot_nbytes
+            self._unpacker = StreamUnpacker(verify=self._verify, version=hello.version)
+        if not 1 <= hello.slots <= MAX_SLOTS or hello.slot_nbytes != largest:
+            raise TransferError(
+                f"the sender has {hello.slots} slots of {hello.slot_nbytes} bytes, and its largest bucket {largest}"
+            )
+        if hello.version <= self._target.version:
+            raise TransferError(
+                f"the update has version {hello.version}, and the weights here are version {self._target.version} already; "
+                "pass send() a larger version"
+            )
+        self._target.begin(plan, hello.version)
+        self._version = hello.version
+        self._carrier.open(hello.ticket, hello.slots, hello.slot_nbytes)
+        return Examined(self._target.version)
+
+    def _load(self, filled: Filled) -> None:
+        start = time.monotonic()
+        buffer = self._carrier.view(filled.slot, filled.nbytes)
+        assert self._version is not None
+        pairs = self._feed(filled, buffer)
+        if pairs:
+            self._target.load(pairs)
+        if buffer.is_cuda:  # the slot is given back when nothing reads it, on whatever stream
+            torch.cuda.synchronize(buffer.device)
+        self._buckets, self._nbytes = self._buckets + 1, self._nbytes + filled.nbytes
+        self._loading += time.monotonic() - start
+
+    def _feed(self, filled: Filled, buffer: torch.Tensor) -> list[Pair]:
+        assert self._version is not None
+        sealed: dict[str, Any] = {
+            "index": filled.index,
+            "buffer": buffer,
+            "plan_digest": filled.plan_digest,
+            "version": self._version,
+            "algorithm": filled.algorithm,
+            "digest": filled.digest,
+        }
+        match self._unpacker:
+            case Unpacker() as unpacker:
+                return unpacker.feed(Bucket(**sealed))
+            case StreamUnpacker() as unpacker:
+                return unpacker.feed(StreamBucket(**sealed, header=filled.header))
+        raise RolloutCoreError("no update is under way")

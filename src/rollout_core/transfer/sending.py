@@ -1,0 +1,214 @@
+"""send: one update from the trainer's side."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+
+from rollout_core.bucketing import Bucket, BucketPlan, Packer, pack_stream
+from rollout_core.bucketing.bucket import MAX_VERSION
+from rollout_core.bucketing.digest import DigestChoice
+from rollout_core.bucketing.sources import Source
+from rollout_core.bucketing.stream_header import StreamBucket
+from rollout_core.errors import CapacityError, TransferError
+from rollout_core.transfer.carriers.contract import Moving, SenderEnd
+from rollout_core.transfer.causes import error_of
+from rollout_core.transfer.driver import Driver
+from rollout_core.transfer.protocol.line import Patience
+from rollout_core.transfer.protocol.messages import PROTOCOL, Filled, Hello
+from rollout_core.transfer.protocol.sender import Sender
+from rollout_core.transfer.protocol.steps import Begin, Pack, Packed, Push, Pushed, SenderAction, SourceEnded
+from rollout_core.transfer.report import Observe, SendReport
+
+MAX_SLOTS: Final = 64
+
+
+def send(
+    plan: BucketPlan,
+    source: Source,
+    carrier: SenderEnd,
+    *,
+    version: int | None = None,
+    slots: int = 2,
+    timeout: float = 60.0,
+    deadline: float | None = None,
+    digest: DigestChoice = "auto",
+    observe: Observe | None = None,
+) -> SendReport:
+    """Send one update to every receiver of a carrier, each of which calls ``receive``. Returns once all have committed it.
+
+    ``plan`` and ``source`` are as for ``pack``. While a bucket is read by the receivers the next is packed, in ``slots`` buffers of
+    the size of the largest bucket. ``version``: of the new weights, larger than what the receivers have; None counts on from the
+    last that this carrier committed. ``digest``: as for ``pack``; None where receivers are told ``verify=False``.
+
+    ``timeout``: seconds from a receiver's last sign of life to the end of the update with an error. It has to be longer than any
+    side takes over one bucket, the source's own work included. ``deadline``: seconds that the whole update may take.
+    ``observe`` is told of every step.
+
+    If this raises, no receiver has committed the update, unless the message says that one has, or may have. The carrier can be used
+    for the next update if nobody was lost; else it is closed, and says so.
+
+    Raises:
+        PlanMismatchError: a receiver has other tensors, or the source is not the plan's; nothing was moved in the first case.
+        TransferError: a receiver ended, fell silent, or was not done in time.
+        IntegrityError: what arrived was not what was sent. Other errors of a receiver come as the same class, too.
+        Exception: whatever the source raises, unchanged.
+    """
+    slot_nbytes = max((layout.nbytes for layout in plan.buckets), default=0)
+    manifest, plan_digest = plan.to_bytes(), plan.digest
+    hands = _Sending(carrier)
+
+    def buckets(version: int) -> Iterator[Bucket]:
+        return Packer(plan, digest=digest, allocate=hands.allocate).pack(source, version=version)
+
+    return _send(hands, buckets, (manifest, plan_digest), slot_nbytes, version, slots, timeout, deadline, observe)
+
+
+def send_stream(
+    source: Source,
+    carrier: SenderEnd,
+    *,
+    capacity: int,
+    oversize: str = "split",
+    version: int | None = None,
+    slots: int = 2,
+    timeout: float = 60.0,
+    deadline: float | None = None,
+    digest: DigestChoice = "auto",
+    observe: Observe | None = None,
+) -> SendReport:
+    """``send`` for a source whose tensors are not known ahead: see ``pack_stream``, and ``send`` for the rest.
+
+    Each bucket carries its layout, so a receiver can refuse a tensor only when it comes: with ``DirectWeights`` some have been
+    overwritten by then. Where the specs are known, a plan is better, and one copy a bucket cheaper. ``oversize`` is ``split`` or
+    ``error``: there is no room for a bucket larger than ``capacity`` bytes.
+    """
+    if oversize not in ("split", "error"):
+        raise CapacityError(f"oversize is {oversize!r}; a stream's buckets are split, or their tensors refused: 'split' or 'error'")
+    hands = _Sending(carrier)
+
+    def buckets(version: int) -> Iterator[Bucket]:
+        return pack_stream(source, capacity, oversize=oversize, version=version, digest=digest)  # type: ignore[arg-type]
+
+    return _send(hands, buckets, (b"", b""), capacity, version, slots, timeout, deadline, observe)
+
+
+def _send(
+    hands: _Sending,
+    buckets: Callable[[int], Iterator[Bucket]],
+    agreed: tuple[bytes, bytes],
+    slot_nbytes: int,
+    version: int | None,
+    slots: int,
+    timeout: float,
+    deadline: float | None,
+    observe: Observe | None,
+) -> SendReport:
+    carrier = hands.carrier
+    check_timeouts(timeout, deadline)
+    if type(slots) is not int or not 1 <= slots <= MAX_SLOTS:
+        raise TransferError(f"slots is {slots!r}; it is a whole number from 1 to {MAX_SLOTS}")
+    version = carrier.version + 1 if version is None else version
+    if type(version) is not int or not carrier.version < version <= MAX_VERSION:
+        raise TransferError(f"version is {version!r}; it is a whole number larger than {carrier.version}, which was sent last")
+    start = time.monotonic()
+    manifest, plan_digest = agreed
+    memory, ticket = carrier.lay_out(slots, slot_nbytes)
+    hello = Hello(PROTOCOL, version, plan_digest, manifest, slots, slot_nbytes, carrier.rendezvous, ticket, timeout)
+    patience = Patience(timeout, start + (math.inf if deadline is None else deadline))
+    hands.begin(memory, buckets(version))
+    machine = Sender.new(secrets.randbits(63), hello, patience, carrier.receivers, start)
+    driver = Driver(machine, hands, observe)
+    reusable = False
+    try:
+        done = driver.run(Begin())
+        reusable = done.reusable
+    finally:
+        hands.end()
+        if not reusable:
+            carrier.close()
+    if driver.error is not None:
+        if any(peer.standing == "committed" for peer in driver.machine.peers):
+            driver.error.add_note(f"receivers have committed version {version} all the same")
+        raise driver.error
+    if done.cause is not None:
+        raise error_of(done.cause, TransferError, who="a receiver")
+    carrier.version = version
+    return SendReport(
+        version=version,
+        receivers=carrier.receivers,
+        buckets=hands.buckets,
+        nbytes=hands.nbytes,
+        seconds=time.monotonic() - start,
+        packing=hands.packing,
+    )
+
+
+class _Sending:
+    """What the sender's machine asks for, done."""
+
+    def __init__(self, carrier: SenderEnd) -> None:
+        self.carrier = carrier
+        self.buckets, self.nbytes, self.packing = 0, 0, 0.0
+        self._memory: list[torch.Tensor] = []
+        self._source: Iterator[Bucket] = iter(())
+        self._slot: torch.Tensor | None = None
+
+    def begin(self, memory: list[torch.Tensor], source: Iterator[Bucket]) -> None:
+        self._memory, self._source = memory, source
+
+    def end(self) -> None:
+        """Let go of the source and the slots."""
+        if hasattr(self._source, "close"):
+            self._source.close()
+        self._memory, self._slot = [], None
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        assert self._slot is not None
+        return self._slot[:nbytes]
+
+    def post(self, peer: int, message: bytes) -> None:
+        self.carrier.post(peer, message)
+
+    def poll(self, seconds: float | None) -> list[tuple[int, bytes | TransferError]]:
+        return self.carrier.poll(seconds)
+
+    def do(self, action: SenderAction) -> list[Any] | tuple[Moving, Any]:
+        match action:
+            case Pack(_, slot):
+                filled = self._pack(slot)
+                return [SourceEnded()] if filled is None else [Packed(filled)]
+            case Push(index, slot, nbytes):
+                moving = self.carrier.push(slot, nbytes)
+                return [Pushed(index)] if moving is None else (moving, Pushed(index))
+        raise AssertionError(f"no action of a sender: {action}")
+
+    def instead(self, action: SenderAction) -> list[Any] | None:
+        return [SourceEnded()] if isinstance(action, Pack) else None
+
+    def _pack(self, slot: int) -> Filled | None:
+        start = time.monotonic()
+        self._slot = self._memory[slot]
+        bucket = next(self._source, None)
+        if bucket is None:
+            return None
+        if bucket.nbytes and bucket.buffer.data_ptr() != self._slot.data_ptr():  # a stream's, packed ahead
+            self._slot[: bucket.nbytes].copy_(bucket.buffer)
+        self.buckets, self.nbytes = self.buckets + 1, self.nbytes + bucket.nbytes
+        header = bucket.header if isinstance(bucket, StreamBucket) else b""
+        self.packing += time.monotonic() - start
+        return Filled(bucket.index, slot, bucket.nbytes, bucket.plan_digest, bucket.algorithm, bucket.digest, header)
+
+
+def check_timeouts(timeout: object, *others: object) -> None:
+    """Raise ``TransferError`` unless these are positive numbers of seconds; the others may be None."""
+    for name, value in (("timeout", timeout), *(("deadline", other) for other in others if other is not None)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise TransferError(f"{name} is {value!r}; it is a positive number of seconds")
+    if timeout == math.inf:
+        raise TransferError("timeout is infinite: the other side could hang this one for ever")

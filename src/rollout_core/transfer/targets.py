@@ -1,0 +1,211 @@
+"""Where received weights go: what an update does to them, and what is left of them when it fails (clause T5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol, TypeAlias
+
+import torch
+
+from rollout_core.bucketing import BucketPlan, TensorSpec
+from rollout_core.bucketing.sources import Pair
+from rollout_core.bucketing.tensors import describe, own_copy, same_bits_copy, view_key
+from rollout_core.errors import PlanMismatchError, TransferError
+
+#: A module, or its tensors by name.
+Weights: TypeAlias = torch.nn.Module | Mapping[str, torch.Tensor]
+
+
+class Target(Protocol):
+    """What ``receive`` loads into. An update is ``begin``, ``load`` any number of times, ``prepare``, ``commit``; or ``abort``,
+    once, at any place after ``begin`` returned."""
+
+    @property
+    def version(self) -> int:
+        """Of the weights; only ``commit`` changes it."""
+        ...
+
+    def begin(self, plan: BucketPlan | None, version: int) -> None:
+        """An update is offered; raise to refuse it. Nothing may have changed then. ``plan`` is None for a stream."""
+        ...
+
+    def load(self, pairs: list[Pair]) -> None:
+        """Some of its tensors, tied names after the tensor they name. They may be views of memory that is used again: read them
+        before this returns."""
+        ...
+
+    def prepare(self) -> None:
+        """Everything was loaded. Raise what can still be raised: after this only ``commit`` or ``abort`` comes."""
+        ...
+
+    def commit(self, version: int) -> None:
+        """The weights are those of this version. If this raises, ``abort`` follows."""
+        ...
+
+    def abort(self, version: int) -> None:
+        """The update to ``version`` failed, wherever it was, in rare cases after ``commit`` returned (an interrupt)."""
+        ...
+
+
+class DirectWeights:
+    """Loads into a model's own tensors as they come, without memory of its own. An update that fails after the first of them leaves
+    weights that are ``unusable``, and says so until one completes.
+
+    ``weights``: a module (its parameters and buffers, under each name) or a mapping of tensors. ``version``: what they are now. The
+    model must not be used while an update is under way.
+    """
+
+    def __init__(self, weights: Weights, *, version: int = 0) -> None:
+        self.version = version
+        #: Why the weights are of no use; None if they are those of ``version``.
+        self.unusable: str | None = None
+        self.tensors = named_weights(weights) if isinstance(weights, torch.nn.Module) else dict(weights)
+        self._computed = _non_persistent(weights) if isinstance(weights, torch.nn.Module) else frozenset()
+        self._came: set[str] = set()
+        self._dirty: set[str] = set()  # changed by an update that is not, or not yet, complete
+        self._before: tuple[int, set[str]] = (0, set())  # version and _dirty before the last commit
+        self._updating = 0
+
+    def check_usable(self) -> None:
+        """Raise ``TransferError`` if an update has left the weights half done."""
+        if self.unusable is not None:
+            raise TransferError(f"the weights are unusable: {self.unusable}; send them again")
+
+    def begin(self, plan: BucketPlan | None, version: int) -> None:
+        """Raises ``PlanMismatchError`` naming the first tensor that is not this model's, or that the update leaves out."""
+        if plan is not None:
+            for spec in plan.specs:
+                self._check(spec)
+            self._check_complete({spec.name for spec in plan.specs})
+        self._came = set()
+        self._updating = version
+
+    def load(self, pairs: list[Pair]) -> None:
+        for name, tensor in pairs:
+            self._check(TensorSpec(name, tensor.dtype, tuple(tensor.shape)))
+        if pairs:
+            self.unusable = self.unusable or f"the update to version {self._updating} was not completed"
+        names = {name for name, _ in pairs}
+        self._dirty |= names
+        self._came |= names
+        self._write(pairs)
+
+    def prepare(self) -> None:
+        """Raises ``PlanMismatchError`` for a stream that left a tensor out."""
+        self._check_complete(self._came)
+
+    def commit(self, version: int) -> None:
+        self._before = (self.version, self._dirty)
+        self.version = version  # first: interrupted after it, abort takes all of this back
+        self.unusable, self._dirty = None, set()
+
+    def abort(self, version: int) -> None:
+        if self.version == version:
+            self.version, self._dirty = self._before
+            self.unusable = f"the update to version {version} was not completed"
+
+    def _write(self, pairs: Iterable[Pair]) -> None:
+        for name, tensor in pairs:
+            same_bits_copy(self.tensors[name].detach(), tensor)
+
+    def _check(self, spec: TensorSpec) -> None:
+        mine = self.tensors.get(spec.name)
+        if mine is None:
+            raise PlanMismatchError(f"the update has a tensor {spec.name!r} ({spec}), and the model has none of that name")
+        if (mine.dtype, tuple(mine.shape)) != (spec.dtype, spec.shape):
+            words = describe(mine.dtype, tuple(mine.shape))
+            raise PlanMismatchError(f"tensor {spec.name!r} is {spec} in the update and {words} in the model")
+
+    def _check_complete(self, sent: set[str]) -> None:
+        """A tied weight sent under its other name is covered; what the model computes from its config may be left out, unless an
+        update that failed has put something else in its place."""
+        covered = {view_key(self.tensors[name]) for name in sent}
+        for name, mine in self.tensors.items():
+            if name in sent or not mine.numel() or view_key(mine) in covered:
+                continue
+            if name in self._dirty:
+                raise PlanMismatchError(
+                    f"an update that was not completed changed the model's tensor {name!r}, and this update leaves it out; "
+                    "send it too: a module has it, and a state dict has not if it is a buffer that is not persistent"
+                )
+            if name not in self._computed:
+                raise PlanMismatchError(
+                    f"the model's tensor {name!r} is not in the update; send every parameter and persistent buffer"
+                )
+
+
+class StagedWeights(DirectWeights):
+    """Keeps an update in memory of its own, and loads it into the model's tensors at the commit: until then they are the old ones,
+    and a failed update leaves them so. Takes the model's size in memory while an update is under way."""
+
+    def __init__(self, weights: Weights, *, version: int = 0) -> None:
+        super().__init__(weights, version=version)
+        self._staged: list[Pair] = []
+
+    def begin(self, plan: BucketPlan | None, version: int) -> None:
+        super().begin(plan, version)
+        self._staged = []
+
+    def load(self, pairs: list[Pair]) -> None:
+        for name, tensor in pairs:
+            self._check(TensorSpec(name, tensor.dtype, tuple(tensor.shape)))
+        self._came |= {name for name, _ in pairs}
+        self._staged += own_copies(pairs)
+
+    def commit(self, version: int) -> None:
+        staged, self._staged = self._staged, []
+        super().load(staged)
+        super().commit(version)
+
+    def abort(self, version: int) -> None:
+        self._staged = []
+        super().abort(version)
+
+
+class CollectedWeights:
+    """Collects an update in memory of its own: ``weights`` has the tensors by name once it is committed."""
+
+    def __init__(self, version: int = 0) -> None:
+        self.version = version
+        self.weights: dict[str, torch.Tensor] = {}
+        self._coming: dict[str, torch.Tensor] = {}
+
+    def begin(self, plan: BucketPlan | None, version: int) -> None:
+        del plan, version
+        self._coming = {}
+
+    def load(self, pairs: list[Pair]) -> None:
+        self._coming.update(own_copies(pairs))
+
+    def prepare(self) -> None:
+        pass
+
+    def commit(self, version: int) -> None:
+        self.version, self.weights, self._coming = version, self._coming, {}
+
+    def abort(self, version: int) -> None:
+        del version
+        self._coming = {}
+
+
+def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer of a module by name: tied ones under each name, non-persistent buffers included."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def own_copies(pairs: list[Pair]) -> list[Pair]:
+    """The pairs in memory of their own; what is one tensor under several names stays one."""
+    copies = {id(tensor): own_copy(tensor) for _, tensor in pairs}
+    return [(name, copies[id(tensor)]) for name, tensor in pairs]
+
+
+def _non_persistent(model: torch.nn.Module) -> frozenset[str]:
+    """Names of the buffers that a state dict leaves out."""
+    return frozenset(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    )
