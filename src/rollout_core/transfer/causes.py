@@ -10,21 +10,19 @@ from rollout_core.transfer.protocol.messages import Cause
 
 
 def cause_of(error: BaseException) -> Cause:
-    """Class, text and traceback of an error."""
-    texts = (str(error), "".join(traceback.format_exception(error)))
+    """Class, text and traceback of an error. The text of one that is not of this package begins with its class."""
+    name = type(error).__name__
+    message = str(error) if isinstance(error, RolloutCoreError) else f"{name}: {error}" if str(error) else name
     # A name out of a manifest may hold what UTF-8 cannot.
-    message, trace = (text.encode("utf-8", "backslashreplace").decode() for text in texts)
-    return Cause(type(error).__name__, message, trace)
+    texts = (message, "".join(traceback.format_exception(error)))
+    return Cause(name, *(text.encode("utf-8", "backslashreplace").decode() for text in texts))
 
 
-def error_of(cause: Cause, otherwise: type[RolloutCoreError], *, who: str) -> RolloutCoreError:
-    """The error again. One that is not of this package becomes ``otherwise``, with its class in the text. ``who`` failed, as in
-    "the worker"; the traceback of there is a note."""
+def error_of(cause: Cause, otherwise: type[RolloutCoreError]) -> RolloutCoreError:
+    """The error again; ``otherwise`` for one that is not of this package. The traceback of the other process is a note."""
     kind = getattr(rollout_core.errors, cause.kind, None)
-    if isinstance(kind, type) and issubclass(kind, RolloutCoreError):
-        error: RolloutCoreError = kind(cause.message)
-    else:
-        error = otherwise(f"{who} failed with {cause.kind}: {cause.message}")
+    known = isinstance(kind, type) and issubclass(kind, RolloutCoreError)
+    error: RolloutCoreError = (kind if known else otherwise)(cause.message)
     if cause.trace:
-        error.add_note(f"in {who} process:\n{cause.trace}")
+        error.add_note(f"in the other process:\n{cause.trace}")
     return error

@@ -84,7 +84,7 @@ def receive(
     if driver.error is not None:
         raise driver.error
     if done.cause is not None:
-        raise error_of(done.cause, TransferError, who="the sender")
+        raise error_of(done.cause, TransferError)
     return hands.report()
 
 

@@ -137,7 +137,7 @@ def _send(
             driver.error.add_note(f"receivers have committed version {version} all the same")
         raise driver.error
     if done.cause is not None:
-        raise error_of(done.cause, TransferError, who="a receiver")
+        raise error_of(done.cause, TransferError)
     carrier.version = version
     return SendReport(
         version=version,

@@ -15,6 +15,8 @@ from rollout_core.transfer.channel import Channel, PeerGone
 
 _LONGEST_POLL: Final = 3600.0  # seconds; poll counts milliseconds in a C int
 
+_CLOSED: Final = "this end of the carrier is closed: by close(), or by an update that lost its other side; make a new carrier"
+
 
 class Links:
     """A socket to each peer; they are this object's from then on, and closed with it."""
@@ -44,7 +46,7 @@ class Links:
 
     def close(self) -> None:
         for peer, channel in enumerate(self._channels):
-            self._gone.setdefault(peer, TransferError("this end of the carrier is closed"))
+            self._gone.setdefault(peer, TransferError(_CLOSED))
             channel.close()
 
     def _arrived(self) -> list[tuple[int, bytes | TransferError]]:
