@@ -21,8 +21,9 @@ def cause_of(error: BaseException) -> Cause:
 def error_of(cause: Cause, otherwise: type[RolloutCoreError]) -> RolloutCoreError:
     """The error again; ``otherwise`` for one that is not of this package. The traceback of the other process is a note."""
     kind = getattr(rollout_core.errors, cause.kind, None)
-    known = isinstance(kind, type) and issubclass(kind, RolloutCoreError)
-    error: RolloutCoreError = (kind if known else otherwise)(cause.message)
+    if not (isinstance(kind, type) and issubclass(kind, RolloutCoreError)):
+        kind = otherwise
+    error: RolloutCoreError = kind(cause.message)
     if cause.trace:
         error.add_note(f"in the other process:\n{cause.trace}")
     return error

@@ -9,27 +9,20 @@ from __future__ import annotations
 import os
 import select
 import socket
-import struct
 import time
 from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Final
 
 import msgspec
 import torch
 
 from rollout_core.errors import TransferError
 from rollout_core.transfer.arena import Arena
+from rollout_core.transfer.carriers import unix
 from rollout_core.transfer.carriers.contract import Moving
 from rollout_core.transfer.carriers.links import LinkedReceiver, LinkedSender
 
 _GREETING: Final = b"rollout-core memory 1"
-_RETRY: Final = 0.02  # seconds between attempts to connect
-
-
-class HasFileno(Protocol):
-    """A socket, or a ``multiprocessing`` connection, whose pipe is one."""
-
-    def fileno(self) -> int: ...
 
 
 class _Ticket(msgspec.Struct, frozen=True, array_like=True):
@@ -46,15 +39,15 @@ class MemorySender(LinkedSender):
 
     rendezvous: Final = False
 
-    def __init__(self, sockets: Sequence[HasFileno]) -> None:
+    def __init__(self, sockets: Sequence[unix.HasFileno]) -> None:
         self._arena = Arena()
         ours: list[socket.socket] = []
         try:
             for one in sockets:
-                ours.append(_stream_socket(one))
+                ours.append(unix.stream_socket(one))
                 socket.send_fds(ours[-1], [_GREETING], [self._arena.fd])
         except BaseException as error:
-            _close(ours)
+            unix.close_all(ours)
             self._arena.close()
             if isinstance(error, OSError):
                 raise TransferError(f"receiver {len(ours) - 1} cannot be given the shared memory: {error}") from error
@@ -63,33 +56,8 @@ class MemorySender(LinkedSender):
 
     @classmethod
     def listen(cls, name: str, receivers: int = 1, *, timeout: float = 60.0) -> MemorySender:
-        """Wait for ``receivers`` processes of the same user to ``MemoryReceiver.connect`` to ``name``, at most ``timeout`` seconds.
-
-        They are numbered as they come. ``TransferError`` if the name is in use, or somebody does not come in time.
-        """
-        deadline = time.monotonic() + timeout
-        accepted: list[socket.socket] = []
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            try:
-                listener.bind(_address(name))
-                listener.listen(receivers)
-            except OSError as error:
-                raise TransferError(f"no receiver can be waited for at {name!r}: {error}") from error
-            try:
-                while len(accepted) < receivers:
-                    listener.settimeout(max(0.001, deadline - time.monotonic()))
-                    one = listener.accept()[0]
-                    if _peer_user(one) not in (0, os.getuid()):  # an abstract name has no permissions of its own
-                        one.close()
-                        continue
-                    accepted.append(one)
-                return cls(accepted)
-            except TimeoutError as error:
-                raise TransferError(
-                    f"{len(accepted)} of {receivers} receivers connected to {name!r} within {timeout:g} s"
-                ) from error
-            finally:
-                _close(accepted)  # duplicated by now, or of no use
+        """Wait for ``receivers`` processes of the same user to ``MemoryReceiver.connect`` to ``name``: see ``unix.listen``."""
+        return unix.joined(cls, unix.listen(name, receivers, timeout))
 
     def lay_out(self, slots: int, nbytes: int) -> tuple[list[torch.Tensor], bytes]:
         total = self._arena.resize(slots, nbytes)
@@ -108,8 +76,8 @@ class MemorySender(LinkedSender):
 class MemoryReceiver(LinkedReceiver):
     """A receiver's end: the other end of the socket that the sender has. ``timeout``: seconds to wait for the sender's memory."""
 
-    def __init__(self, one: HasFileno, *, timeout: float = 60.0) -> None:
-        ours = _stream_socket(one)
+    def __init__(self, one: unix.HasFileno, *, timeout: float = 60.0) -> None:
+        ours = unix.stream_socket(one)
         try:
             self._arena = Arena(_received_memory(ours, timeout))
         except BaseException:
@@ -122,16 +90,8 @@ class MemoryReceiver(LinkedReceiver):
     def connect(cls, name: str, *, timeout: float = 60.0) -> MemoryReceiver:
         """Connect to the sender that listens at ``name``; it may start to within ``timeout`` seconds. ``TransferError`` after."""
         deadline = time.monotonic() + timeout
-        while True:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as one:
-                try:
-                    one.connect(_address(name))
-                except OSError as error:
-                    if time.monotonic() >= deadline:
-                        raise TransferError(f"no sender listens at {name!r} within {timeout:g} s: {error}") from error
-                else:
-                    return cls(one, timeout=max(0.0, deadline - time.monotonic()))
-            time.sleep(_RETRY)
+        with unix.connect(name, timeout) as one:
+            return cls(one, timeout=max(0.0, deadline - time.monotonic()))
 
     def open(self, ticket: bytes, slots: int, nbytes: int) -> None:
         try:
@@ -154,31 +114,6 @@ class MemoryReceiver(LinkedReceiver):
         self._arena.close()
 
 
-def memory_pair(receivers: int = 1) -> tuple[list[socket.socket], list[socket.socket]]:
-    """Sockets for a sender and its receivers that are started from here: pass the second's file descriptors on."""
-    pairs = [socket.socketpair() for _ in range(receivers)]
-    return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
-
-
-def _address(name: str) -> bytes:
-    """The name in the abstract namespace of Unix sockets, which leaves no file."""
-    return b"\0rollout-core/" + name.encode()
-
-
-def _stream_socket(one: HasFileno) -> socket.socket:
-    ours = socket.socket(fileno=os.dup(one.fileno()))
-    if ours.family != socket.AF_UNIX or ours.type != socket.SOCK_STREAM:
-        ours.close()
-        raise TransferError(f"{one!r} is no Unix stream socket; pass one end of socket.socketpair() or of a duplex Pipe()")
-    return ours
-
-
-def _peer_user(one: socket.socket) -> int:
-    """The user id of the process at the other end (SO_PEERCRED, unix(7))."""
-    credentials: tuple[Any, ...] = struct.unpack("3i", one.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return int(credentials[1])
-
-
 def _received_memory(one: socket.socket, timeout: float) -> int:
     """The descriptor of the memory that the sender sends first of all."""
     poll = select.poll()
@@ -195,8 +130,3 @@ def _received_memory(one: socket.socket, timeout: float) -> int:
         words = f"began with {greeting!r}" if greeting else "is gone"
         raise TransferError(f"the sender gave no shared memory: it {words}")
     return descriptors[0]
-
-
-def _close(sockets: Sequence[socket.socket]) -> None:
-    for one in sockets:
-        one.close()

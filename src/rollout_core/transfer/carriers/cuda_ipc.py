@@ -1,0 +1,180 @@
+"""Between processes on the GPUs of one machine: slots in one's GPU memory, mapped by the others; messages over Unix sockets.
+
+The bytes are not copied on the way. The memory is the CUDA runtime's own (cudaMalloc and cudaIpcGetMemHandle), not torch's caching
+allocator's: its handles come with a counter file in /dev/shm, which a killed process leaves behind; these leave nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Final
+
+import msgspec
+import torch
+
+from rollout_core.errors import TransferError
+from rollout_core.transfer.carriers import unix
+from rollout_core.transfer.carriers.contract import Moving
+from rollout_core.transfer.carriers.links import LinkedReceiver, LinkedSender
+
+_ALIGN: Final = 512  # bytes, as cudaMalloc itself aligns
+_HANDLE_NBYTES: Final = 64  # CUDA_IPC_HANDLE_SIZE
+_LAZY_PEER_ACCESS: Final = 1  # cudaIpcMemLazyEnablePeerAccess
+
+
+class _Ticket(msgspec.Struct, frozen=True, array_like=True):
+    handle: bytes
+    stride: int  # bytes from slot to slot
+    total: int  # bytes of the memory
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_char * _HANDLE_NBYTES),)
+
+
+class _Memory:
+    """GPU memory at an address, which torch can make tensors of while it lives."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address, self.nbytes = address, nbytes
+        self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+    def bytes(self) -> torch.Tensor:
+        return torch.as_tensor(self)  # on the device that has the address; naming another would copy
+
+
+class CudaIpcSender(LinkedSender):
+    """The sender's end. ``sockets``: as for ``MemorySender``. ``device``: the GPU that slots are on, by default the one in use.
+
+    The memory is kept between updates, and freed by ``close``: close the receivers first, or let them end.
+    """
+
+    rendezvous: Final = False
+
+    def __init__(self, sockets: Sequence[unix.HasFileno], *, device: torch.device | str = "cuda") -> None:
+        self._device = _check_device(device)
+        self._memory: _Memory | None = None
+        self._outgrown: list[_Memory] = []  # mapped by receivers until they open the next
+        ours = []
+        try:
+            for one in sockets:
+                ours.append(unix.stream_socket(one))
+        except BaseException:
+            unix.close_all(ours)
+            raise
+        super().__init__(ours)
+
+    @classmethod
+    def listen(cls, name: str, receivers: int = 1, *, device: torch.device | str = "cuda", timeout: float = 60.0) -> CudaIpcSender:
+        """Wait for ``receivers`` processes of the same user to ``CudaIpcReceiver.connect`` to ``name``: see ``unix.listen``."""
+        return unix.joined(lambda sockets: cls(sockets, device=device), unix.listen(name, receivers, timeout))
+
+    def lay_out(self, slots: int, nbytes: int) -> tuple[list[torch.Tensor], bytes]:
+        stride = max(1, -(-nbytes // _ALIGN)) * _ALIGN
+        if self._memory is None or self._memory.nbytes != slots * stride:
+            if self._memory is not None:
+                self._outgrown.append(self._memory)
+            self._memory = _allocate(slots * stride, self._device)
+        whole = self._memory.bytes()
+        handle = _Handle()
+        _call("cudaIpcGetMemHandle", ctypes.byref(handle), ctypes.c_void_p(self._memory.address), device=self._device)
+        ticket = _Ticket(ctypes.string_at(ctypes.byref(handle), _HANDLE_NBYTES), stride, slots * stride)
+        return [whole[slot * stride :][:nbytes] for slot in range(slots)], msgspec.msgpack.encode(ticket)
+
+    def push(self, slot: int, nbytes: int) -> Moving | None:
+        """Written where it is read, once the work of the current stream is done."""
+        del slot, nbytes
+        event = torch.cuda.current_stream(self._device).record_event()
+        return event.query  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        super().close()
+        memory, self._memory = [*self._outgrown, *filter(None, [self._memory])], None
+        self._outgrown.clear()
+        for block in memory:
+            _call("cudaFree", ctypes.c_void_p(block.address), device=self._device)
+
+
+class CudaIpcReceiver(LinkedReceiver):
+    """A receiver's end. ``device``: the GPU in use here; the sender's, or one that reaches its memory directly."""
+
+    def __init__(self, one: unix.HasFileno, *, device: torch.device | str = "cuda") -> None:
+        self._device = _check_device(device)
+        self._ticket = _Ticket(b"", 0, 0)
+        self._memory: _Memory | None = None
+        super().__init__([unix.stream_socket(one)])
+
+    @classmethod
+    def connect(cls, name: str, *, device: torch.device | str = "cuda", timeout: float = 60.0) -> CudaIpcReceiver:
+        """Connect to the sender that listens at ``name``; it may start to within ``timeout`` seconds. ``TransferError`` after."""
+        with unix.connect(name, timeout) as one:
+            return cls(one, device=device)
+
+    def open(self, ticket: bytes, slots: int, nbytes: int) -> None:
+        try:
+            new = msgspec.msgpack.decode(ticket, type=_Ticket)
+        except msgspec.MsgspecError as error:
+            raise TransferError(f"the sender's memory is described by {len(ticket)} bytes that are no ticket: {error}") from error
+        if new.stride < nbytes or new.total < slots * new.stride or len(new.handle) != _HANDLE_NBYTES:
+            raise TransferError(f"{slots} slots of {nbytes} bytes do not fit into {new.total} bytes in steps of {new.stride}")
+        if self._memory is not None and new == self._ticket:
+            return
+        self._unmap()
+        address = ctypes.c_void_p()
+        handle = _Handle.from_buffer_copy(new.handle)
+        _call("cudaIpcOpenMemHandle", ctypes.byref(address), handle, ctypes.c_uint(_LAZY_PEER_ACCESS), device=self._device)
+        self._memory, self._ticket = _Memory(address.value or 0, new.total), new
+
+    def pull(self, slot: int, nbytes: int) -> Moving | None:
+        del slot, nbytes
+        return None
+
+    def view(self, slot: int, nbytes: int) -> torch.Tensor:
+        if self._memory is None:
+            raise TransferError("the sender's memory is not open")
+        return self._memory.bytes()[slot * self._ticket.stride :][:nbytes]
+
+    def close(self) -> None:
+        super().close()
+        self._unmap()
+
+    def _unmap(self) -> None:
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            _call("cudaIpcCloseMemHandle", ctypes.c_void_p(memory.address), device=self._device)
+
+
+def _check_device(device: torch.device | str) -> torch.device:
+    found = torch.device(device)
+    if found.type != "cuda" or not torch.cuda.is_available():
+        raise TransferError(f"device is {str(device)!r}, and this carrier is for CUDA GPUs ({torch.cuda.device_count()} are here)")
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+
+
+def _allocate(nbytes: int, device: torch.device) -> _Memory:
+    address = ctypes.c_void_p()
+    _call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes), device=device)
+    return _Memory(address.value or 0, nbytes)
+
+
+@cache
+def _runtime() -> Any:
+    """The CUDA runtime that torch has loaded."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    torch.cuda.current_device()  # loads it
+    try:
+        return ctypes.CDLL(f"libcudart.so.{major}")
+    except OSError as error:
+        raise TransferError(f"torch's CUDA runtime, libcudart.so.{major}, cannot be called: {error}") from error
+
+
+def _call(name: str, *arguments: Any, device: torch.device) -> None:
+    """Call the runtime on a device. ``TransferError`` with its words for an error."""
+    with torch.cuda.device(device):
+        code = getattr(_runtime(), name)(*arguments)
+    if code:
+        words = _runtime().cudaGetErrorString
+        words.restype = ctypes.c_char_p
+        raise TransferError(f"{name} failed with {code}: {words(code).decode()}")

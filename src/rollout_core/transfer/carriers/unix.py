@@ -1,0 +1,98 @@
+"""Unix sockets between processes of one machine: pairs, pipes that the caller has, or names that leave no file."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol, TypeVar
+
+from rollout_core.errors import TransferError
+
+_RETRY: Final = 0.02  # seconds between attempts to connect
+Made = TypeVar("Made")
+
+
+class HasFileno(Protocol):
+    """A socket, or a ``multiprocessing`` connection, whose pipe is one."""
+
+    def fileno(self) -> int: ...
+
+
+def listen(name: str, receivers: int, timeout: float) -> list[socket.socket]:
+    """Wait for ``receivers`` processes of the same user that ``connect`` to ``name``, at most ``timeout`` seconds; in the order in
+    which they came. ``TransferError`` if the name is in use, or somebody does not come in time."""
+    deadline = time.monotonic() + timeout
+    accepted: list[socket.socket] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        try:
+            listener.bind(_address(name))
+            listener.listen(receivers)
+        except OSError as error:
+            raise TransferError(f"no receiver can be waited for at {name!r}: {error}") from error
+        try:
+            while len(accepted) < receivers:
+                listener.settimeout(max(0.001, deadline - time.monotonic()))
+                one = listener.accept()[0]
+                if _peer_user(one) in (0, os.getuid()):  # an abstract name has no permissions of its own
+                    accepted.append(one)
+                else:
+                    one.close()
+        except BaseException as error:
+            close_all(accepted)
+            if isinstance(error, TimeoutError):
+                came = f"{len(accepted)} of {receivers} receivers connected"
+                raise TransferError(f"{came} to {name!r} within {timeout:g} s") from error
+            raise
+    return accepted
+
+
+def connect(name: str, timeout: float) -> socket.socket:
+    """Connect to who listens at ``name``, or will within ``timeout`` seconds. ``TransferError`` after."""
+    deadline = time.monotonic() + timeout
+    while True:
+        one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            one.connect(_address(name))
+        except OSError as error:
+            one.close()
+            if time.monotonic() >= deadline:
+                raise TransferError(f"no sender listens at {name!r} within {timeout:g} s: {error}") from error
+            time.sleep(_RETRY)
+        else:
+            return one
+
+
+def joined(make: Callable[[Sequence[socket.socket]], Made], sockets: Sequence[socket.socket]) -> Made:
+    """An end made of these, which it duplicates."""
+    try:
+        return make(sockets)
+    finally:
+        close_all(sockets)
+
+
+def stream_socket(one: HasFileno) -> socket.socket:
+    """A duplicate. ``TransferError`` for what is no Unix stream socket, such as the end of a one-way pipe."""
+    ours = socket.socket(fileno=os.dup(one.fileno()))
+    if ours.family != socket.AF_UNIX or ours.type != socket.SOCK_STREAM:
+        ours.close()
+        raise TransferError(f"{one!r} is no Unix stream socket; pass one end of socket.socketpair() or of a duplex Pipe()")
+    return ours
+
+
+def close_all(sockets: Sequence[socket.socket]) -> None:
+    for one in sockets:
+        one.close()
+
+
+def _address(name: str) -> bytes:
+    """The name in the abstract namespace of Unix sockets (unix(7)), which leaves no file."""
+    return b"\0rollout-core/" + name.encode()
+
+
+def _peer_user(one: socket.socket) -> int:
+    """The user id of the process at the other end (SO_PEERCRED, unix(7))."""
+    credentials: tuple[Any, ...] = struct.unpack("3i", one.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(credentials[1])
