@@ -1,5 +1,4 @@
-"""Which characters of rendered text came from the messages and which from the template; and text that only looks like a
-placeholder.
+"""Which characters of rendered text came from the messages, and which from the template; and what only looks like a placeholder.
 
 Both are found by rendering again with characters of Unicode's private use area in place of the text in question.
 """
@@ -81,9 +80,11 @@ def contents_of(
 def bounds_of(
     pieces: Sequence[str], count: int, contents: Sequence[tuple[int, int]], owners: Sequence[int], closing: str
 ) -> tuple[int, ...]:
-    """Where the text of each of ``count`` messages begins. In text that is not kept apart by message, a message ends with what
-    ends a
-    turn, if the template writes that after it, else with its content."""
+    """Where the text of each of ``count`` messages begins.
+
+    In text that is not kept apart by message, a message ends with what ends a turn, if the template writes that after it, else
+    with its content.
+    """
     bounds = [0]
     if len(pieces) == count:
         for piece in pieces[:-1]:

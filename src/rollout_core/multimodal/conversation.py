@@ -145,9 +145,8 @@ class Conversation:
         Args:
             ids: sampled token ids, as the engine returned them: list, array or tensor.
             logprobs: one per id, None where there is none; or None for no logprobs at all.
-            finish: ``stop``: the policy ended its turn. ``length``: it was cut by a limit. ``aborted``: it was interrupted.
-            After the
-                last two the turn stays open: more may be sampled, or messages may follow.
+            finish: ``stop``: the policy ended its turn. ``length``: it was cut by a limit. ``aborted``: it was interrupted. After
+                the last two the turn stays open: more may be sampled, or messages may follow.
             message: the turn as a message, if the template must see it parsed (tool calls, reasoning); the decoded text otherwise.
 
         Raises:
@@ -298,8 +297,7 @@ class Conversation:
         except LookupError:
             raise ConversationError(
                 "this conversation does not go on from the one given as since: it is another fork, was truncated, or a new "
-                "segment began; "
-                "send it whole"
+                "segment began; send it whole"
             ) from None
         tokens = Tokens.concatenate([step.tokens for step in steps])
         positions = [step.positions for step in steps] or [np.zeros((self.renderer.rule.axes, 0), np.int64)]
@@ -348,8 +346,7 @@ class Conversation:
 
         Raises:
             UnstableTemplateError: the template, asked about the whole, writes something else than what was tracked: it looks
-            further
-                than probing could see.
+                further than probing could see.
             ConversationError: the conversation was truncated.
         """
         if self.cut:
@@ -373,9 +370,9 @@ class Conversation:
             same = min(len(ours), len(theirs))
             at = next((n for n in range(same) if ours[n] != theirs[n]), same)
             raise UnstableTemplateError(
-                f"token {at} is {ours[at : at + 1].tolist()} here, and {theirs[at : at + 1].tolist()} where every addition "
-                f"is compared with "
-                f"the whole past ({len(ours)} and {len(theirs)} tokens): use HFRenderer(check_history=True) with this template"
+                f"token {at} is {ours[at : at + 1].tolist()} here, and {theirs[at : at + 1].tolist()} where every addition is "
+                f"compared with the whole past ({len(ours)} and {len(theirs)} tokens): use HFRenderer(check_history=True) with "
+                "this template"
             )
 
     def __copy__(self) -> Conversation:

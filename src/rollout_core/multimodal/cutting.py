@@ -49,8 +49,8 @@ def _cut(path: Sequence[Delta], wanted: int, side: str, policy: str) -> int:
             if start < wanted < stop:
                 if policy == "error":
                     raise TruncationError(
-                        f"token {wanted}, where the cut would be, is inside {item.modality} {item.modality_index} (tokens "
-                        f"{start} to {stop})"
+                        f"token {wanted}, where the cut would be, is inside {item.modality} {item.modality_index} "
+                        f"(tokens {start} to {stop})"
                     )
                 return start if side == "right" else stop
     return wanted

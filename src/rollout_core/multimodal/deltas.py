@@ -189,8 +189,10 @@ class Delta:
     role: str
 
     def path(self, since: Delta | None = None) -> list[Delta]:
-        """The deltas after ``since`` up to this one, in order; all of them without it. None of ``since`` being on the way is an
-        error."""
+        """The deltas after ``since`` up to this one, in order; all of them without it.
+
+        Raises LookupError if ``since`` is neither this one nor an ancestor of it.
+        """
         found: list[Delta] = []
         step: Delta | None = self
         while step is not since:

@@ -53,14 +53,14 @@ class Encoder:
             skip = int((offsets[:, 1] <= len(lead)).sum())
             if not skip or offsets[skip - 1, 1] != len(lead):
                 raise UnsupportedProcessorError(
-                    f"{type(self.tokenizer).__name__} merges {lead!r} with {text[:20]!r}, so that the middle of a text "
-                    f"cannot be encoded alone"
+                    f"{type(self.tokenizer).__name__} merges {lead!r} with {text[:20]!r}, so that the middle of a text cannot be "
+                    "encoded alone"
                 )
             ids, offsets = ids[skip:], np.maximum(offsets[skip:] - len(lead), 0)
         if special and len(ids) and tuple(offsets[-1]) == (0, 0) and text:
             raise UnsupportedProcessorError(
-                f"{type(self.tokenizer).__name__} adds a token after the text (id {ids[-1]}): nothing can follow; turn "
-                f"that off in the tokenizer"
+                f"{type(self.tokenizer).__name__} adds a token after the text (id {ids[-1]}): nothing can follow; turn that off in "
+                "the tokenizer"
             )
         return Encoded(ids, offsets)
 
@@ -91,9 +91,11 @@ class Encoder:
         return self._lead
 
     def _plain(self) -> Any:
-        """A tokenizer for plain text. transformers keeps ``split_special_tokens`` in the tokenizer itself, so that asking the
-        shared one
-        would change what other threads get."""
+        """A tokenizer for plain text.
+
+        transformers keeps ``split_special_tokens`` in the tokenizer itself, so that asking the shared one would change what other
+        threads get.
+        """
         if not hasattr(self.tokenizer, "backend_tokenizer"):
             return self.tokenizer
         if self.tokenizer not in _PLAIN:

@@ -51,7 +51,7 @@ class HFRenderer:
 
     Args:
         processor: a processor, or a tokenizer for text alone. It must have a fast tokenizer (character offsets) and a chat
-        template.
+            template.
         chat_template: another template (Jinja) instead of the processor's own.
         template_kwargs: passed to the template, e.g. ``{"enable_thinking": False}``.
         processor_kwargs: passed to the processor for every item, e.g. ``{"images_kwargs": {"do_pan_and_scan": True}}``.
@@ -132,7 +132,6 @@ class HFRenderer:
 
     def begin(self, messages: Messages, tools: Tools) -> Laid:
         """The first tokens of a conversation."""
-
         marks = marks_for([*texts(list(messages.items)), *texts(list(tools or ()))])
         guards: dict[str, str] = {}
         guarded = None if tools is None else [self._guarded(tool, guards, marks) for tool in tools]
@@ -194,9 +193,8 @@ class HFRenderer:
             return
         if not np.array_equal(self._processed_ids, self.encode("a", first=True).ids):
             raise UnsupportedProcessorError(
-                f"{type(self.processor).__name__} writes something of its own before a text that does not begin with "
-                f"{bos!r}: let the chat "
-                "template begin with it"
+                f"{type(self.processor).__name__} writes something of its own before a text that does not begin with {bos!r}: let "
+                "the chat template begin with it"
             )
 
     @cached_property
@@ -334,9 +332,8 @@ def _rule(name: str | None, family: Family) -> PositionRule:
         return rule(family.positions)
     except ConversationError as error:
         raise UnsupportedProcessorError(
-            f"models of family {family.name!r} count positions as {family.positions!r}, which is not known here: "
-            f"register_rule() it, or "
-            "pass positions='plain@1' if your trainer lets the model count them itself"
+            f"models of family {family.name!r} count positions as {family.positions!r}, which is not known here: register_rule() "
+            "it, or pass positions='plain@1' if your trainer lets the model count them itself"
         ) from error
 
 

@@ -20,8 +20,10 @@ from rollout_core.multimodal.tracks import Encoded, Ids, Region, align, runs
 
 
 class Encode(Protocol):
-    """Encodes text. ``plain`` takes control tokens in it as ordinary text; ``first`` adds what a tokenizer puts before a
-    sequence."""
+    """Encodes text.
+
+    ``plain`` takes control tokens in it as ordinary text; ``first`` adds what a tokenizer puts before a sequence.
+    """
 
     def __call__(self, text: str, *, plain: bool = False, first: bool = False) -> Encoded: ...
 
@@ -164,8 +166,7 @@ def _occurrences(script: Script, media: Sequence[Medium], placeholders: Mapping[
         if medium is None:
             raise ConversationError(
                 f"the chat template writes {match.group()!r} more often than there are media of that kind; a message has a "
-                f"placeholder "
-                "without its picture, video or sound"
+                "placeholder without its picture, video or sound"
             )
         shown.append((match.start(), match.end(), medium))
     for modality in sorted(present):
@@ -260,8 +261,7 @@ def _check_rows(medium: Medium, spans: tuple[tuple[int, int], ...]) -> None:
     if rows is not None and rows != tokens:
         raise UnsupportedProcessorError(
             f"the {medium.modality} in message {medium.message} has {rows} feature rows and {tokens} placeholder tokens: "
-            f"processor and "
-            "tokenizer do not belong together, or the family's rule for rows is wrong"
+            "processor and tokenizer do not belong together, or the family's rule for rows is wrong"
         )
     if grids and len(grids) != len(spans):
         raise UnsupportedProcessorError(

@@ -108,8 +108,8 @@ def plain_tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
     for number, tool in enumerate(found):
         if not isinstance(tool, Mapping):
             raise ConversationError(
-                f"tool {number} is a {type(tool).__name__}; give its JSON schema (transformers.utils.get_json_schema makes "
-                f"one of a function)"
+                f"tool {number} is a {type(tool).__name__}; give its JSON schema "
+                "(transformers.utils.get_json_schema makes one of a function)"
             )
     return tuple(_plain(tool, f"tool {number}") for number, tool in enumerate(found))
 

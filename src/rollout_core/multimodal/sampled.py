@@ -26,8 +26,7 @@ def check_sampled(ids: Any, logprobs: Any, finish: str, vocab_size: int) -> tupl
     if len(bad):
         raise ConversationError(
             f"sampled id {sampled[bad[0]]} at {bad[0]} is outside the vocabulary of {vocab_size}; a model with padded "
-            f"embeddings can "
-            "sample it: give the renderer its vocab_size, or mask those ids when sampling"
+            "embeddings can sample it: give the renderer its vocab_size, or mask those ids when sampling"
         )
     if logprobs is None:
         return sampled, np.full(len(sampled), np.nan)

@@ -1,8 +1,7 @@
 """Conversations as bytes: one MessagePack document, never pickle. Payloads are stored once each, by identity, or left out.
 
 The document is ``[magic, version, digest, body]``; ``digest`` is xxh3-128 of ``body``, against damage. ``body`` holds the
-fingerprint of
-the renderer, which must be the reader's, the deltas of every segment, and the payloads.
+fingerprint of the renderer, which must be the reader's, the deltas of every segment, and the payloads.
 """
 
 from __future__ import annotations
@@ -105,9 +104,8 @@ def decode(
         stored = {p.artifact: _to_payload(p) for p in body.payloads}
         if (body.fingerprint, body.rule) != (renderer.fingerprint, renderer.rule.name):
             raise ConversationError(
-                f"this conversation was made by renderer {body.fingerprint[:12]} with positions {body.rule!r}, and the one "
-                f"given is "
-                f"{renderer.fingerprint[:12]} with {renderer.rule.name!r}: another template, tokenizer, processor or setting"
+                f"this conversation was made by renderer {body.fingerprint[:12]} with positions {body.rule!r}, and the one given "
+                f"is {renderer.fingerprint[:12]} with {renderer.rule.name!r}: another template, tokenizer, processor or setting"
             )
         tips = [(_chain(renderer, steps, {**payloads, **stored}), cut) for steps, cut in body.segments]
         if not tips:
@@ -172,8 +170,8 @@ def _chain(renderer: Renderer, steps: list[_Step], payloads: Mapping[str, Payloa
                 raise ConversationError(f"the payload given for artifact {item.artifact} is of {payloads[item.artifact].artifact}")
             if item.artifact not in payloads:
                 raise ConversationError(
-                    f"the payload of {item.modality} {counts.get(item.modality, 0)} (artifact {item.artifact}) is not "
-                    f"stored here; give it in payloads="
+                    f"the payload of {item.modality} {counts.get(item.modality, 0)} (artifact {item.artifact}) is not stored here; "
+                    "give it in payloads="
                 )
             items.append(
                 Item(

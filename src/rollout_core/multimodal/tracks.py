@@ -1,9 +1,7 @@
-"""Two tracks of one text: compact ids, with what engines accept for each item, and expanded ids, with every placeholder run at
-full length.
+"""Two tracks of one text: compact ids, with what engines accept for each item, and expanded ids, with every run at full length.
 
 A region is one item's stretch on both tracks; outside the regions the tracks are equal. Regions come from rendering: where a
-template
-wrote a placeholder, and the text that the processor put there. No id is ever searched for outside a region.
+template wrote a placeholder, and the text that the processor put there. No id is ever searched for outside a region.
 """
 
 from __future__ import annotations
@@ -133,8 +131,8 @@ def align(
 
 
 def _growths(left: bool, right: bool) -> list[tuple[int, int, int, int]]:
-    """Tokens to take from the text between two regions, on the left and right of the expanded and of the compact track; fewest
-    first."""
+    """Tokens to take from the text between two regions, fewest first: on the left and right of the expanded track, then of the
+    compact one."""
     reach = range(_REACH)
     return sorted(
         (

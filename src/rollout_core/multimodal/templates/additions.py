@@ -58,8 +58,7 @@ def add(render: Render, verdict: Verdict, joined: Joined, past: Past, messages: 
     """The text that ``messages`` add, by message; one text for all where the template does not keep them apart.
 
     It is rendered after the last answer alone where every join is known to hold and ``check`` is not asked for, else after the
-    whole
-    past.
+    whole past.
 
     Raises:
         UnstableTemplateError: the template changes what it wrote before; the text names the first message that is changed.
@@ -98,14 +97,13 @@ def _added_to_all(render: Render, verdict: Verdict, joined: Joined, past: Past, 
         prompt = render(earlier[:-1], generation=True)
         if not before.startswith(prompt):
             raise UnstableTemplateError(
-                f"message {len(earlier) - 1} (assistant) was sampled after {prompt[-40:]!r}, which the template does not "
-                f"keep in a history: "
-                f"{difference(prompt, before)}. {_ADVICE}"
+                f"message {len(earlier) - 1} (assistant) was sampled after {prompt[-40:]!r}, which the template does not keep in "
+                f"a history: {difference(prompt, before)}. {_ADVICE}"
             )
     if past.sampled and not before.endswith(verdict.closing):
         raise UnstableTemplateError(
-            f"the template ends message {len(earlier) - 1} (assistant) with {before[-20:]!r} and not with "
-            f"{verdict.closing!r}. {_ADVICE}"
+            f"the template ends message {len(earlier) - 1} (assistant) with {before[-20:]!r} and not with {verdict.closing!r}. "
+            f"{_ADVICE}"
         )
     added = after[len(before) :]
     _require_joined(joined, before, added)

@@ -26,8 +26,10 @@ _OPENINGS: tuple[tuple[dict[str, Any], ...], ...] = ((), ({"role": "system", "co
 
 
 def shapes(modalities: Sequence[str]) -> Iterator[tuple[Message, ...]]:
-    """Conversations of up to eight messages: every kind of assistant turn, tools, media early and late, with and without a system
-    message."""
+    """Conversations of up to nine messages.
+
+    Every kind of assistant turn, tools, media early and late, with and without a system message.
+    """
     shown = {role: [_pictured(role, modality) for modality in modalities] for role in ("user", "tool")}
     plain = _ASSISTANTS[0]
     for opening, first in itertools.product(_OPENINGS, (_USERS[0], *shown["user"][:1])):

@@ -12,8 +12,8 @@ from rollout_core.multimodal.messages import MODALITIES
 Message = Mapping[str, Any]
 #: What of a history may change how a template renders later or earlier messages.
 FEATURES = ("thinking", "tool_calls", "media")
-#: Under what keys messages have thinking (transformers 5.23, chat_template_utils.py, ``_REASONING_FIELDS``), and how models
-# write it.
+#: Under what keys messages have thinking (transformers 5.23, chat_template_utils.py, ``_REASONING_FIELDS``), and how models write
+#: it.
 _THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _THINKING_MARKS = (
     "<think>",
