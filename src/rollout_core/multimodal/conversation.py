@@ -14,7 +14,6 @@ from rollout_core.multimodal import cutting, stored
 from rollout_core.multimodal.arrays import Arrays
 from rollout_core.multimodal.deltas import SAMPLED, Bytes, Delta, Item, Payload, Tokens
 from rollout_core.multimodal.messages import plain_tools, take
-from rollout_core.multimodal.positions import Text
 from rollout_core.multimodal.renderer import Renderer, Tools
 from rollout_core.multimodal.sampled import Finish, check_sampled
 from rollout_core.multimodal.steps import delta_of, messages_of, past_of, refilled, step
@@ -169,7 +168,6 @@ class Conversation:
             "sampled",
             tokens,
             (),
-            (Text(n),),
             () if parsed is None else parsed.items,
             message_count=number + 1,
             turn="stopped" if finish == "stop" else "open",

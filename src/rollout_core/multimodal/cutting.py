@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from rollout_core.errors import TruncationError
-from rollout_core.multimodal.deltas import Delta, Item
-from rollout_core.multimodal.layout import segments
+from rollout_core.multimodal.deltas import Delta
 from rollout_core.multimodal.positions import PositionRule
+from rollout_core.multimodal.steps import follow, placed
 
 _SIDES, _POLICIES = ("right", "left"), ("drop_item", "drop_message", "error")
 
@@ -34,7 +34,7 @@ def truncated(rule: PositionRule, tip: Delta, max_length: Any, side: str, policy
         raise TruncationError(
             f"no whole {'message' if policy == 'drop_message' else 'part'} fits in {max_length} of {tip.length} tokens"
         )
-    return _head(path, at) if side == "right" else _tail(rule, path, at)
+    return _head(rule, path, at) if side == "right" else _tail(rule, path, at)
 
 
 def _cut(path: Sequence[Delta], wanted: int, side: str, policy: str) -> int:
@@ -56,73 +56,42 @@ def _cut(path: Sequence[Delta], wanted: int, side: str, policy: str) -> int:
     return wanted
 
 
-def _head(path: Sequence[Delta], at: int) -> Delta:
+def _head(rule: PositionRule, path: Sequence[Delta], at: int) -> Delta:
     last = next(delta for delta in path if delta.length >= at)
     if last.length == at:
         return last
-    before = last.length - len(last.tokens)
+    before, compact_before = _starts(last)
+    tokens = last.tokens.sliced(0, at - before, 0, _compact(last, at) - compact_before)
     kept = tuple(item for item in last.items if item.envelope[1] <= at)
-    stop = _compact(last, at)
-    return replace(
-        last,
-        kind="truncated",
-        tokens=last.tokens.sliced(0, at - before, 0, stop - (last.compact_length - len(last.tokens.compact_ids))),
-        items=kept,
-        segments=tuple(segments(kept, before, at)),
-        positions=last.positions[:, : at - before].copy(),
-        length=at,
-        compact_length=stop,
-        item_counts=_counts(last, kept),
-        finish="length" if last.kind == "sampled" else None,
-    )
+    finish = "length" if last.kind == "sampled" else None
+    return replace(last, **follow(rule, last.parent, tokens, kept), kind="truncated", finish=finish)
 
 
 def _tail(rule: PositionRule, path: Sequence[Delta], at: int) -> Delta:
-    parent: Delta | None = None
-    counts: dict[str, int] = {}
+    tip: Delta | None = None
     compact_at = next(_compact(delta, at) for delta in path if delta.length >= at)
     for delta in path:
         if delta.length <= at and delta is not path[-1]:
             continue
-        before, compact_before = delta.length - len(delta.tokens), delta.compact_length - len(delta.tokens.compact_ids)
-        items = []
-        for item in delta.items:
-            if item.envelope[0] >= at:
-                items.append(item.moved(-at, -compact_at, sum(counts.values()), counts.get(item.modality, 0)))
-                counts[item.modality] = counts.get(item.modality, 0) + 1
-        skip, compact_skip = max(at - before, 0), max(compact_at - compact_before, 0)
-        start = max(before - at, 0)
-        parts = tuple(segments(items, start, delta.length - at))
-        positions, following = rule.advance(parent.next_position if parent else 0, parts)
-        positions.flags.writeable = False
-        parent = replace(
-            delta,
-            parent=parent,
-            tokens=delta.tokens.sliced(skip, len(delta.tokens), compact_skip, len(delta.tokens.compact_ids))
-            if skip
-            else delta.tokens,
-            items=tuple(items),
-            segments=parts,
-            positions=positions,
-            length=delta.length - at,
-            compact_length=delta.compact_length - compact_at,
-            item_counts=dict(counts),
-            next_position=following,
-        )
-    assert parent is not None
-    return parent
+        before, compact_before = _starts(delta)
+        tokens = delta.tokens
+        if before < at:
+            tokens = tokens.sliced(at - before, len(tokens), compact_at - compact_before, len(tokens.compact_ids))
+        items = placed(tip, (item for item in delta.items if item.envelope[0] >= at), -at, -compact_at)
+        tip = replace(delta, **follow(rule, tip, tokens, items))
+    assert tip is not None
+    return tip
+
+
+def _starts(delta: Delta) -> tuple[int, int]:
+    """How many tokens come before a delta, on each track."""
+    return delta.length - len(delta.tokens), delta.compact_length - len(delta.tokens.compact_ids)
 
 
 def _compact(delta: Delta, at: int) -> int:
     """The place on the compact track of a cut at ``at``, which lies in ``delta`` and in no region."""
     earlier = [item for item in delta.items if item.region.stop <= at]
     if not earlier:
-        return at - (delta.length - len(delta.tokens)) + delta.compact_length - len(delta.tokens.compact_ids)
+        before, compact_before = _starts(delta)
+        return at - before + compact_before
     return at - earlier[-1].region.stop + earlier[-1].region.compact_stop
-
-
-def _counts(delta: Delta, kept: Sequence[Item]) -> dict[str, int]:
-    counts = dict(delta.item_counts)
-    for item in delta.items[len(kept) :]:
-        counts[item.modality] -= 1
-    return {modality: count for modality, count in counts.items() if count}

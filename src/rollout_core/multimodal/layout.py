@@ -15,7 +15,6 @@ import numpy as np
 
 from rollout_core.errors import ConversationError, UnsupportedProcessorError
 from rollout_core.multimodal.deltas import BOUNDARY, ENVIRONMENT, TEMPLATE, Bytes, Item, Payload
-from rollout_core.multimodal.positions import Segment, Text
 from rollout_core.multimodal.tracks import Encoded, Ids, Region, align, runs
 
 
@@ -69,7 +68,6 @@ class Laid:
     origin: Bytes
     message: Ids
     items: tuple[Item, ...]
-    segments: tuple[Segment, ...]
 
 
 def lay_out(
@@ -123,35 +121,13 @@ def lay_out(
         item = Item(medium.modality, index, counts.get(medium.modality, 0), medium.message, region, spans, envelope, medium.payload)
         items.append(item.moved(-cut, -cut, item.index, item.modality_index))
         counts[medium.modality] = item.modality_index + 1
-    return Laid(
-        expanded.ids[cut:],
-        compact.ids[cut:],
-        wide_origin[cut:],
-        wide_message[cut:],
-        tuple(items),
-        tuple(segments(items, 0, len(expanded.ids) - cut)),
-    )
+    return Laid(expanded.ids[cut:], compact.ids[cut:], wide_origin[cut:], wide_message[cut:], tuple(items))
 
 
 def _overlap(before: Ids, after: Ids, most: int) -> int:
     """How many ids at the end of ``before`` are those that ``after`` begins with."""
     longest = range(min(len(before), len(after), most), 0, -1)
     return next((n for n in longest if np.array_equal(before[len(before) - n :], after[:n])), 0)
-
-
-def segments(items: Sequence[Item], start: int, stop: int) -> Iterator[Segment]:
-    """Tokens ``[start, stop)`` as a position rule sees them."""
-    at = start
-    for item in items:
-        if not item.payload.grids:
-            continue
-        for span, grid in zip(item.spans, item.payload.grids, strict=True):
-            if span[0] > at:
-                yield Text(span[0] - at)
-            yield grid
-            at = span[1]
-    if stop > at:
-        yield Text(stop - at)
 
 
 def _occurrences(script: Script, media: Sequence[Medium], placeholders: Mapping[str, str]) -> list[tuple[int, int, Medium]]:

@@ -1,21 +1,85 @@
-"""How deltas follow one another: their places in the whole sequence, their positions, and the messages they tell."""
+"""How deltas follow one another: what adds up from one to the next, and the messages they tell."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 
 from rollout_core.multimodal.deltas import Delta, Item, Tokens
 from rollout_core.multimodal.layout import Laid
-from rollout_core.multimodal.positions import Segment
+from rollout_core.multimodal.positions import PositionRule, Segment, Text
 from rollout_core.multimodal.renderer import TAIL, Past, Renderer
 from rollout_core.multimodal.templates import features, united
 from rollout_core.multimodal.templates.shapes import recent_of
 from rollout_core.multimodal.tracks import Ids
 
 Message = Mapping[str, Any]
+
+
+class Following(TypedDict):
+    """The fields of a delta that follow from the one before it, its tokens and its items. See `Delta`."""
+
+    parent: Delta | None
+    tokens: Tokens
+    items: tuple[Item, ...]
+    segments: tuple[Segment, ...]
+    positions: Ids
+    length: int
+    compact_length: int
+    item_counts: Mapping[str, int]
+    next_position: int
+
+
+def follow(rule: PositionRule, parent: Delta | None, tokens: Tokens, items: tuple[Item, ...]) -> Following:
+    """What ``tokens`` and ``items`` add up to after ``parent``. The items stand at their places already (`placed`)."""
+    start = parent.length if parent else 0
+    length = start + len(tokens)
+    parts = tuple(_segments(items, start, length))
+    positions, following = rule.advance(parent.next_position if parent else 0, parts)
+    positions.flags.writeable = False
+    return {
+        "parent": parent,
+        "tokens": tokens,
+        "items": items,
+        "segments": parts,
+        "positions": positions,
+        "length": length,
+        "compact_length": (parent.compact_length if parent else 0) + len(tokens.compact_ids),
+        "item_counts": {**_counts(parent), **{item.modality: item.modality_index + 1 for item in items}},
+        "next_position": following,
+    }
+
+
+def placed(parent: Delta | None, items: Iterable[Item], by: int, compact_by: int) -> tuple[Item, ...]:
+    """Items after ``parent``, moved by tokens on each track, and numbered on from its items."""
+    counts = dict(_counts(parent))
+    found = []
+    for item in items:
+        number = counts.get(item.modality, 0)
+        found.append(item.moved(by, compact_by, sum(counts.values()), number))
+        counts[item.modality] = number + 1
+    return tuple(found)
+
+
+def _counts(parent: Delta | None) -> Mapping[str, int]:
+    return parent.item_counts if parent else {}
+
+
+def _segments(items: Sequence[Item], start: int, stop: int) -> Iterator[Segment]:
+    """Tokens ``[start, stop)`` as a position rule sees them."""
+    at = start
+    for item in items:
+        if not item.payload.grids:
+            continue
+        for span, grid in zip(item.spans, item.payload.grids, strict=True):
+            if span[0] > at:
+                yield Text(span[0] - at)
+            yield grid
+            at = span[1]
+    if stop > at:
+        yield Text(stop - at)
 
 
 def delta_of(
@@ -32,7 +96,7 @@ def delta_of(
     role = messages[-1]["role"] if messages else "assistant"
     found = united(found, features(messages))
     return step(
-        renderer, parent, kind, tokens, laid.items, laid.segments, messages,
+        renderer, parent, kind, tokens, laid.items, messages,
         message_count=count, turn=turn, finish=None, role=role, found=found,
     )  # fmt: skip
 
@@ -43,7 +107,6 @@ def step(
     kind: str,
     tokens: Tokens,
     items: Sequence[Item],
-    parts: tuple[Segment, ...],
     messages: tuple[Message, ...],
     *,
     message_count: int,
@@ -52,21 +115,18 @@ def step(
     role: str,
     found: tuple[str, ...] = (),
 ) -> Delta:
-    """A delta after another one: its items moved to their places, its positions counted on."""
+    """A delta after another one; ``items`` are counted from its first token."""
     length, compact = (parent.length, parent.compact_length) if parent else (0, 0)
-    counts = dict(parent.item_counts) if parent else {}
-    placed = []
-    for item in items:
-        placed.append(item.moved(length, compact, sum(counts.values()), counts.get(item.modality, 0)))
-        counts[item.modality] = counts.get(item.modality, 0) + 1
-    positions, following = renderer.rule.advance(parent.next_position if parent else 0, parts)
-    positions.flags.writeable = False
-    found = united(parent.features if parent else (), found)
     return Delta(
-        parent, kind, tokens, tuple(placed), parts, positions, messages,
-        length + len(tokens), compact + len(tokens.compact_ids), counts, message_count, following,
-        found, turn, finish, role,
-    )  # fmt: skip
+        **follow(renderer.rule, parent, tokens, placed(parent, items, length, compact)),
+        kind=kind,
+        messages=messages,
+        message_count=message_count,
+        features=united(parent.features if parent else (), found),
+        turn=turn,
+        finish=finish,
+        role=role,
+    )
 
 
 def _sampled_turn(tip: Delta) -> list[Delta]:

@@ -6,7 +6,7 @@ fingerprint of the renderer, which must be the reader's, the deltas of every seg
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,10 +16,10 @@ import xxhash
 
 from rollout_core.errors import ConversationError
 from rollout_core.multimodal.deltas import Delta, Item, Payload, Tokens
-from rollout_core.multimodal.layout import segments
 from rollout_core.multimodal.media import Picture, Sound, Video
 from rollout_core.multimodal.positions import Grid
 from rollout_core.multimodal.renderer import Renderer, Tools
+from rollout_core.multimodal.steps import follow, placed
 from rollout_core.multimodal.tracks import Region
 
 if TYPE_CHECKING:
@@ -153,7 +153,6 @@ def _numbers(region: Region) -> tuple[int, int, int, int]:
 
 def _chain(renderer: Renderer, steps: list[_Step], payloads: Mapping[str, Payload]) -> Delta:
     tip: Delta | None = None
-    counts: dict[str, int] = {}
     for step in steps:
         tokens = Tokens(
             np.frombuffer(step.input_ids, "<i8").astype(np.int64),
@@ -164,44 +163,39 @@ def _chain(renderer: Renderer, steps: list[_Step], payloads: Mapping[str, Payloa
         )
         if len({len(tokens.input_ids), len(tokens.logprobs), len(tokens.origin), len(tokens.message)}) != 1:
             raise ValueError("arrays of one step have different lengths")
-        items = []
-        for item in step.items:
-            if item.artifact in payloads and payloads[item.artifact].artifact != item.artifact:
-                raise ConversationError(f"the payload given for artifact {item.artifact} is of {payloads[item.artifact].artifact}")
-            if item.artifact not in payloads:
-                raise ConversationError(
-                    f"the payload of {item.modality} {counts.get(item.modality, 0)} (artifact {item.artifact}) is not stored here; "
-                    "give it in payloads="
-                )
-            items.append(
-                Item(
-                    item.modality,
-                    sum(counts.values()),
-                    counts.get(item.modality, 0),
-                    item.message,
-                    Region(*item.region),
-                    tuple(item.spans),
-                    item.envelope,
-                    payloads[item.artifact],
-                )
-            )
-            counts[item.modality] = counts.get(item.modality, 0) + 1
+        items = placed(tip, [_to_item(step, n, tip, payloads) for n in range(len(step.items))], 0, 0)
         _check_places(items, tip, tokens)
-        length = (tip.length if tip else 0) + len(tokens)
-        compact = (tip.compact_length if tip else 0) + len(tokens.compact_ids)
-        parts = tuple(segments(items, tip.length if tip else 0, length))
-        positions, following = renderer.rule.advance(tip.next_position if tip else 0, parts)
-        positions.flags.writeable = False
         tip = Delta(
-            tip, step.kind, tokens, tuple(items), parts, positions, tuple(step.messages), length, compact, dict(counts),
-            step.message_count, following, tuple(step.features), step.turn, step.finish, step.role,
-        )  # fmt: skip
+            **follow(renderer.rule, tip, tokens, items),
+            kind=step.kind,
+            messages=tuple(step.messages),
+            message_count=step.message_count,
+            features=tuple(step.features),
+            turn=step.turn,
+            finish=step.finish,
+            role=step.role,
+        )
     if tip is None:
         raise ValueError("they hold no tokens")
     return tip
 
 
-def _check_places(items: list[Item], tip: Delta | None, tokens: Tokens) -> None:
+def _to_item(step: _Step, n: int, tip: Delta | None, payloads: Mapping[str, Payload]) -> Item:
+    """The n-th item of a step after ``tip``, not yet numbered."""
+    item = step.items[n]
+    if item.artifact not in payloads:
+        earlier = tip.item_counts.get(item.modality, 0) if tip else 0
+        number = earlier + sum(other.modality == item.modality for other in step.items[:n])
+        raise ConversationError(
+            f"the payload of {item.modality} {number} (artifact {item.artifact}) is not stored here; give it in payloads="
+        )
+    payload = payloads[item.artifact]
+    if payload.artifact != item.artifact:
+        raise ConversationError(f"the payload given for artifact {item.artifact} is of {payload.artifact}")
+    return Item(item.modality, 0, 0, item.message, Region(*item.region), tuple(item.spans), item.envelope, payload)
+
+
+def _check_places(items: Sequence[Item], tip: Delta | None, tokens: Tokens) -> None:
     """Items lie in order within the step's own tokens, on both tracks."""
     at, compact_at = (tip.length, tip.compact_length) if tip else (0, 0)
     stop, compact_stop = at + len(tokens), compact_at + len(tokens.compact_ids)

@@ -11,7 +11,6 @@ import numpy as np
 from rollout_core.multimodal import Conversation, Family, HFRenderer, Item, family_of
 from rollout_core.multimodal.deltas import TEMPLATE, Delta
 from rollout_core.multimodal.layout import Laid
-from rollout_core.multimodal.positions import Text
 from rollout_core.multimodal.processing import process_one
 from rollout_core.multimodal.tracks import Ids
 from rollout_core.testing.own_tracker import ConversationTracker
@@ -126,7 +125,6 @@ def inserted(laid: Laid, at: int, ids: Ids) -> Laid:
         origin=np.insert(laid.origin, at, np.full(count, TEMPLATE, np.uint8)),
         message=np.insert(laid.message, at, np.full(count, laid.message[-1])),
         items=tuple(item.moved(count, count, item.index, item.modality_index) for item in laid.items),
-        segments=(Text(count), *laid.segments),
     )
 
 
