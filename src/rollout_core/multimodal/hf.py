@@ -31,7 +31,7 @@ from rollout_core.multimodal.positions import PositionRule, rule
 from rollout_core.multimodal.processing import merge_outputs, process_one, sequence_outputs
 from rollout_core.multimodal.renderer import Past, Tools
 from rollout_core.multimodal.templates import Verdict
-from rollout_core.multimodal.tracks import Ids
+from rollout_core.multimodal.tracks import Ids, overlap
 from rollout_core.multimodal.values import check_colour
 
 #: Verdicts by the hash of template, its settings and tokenizer: probing one takes a moment, and a trainer makes many renderers.
@@ -162,7 +162,7 @@ class HFRenderer:
     def said(self, ids: Ids) -> Mapping[str, Any]:
         """Sampled ids as an assistant's message, without the tokens that end a turn."""
         end = self._closing_ids
-        length = next((n for n in range(min(len(end), len(ids)), 0, -1) if np.array_equal(ids[len(ids) - n :], end[:n])), 0)
+        length = overlap(ids, end, len(end))
         kept = ids[: len(ids) - length] if length and self.encode.atomic(int(end[0])) else ids
         text = str(self.tokenizer.decode(kept.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return templates.formed({"role": "assistant", "content": text}, self.verdict.parts)

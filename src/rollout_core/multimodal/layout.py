@@ -15,7 +15,7 @@ import numpy as np
 
 from rollout_core.errors import ConversationError, UnsupportedProcessorError
 from rollout_core.multimodal.deltas import BOUNDARY, ENVIRONMENT, TEMPLATE, Bytes, Item, Payload
-from rollout_core.multimodal.tracks import Encoded, Ids, Region, align, runs
+from rollout_core.multimodal.tracks import Encoded, Ids, Region, align, overlap, runs
 
 
 class Encode(Protocol):
@@ -97,7 +97,7 @@ def lay_out(
     shown = _occurrences(script, media, placeholders)
     reserved = np.asarray([token for ids in features.values() for token in ids], np.int64)
     compact, expanded, regions = _encode(script, shown, encode, reserved)
-    cut = _overlap(before, compact.ids, max(int((compact.offsets[:, 1] <= script.closing).sum()), 1))
+    cut = overlap(before, compact.ids, max(int((compact.offsets[:, 1] <= script.closing).sum()), 1))
     if cut and (not atomic(int(compact.ids[0])) or (regions and regions[0].compact_start < cut)):
         cut = 0
     starts, stops = compact.offsets[:, 0], compact.offsets[:, 1]
@@ -122,12 +122,6 @@ def lay_out(
         items.append(item.moved(-cut, -cut, item.index, item.modality_index))
         counts[medium.modality] = item.modality_index + 1
     return Laid(expanded.ids[cut:], compact.ids[cut:], wide_origin[cut:], wide_message[cut:], tuple(items))
-
-
-def _overlap(before: Ids, after: Ids, most: int) -> int:
-    """How many ids at the end of ``before`` are those that ``after`` begins with."""
-    longest = range(min(len(before), len(after), most), 0, -1)
-    return next((n for n in longest if np.array_equal(before[len(before) - n :], after[:n])), 0)
 
 
 def _occurrences(script: Script, media: Sequence[Medium], placeholders: Mapping[str, str]) -> list[tuple[int, int, Medium]]:

@@ -161,6 +161,12 @@ def runs(ids: Ids, wanted: Sequence[int], offset: int) -> tuple[tuple[int, int],
     return tuple((int(a) + offset, int(b) + offset) for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
+def overlap(before: Ids, after: Ids, most: int) -> int:
+    """How many ids at the end of ``before``, at most ``most``, are those that ``after`` begins with."""
+    longest = range(min(len(before), len(after), most), 0, -1)
+    return next((n for n in longest if np.array_equal(before[len(before) - n :], after[:n])), 0)
+
+
 def as_ids(values: Any, what: str) -> Ids:
     """A private int64 array (n,) of token ids given as a list, array or tensor.
 
