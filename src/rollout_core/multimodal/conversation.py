@@ -118,7 +118,7 @@ class Conversation:
             if self.on_unstable != "segment":
                 raise
             return self._segment(messages)
-        return self._with(delta_of(self.renderer, self.tip, "messages", laid, taken.items, found=past.features))
+        return self._with(delta_of(self.renderer, self.tip, "messages", laid, taken.items, earlier=past.features))
 
     def with_generation_prompt(self) -> Conversation:
         """Open the assistant's turn: what an engine must see before it samples. Harmless if it is open already."""
@@ -129,7 +129,7 @@ class Conversation:
             raise ConversationError("the assistant's turn has ended: extend the conversation with messages before sampling again")
         past = past_of(self.renderer, self.tip)
         laid = self.renderer.generation_prompt(past, self.tools)
-        return self._with(delta_of(self.renderer, self.tip, "generation_prompt", laid, (), turn="open", found=past.features))
+        return self._with(delta_of(self.renderer, self.tip, "generation_prompt", laid, (), earlier=past.features, turn="open"))
 
     def append_sampled(
         self,
@@ -170,6 +170,7 @@ class Conversation:
             (),
             () if parsed is None else parsed.items,
             message_count=number + 1,
+            found=at.tip.features,
             turn="stopped" if finish == "stop" else "open",
             finish=finish,
             role="assistant",

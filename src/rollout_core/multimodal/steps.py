@@ -88,16 +88,18 @@ def delta_of(
     kind: str,
     laid: Laid,
     messages: tuple[Message, ...],
+    *,
+    earlier: tuple[str, ...] = (),
     turn: str = "none",
-    found: tuple[str, ...] = (),
 ) -> Delta:
+    """A delta of what a renderer laid out. ``earlier``: the features of all messages before."""
     tokens = Tokens(laid.input_ids, laid.compact_ids, np.full(len(laid.input_ids), np.nan), laid.origin, laid.message)
     count = len(messages) + (parent.message_count if parent else 0)
     role = messages[-1]["role"] if messages else "assistant"
-    found = united(found, features(messages))
+    found = united(earlier, features(messages))
     return step(
         renderer, parent, kind, tokens, laid.items, messages,
-        message_count=count, turn=turn, finish=None, role=role, found=found,
+        message_count=count, found=found, turn=turn, finish=None, role=role,
     )  # fmt: skip
 
 
@@ -110,19 +112,19 @@ def step(
     messages: tuple[Message, ...],
     *,
     message_count: int,
+    found: tuple[str, ...],
     turn: str,
     finish: str | None,
     role: str,
-    found: tuple[str, ...] = (),
 ) -> Delta:
-    """A delta after another one; ``items`` are counted from its first token."""
+    """A delta after another one; ``items`` are counted from its first token. ``found``: the features of all messages, its too."""
     length, compact = (parent.length, parent.compact_length) if parent else (0, 0)
     return Delta(
         **follow(renderer.rule, parent, tokens, placed(parent, items, length, compact)),
         kind=kind,
         messages=messages,
         message_count=message_count,
-        features=united(parent.features if parent else (), found),
+        features=found,
         turn=turn,
         finish=finish,
         role=role,
