@@ -88,10 +88,7 @@ class HFRenderer:
             raise UnsupportedProcessorError(f"a {type(processor).__name__} is no tokenizer, and no processor with one")
         self.encode = Encoder(self.tokenizer, alone=self.tokenizer is processor)
         self.family = family or family_of(processor)
-        if self.family.refuse is not None:
-            raise UnsupportedProcessorError(
-                f"{type(processor).__name__} (family {self.family.name!r}) is refused: {self.family.refuse}"
-            )
+        self.family.check(processor)
         self._template = chat_template or getattr(processor, "chat_template", None)
         if not self._template:
             raise UnsupportedProcessorError(f"{type(processor).__name__} has no chat template; give chat_template=")

@@ -92,11 +92,15 @@ class Family:
     positions: str = "plain@1"
     refuse: str | None = None
 
+    def check(self, processor: Any) -> None:
+        """``UnsupportedProcessorError`` with the reason, if this family is refused."""
+        if self.refuse is not None:
+            raise UnsupportedProcessorError(f"{self._of(processor)} is refused: {self.refuse}")
+
     def support(self, processor: Any, modality: str) -> Support:
         """How this family treats a modality. ``UnsupportedProcessorError`` if it does not, or refuses it, with the reason."""
-        name = f"{type(processor).__name__} (family {self.name!r})" if processor is not None else f"family {self.name!r}"
-        if self.refuse is not None:
-            raise UnsupportedProcessorError(f"{name} is refused: {self.refuse}")
+        self.check(processor)
+        name = self._of(processor)
         if modality not in self.modalities:
             takes = ", ".join(self.modalities) or "text only"
             raise UnsupportedProcessorError(f"{name} does not take modality {modality!r}; it takes {takes}")
@@ -104,3 +108,7 @@ class Family:
         if support.refuse is not None:
             raise UnsupportedProcessorError(f"{name} is refused for modality {modality!r}: {support.refuse}")
         return support
+
+    def _of(self, processor: Any) -> str:
+        """What to call a processor of this family in a message; None is any."""
+        return f"family {self.name!r}" if processor is None else f"{type(processor).__name__} (family {self.name!r})"
