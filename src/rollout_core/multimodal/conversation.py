@@ -13,13 +13,12 @@ from rollout_core.errors import ConversationError, UnstableTemplateError
 from rollout_core.multimodal import cutting, stored
 from rollout_core.multimodal.arrays import Arrays
 from rollout_core.multimodal.deltas import SAMPLED, Bytes, Delta, Item, Payload, Tokens
-from rollout_core.multimodal.messages import plain_tools, take
+from rollout_core.multimodal.messages import Message, plain_tools, take
 from rollout_core.multimodal.renderer import Renderer, Tools
 from rollout_core.multimodal.sampled import Finish, check_sampled
 from rollout_core.multimodal.steps import delta_of, messages_of, past_of, refilled, step
 from rollout_core.multimodal.tracks import Ids, SpanMap
 
-Message = Mapping[str, Any]
 Number = TypeVar("Number", np.int64, np.float64, np.uint8)
 OnUnstable = Literal["refuse", "segment"]
 

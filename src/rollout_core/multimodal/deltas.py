@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rollout_core.multimodal.identity import engine_uuid
-from rollout_core.multimodal.media import Picture, Sound, Video
+from rollout_core.multimodal.media import Media
 from rollout_core.multimodal.positions import Segment
 from rollout_core.multimodal.tracks import Ids, Region
 
@@ -41,7 +41,7 @@ class Payload:
 
     artifact: str
     identity: str
-    media: Picture | Video | Sound | None
+    media: Media | None
     outputs: Mapping[str, Any]
     replacement: str
     rows: int | None

@@ -25,7 +25,7 @@ from rollout_core.multimodal.fingerprint import processor_fingerprint, tokenizer
 from rollout_core.multimodal.identity import artifact_identity
 from rollout_core.multimodal.layout import Laid, Medium, Script, lay_out
 from rollout_core.multimodal.loading import load_picture, load_sound, load_video
-from rollout_core.multimodal.media import WHITE, Picture, Sound, Video
+from rollout_core.multimodal.media import WHITE, Media, Picture, Sound, Video
 from rollout_core.multimodal.messages import MediaSource, Messages, replaced, texts
 from rollout_core.multimodal.positions import PositionRule, rule
 from rollout_core.multimodal.processing import merge_outputs, process_one, sequence_outputs
@@ -302,7 +302,7 @@ class HFRenderer:
         self._payloads[artifact] = payload
         return payload
 
-    def _load(self, source: MediaSource) -> Picture | Video | Sound:
+    def _load(self, source: MediaSource) -> Media:
         if isinstance(source.source, (Picture, Video, Sound)):
             if source.source.modality != source.modality:
                 raise MediaError(f"{source.where()} holds a {source.source.modality}")

@@ -11,9 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from rollout_core.errors import ConversationError
+
+#: A message as a template sees it.
+Message: TypeAlias = Mapping[str, Any]
 
 MODALITIES = ("image", "video", "audio")
 #: Keys of a media part that hold the medium or say how to read it; they never reach the template.

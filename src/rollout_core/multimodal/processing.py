@@ -9,20 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import torch
 
 from rollout_core.errors import ConversationError, MediaError, UnsupportedProcessorError
 from rollout_core.multimodal.families import Family
 from rollout_core.multimodal.fingerprint import processor_fingerprint
-from rollout_core.multimodal.media import Picture, Sound, Video
+from rollout_core.multimodal.media import Media, Picture, Video
 from rollout_core.multimodal.merge import Outputs, Spans
 from rollout_core.multimodal.positions import Segment
 
 __all__ = ["Processed", "feature_token", "merge_outputs", "placeholder", "process_one", "processor_fingerprint", "sequence_outputs"]
-
-Media: TypeAlias = Picture | Video | Sound
 
 #: Outputs of the text itself: the conversation makes its own ids. The rest is not for the model.
 _TEXT_KEYS: Final = frozenset({"input_ids", "attention_mask", "text_replacement_offsets", "video_metadata"})

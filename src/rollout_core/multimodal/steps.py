@@ -9,13 +9,12 @@ import numpy as np
 
 from rollout_core.multimodal.deltas import Delta, Item, Tokens
 from rollout_core.multimodal.layout import Laid
+from rollout_core.multimodal.messages import Message
 from rollout_core.multimodal.positions import PositionRule, Segment, Text
 from rollout_core.multimodal.renderer import TAIL, Past, Renderer
 from rollout_core.multimodal.templates import features, united
 from rollout_core.multimodal.templates.shapes import recent_of
 from rollout_core.multimodal.tracks import Ids
-
-Message = Mapping[str, Any]
 
 
 class Following(TypedDict):

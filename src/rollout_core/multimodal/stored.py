@@ -16,7 +16,7 @@ import xxhash
 
 from rollout_core.errors import ConversationError
 from rollout_core.multimodal.deltas import Delta, Item, Payload, Tokens
-from rollout_core.multimodal.media import Picture, Sound, Video
+from rollout_core.multimodal.media import Media, Picture, Sound, Video
 from rollout_core.multimodal.positions import Grid
 from rollout_core.multimodal.renderer import Renderer, Tools
 from rollout_core.multimodal.steps import follow, placed
@@ -259,7 +259,7 @@ def _to_value(value: Any) -> Any:
     return torch.frombuffer(bytearray(tensor.data), dtype=dtype).reshape(tensor.shape)
 
 
-def _from_media(media: Picture | Video | Sound | None) -> tuple[str, dict[str, Any]] | None:
+def _from_media(media: Media | None) -> tuple[str, dict[str, Any]] | None:
     if media is None:
         return None
     if isinstance(media, Picture):
@@ -270,7 +270,7 @@ def _from_media(media: Picture | Video | Sound | None) -> tuple[str, dict[str, A
     return "audio", {"samples": media.samples.astype("<f4").tobytes(), "sampling_rate": media.sampling_rate}
 
 
-def _to_media(stored: tuple[str, dict[str, Any]] | None) -> Picture | Video | Sound | None:
+def _to_media(stored: tuple[str, dict[str, Any]] | None) -> Media | None:
     if stored is None:
         return None
     modality, fields = stored

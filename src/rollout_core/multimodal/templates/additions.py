@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Sequence
 
 from rollout_core.errors import ConversationError, UnstableTemplateError
+from rollout_core.multimodal.messages import Message
 from rollout_core.multimodal.renderer import Past
 from rollout_core.multimodal.templates.shapes import stand_in
-from rollout_core.multimodal.templates.verdict import Join, Joined, Message, Render, Verdict, features, united
+from rollout_core.multimodal.templates.verdict import Join, Joined, Render, Verdict, features, united
 
 #: Characters on either side of a join that are encoded to see whether the tokenizer merges across it.
 TAIL = 96

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 from rollout_core.errors import UnstableTemplateError
+from rollout_core.multimodal.messages import Message
 from rollout_core.multimodal.templates.additions import added, difference, shared_start
 from rollout_core.multimodal.templates.shapes import recent_of, shapes
-from rollout_core.multimodal.templates.verdict import Break, Join, Joined, Message, Render, Verdict, features, formed
+from rollout_core.multimodal.templates.verdict import Break, Join, Joined, Render, Verdict, features, formed
 
 #: Characters on either side of a join that are encoded. The probed texts are short, so that this is a message's end and beginning.
 _NEAR = 48

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rollout_core.multimodal.templates.verdict import Message, formed
+from rollout_core.multimodal.messages import Message
+from rollout_core.multimodal.templates.verdict import formed
 
 _CALL = {"type": "function", "id": "c0", "function": {"name": "look", "arguments": {"where": "left"}}}
 _ASSISTANTS: tuple[dict[str, Any], ...] = (

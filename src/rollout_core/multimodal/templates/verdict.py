@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from rollout_core.errors import UnstableTemplateError
-from rollout_core.multimodal.messages import MODALITIES
+from rollout_core.multimodal.messages import MODALITIES, Message
 
-Message = Mapping[str, Any]
 #: What of a history may change how a template renders later or earlier messages.
 FEATURES = ("thinking", "tool_calls", "media")
 #: Under what keys messages have thinking (transformers 5.23, chat_template_utils.py, ``_REASONING_FIELDS``), and how models write
