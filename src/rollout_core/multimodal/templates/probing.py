@@ -35,8 +35,7 @@ def probe(render: Render, placeholders: Mapping[str, str], joined: Joined) -> Ve
     parts = _wants_parts(render)
     render, joined = _remembering(render, parts), cache(joined)
     closing, generation = _turn_texts(render)
-    for shape in dict.fromkeys(_Key(s) for s in shapes(tuple(placeholders))):
-        messages = shape.messages
+    for messages in {repr(shape): shape for shape in shapes(tuple(placeholders))}.values():
         try:
             whole = [render(messages[:n], generation=False) for n in range(1, len(messages) + 1)]
         except Exception:
@@ -63,19 +62,6 @@ def probe(render: Render, placeholders: Mapping[str, str], joined: Joined) -> Ve
     return Verdict(
         frozenset(good - set(broken)), breaks, closing, generation if constant else None, kept, separate, parts, envelopes, probed
     )
-
-
-class _Key:
-    """Messages that can stand in a dictionary."""
-
-    def __init__(self, messages: tuple[Message, ...]) -> None:
-        self.messages = messages
-
-    def __hash__(self) -> int:
-        return hash(repr(self.messages))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.messages == other.messages
 
 
 def _problem(render: Render, messages: Sequence[Message], n: int, whole: Sequence[str], closing: str, joined: Joined) -> str | None:
