@@ -264,7 +264,7 @@ class HFRenderer:
             shift,
             first,
         )
-        media = [Medium(s.modality, s.message, self._payload(s)) for s in messages.media]
+        media = [Medium(s.modality, s.message, self.process(s)) for s in messages.media]
         return lay_out(
             script, media, self.encode, self._placeholders, self._feature_ids, self.verdict.envelopes, self.encode.atomic, tail
         )
@@ -281,13 +281,19 @@ class HFRenderer:
 
     # ---------------------------------------------------------------- items
 
-    def _payload(self, source: MediaSource) -> Payload:
-        """An item processed, once: the same picture again, here or in another conversation, is found by its identity."""
+    def process(self, source: MediaSource) -> Payload:
+        """An item processed, once: the same picture again, here or in another conversation, is found by its identity.
+
+        Raises:
+            ConversationError: a payload of another processor; a processor that was changed after the renderer was made.
+            MediaError: the medium cannot be read.
+            UnsupportedProcessorError: see `processing.process_one`.
+        """
         if isinstance(source.source, Payload):
             if source.source.artifact != artifact_identity(source.source.identity, self._artifact):
                 raise ConversationError(f"{source.where()} holds what another processor, or this one with other settings, has made")
             return source.source
-        media = self._load(source)
+        media = self.load(source)
         if self._processing_fingerprint() != self._artifact:
             raise ConversationError(
                 "the processor was changed after the renderer was made: make a new renderer and a new conversation"
@@ -302,7 +308,8 @@ class HFRenderer:
         self._payloads[artifact] = payload
         return payload
 
-    def _load(self, source: MediaSource) -> Media:
+    def load(self, source: MediaSource) -> Media:
+        """A medium as it is processed: loaded, a picture over this renderer's background. ``MediaError`` if it cannot be read."""
         if isinstance(source.source, (Picture, Video, Sound)):
             if source.source.modality != source.modality:
                 raise MediaError(f"{source.where()} holds a {source.source.modality}")

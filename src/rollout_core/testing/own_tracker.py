@@ -75,10 +75,10 @@ class ConversationTracker:
         return new.input_ids, new.compact_ids, [_row(item) for item in new.items]
 
     def identity(self, modality: str, part: Any) -> str:
-        return self.renderer._load(_source(modality, part)).identity
+        return self.renderer.load(source_of(modality, part)).identity
 
     def artifact(self, modality: str, part: Any) -> str:
-        return self.renderer._payload(_source(modality, part)).artifact
+        return self.renderer.process(source_of(modality, part)).artifact
 
 
 class SegmentsTracker(ConversationTracker):
@@ -92,6 +92,7 @@ def _row(item: Item) -> ItemRow:
     return item.modality, list(item.spans), item.identity
 
 
-def _source(modality: str, part: Any) -> MediaSource:
+def source_of(modality: str, part: Any) -> MediaSource:
+    """The medium of a part of a message."""
     options = {key: value for key, value in part.items() if key in ("metadata", "sampling_rate")}
     return MediaSource(modality, part[modality], options, 0, 0)

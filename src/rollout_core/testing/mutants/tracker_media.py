@@ -14,15 +14,14 @@ from rollout_core.multimodal import Conversation, HFRenderer, Picture, Sound, Vi
 from rollout_core.multimodal.messages import MediaSource
 from rollout_core.testing.mutants.registry import tracker_mutant
 from rollout_core.testing.mutants.tracker_base import Remembering, Rendered, parts_of
-from rollout_core.testing.own_tracker import ConversationTracker
+from rollout_core.testing.own_tracker import ConversationTracker, source_of
 
 
 class _Hashing(ConversationTracker):
     """With a hash of its own."""
 
     def identity(self, modality: str, part: Any) -> str:
-        options = {key: value for key, value in part.items() if key in ("metadata", "sampling_rate")}
-        media = self.renderer._load(MediaSource(modality, part[modality], options, 0, 0))
+        media = self.renderer.load(source_of(modality, part))
         hashed = self.hashed(media)
         return media.identity if hashed is None else hashlib.sha256(repr(hashed).encode()).hexdigest()
 
@@ -109,20 +108,18 @@ class ReadsLate(Remembering):
         items = []
         for item in state.items:
             part = next(waiting[item.modality])
-            options = {key: value for key, value in part.items() if key in ("metadata", "sampling_rate")}
-            payload = self.renderer._payload(MediaSource(item.modality, part[item.modality], options, 0, 0))
-            items.append(replace(item, payload=payload))
+            items.append(replace(item, payload=self.renderer.process(source_of(item.modality, part))))
         return self.renderer.merged(items, state.input_ids)
 
 
 class _AsStored(HFRenderer):
-    def _load(self, source: MediaSource) -> Any:
+    def load(self, source: MediaSource) -> Any:
         if source.modality == "image" and isinstance(source.source, bytes):
             from PIL import Image
 
             stored = Image.open(io.BytesIO(source.source))
             source = replace(source, source=Image.frombytes(stored.mode, stored.size, stored.tobytes()))
-        return super()._load(source)
+        return super().load(source)
 
 
 @tracker_mutant("M14-orientation", "sglang#33464")
@@ -133,10 +130,10 @@ class IgnoresTheOrientation(Rendered):
 
 
 class _Swapping(HFRenderer):
-    def _load(self, source: MediaSource) -> Any:
+    def load(self, source: MediaSource) -> Any:
         if source.modality == "image" and isinstance(source.source, np.ndarray):
             source = replace(source, source=source.source[..., ::-1].copy())
-        return super()._load(source)
+        return super().load(source)
 
 
 @tracker_mutant("M14-forms", "arrays of OpenCV")

@@ -24,7 +24,7 @@ class StoresPicturesFirst(InPlace):
 
     def extend(self, state: Any, messages: Sequence[Any]) -> Any:
         for part in parts_of(messages):
-            media = self.renderer._load(MediaSource(part["type"], part.get(part["type"]), {}, 0, 0))
+            media = self.renderer.load(MediaSource(part["type"], part.get(part["type"]), {}, 0, 0))
             state.rows.append((part["type"], [], media.identity))
         super().extend(state, messages)
         state.rows.clear()
