@@ -55,7 +55,7 @@ _METHODS: Final[dict[str, tuple[str, ...]]] = {
 
 
 class Raised(Violation):
-    """A method of the packer raised where it should have answered."""
+    """A method of the subject raised where it should have answered."""
 
     def __init__(self, method: str, error: BaseException) -> None:
         super().__init__(f"{method} raised {error_words(error)}")
@@ -69,6 +69,31 @@ class Phase:
 
     def set(self, method: str) -> None:
         self.current = method
+
+
+@contextlib.contextmanager
+def calling(phase: Phase, method: str) -> Iterator[None]:
+    """Notes what is running, and turns an error of it into ``Raised``."""
+    phase.set(method)
+    try:
+        yield
+    except (Skipped, Violation):
+        raise
+    except (Exception, SystemExit) as error:
+        raise Raised(method, error) from error
+    finally:
+        phase.set("")
+
+
+def refusal(call: Callable[[], Any]) -> Exception | None:
+    """The error with which a subject refuses a call; None if it does not. What is no ``Exception`` stays ``Raised``."""
+    try:
+        call()
+    except Raised as raised:
+        if isinstance(raised.error, Exception):
+            return raised.error
+        raise
+    return None
 
 
 class PackerUnderTest:
@@ -93,48 +118,48 @@ class PackerUnderTest:
 
     def pack(self, named: Any, capacity: int, **options: Any) -> list[Any]:
         """All buckets, or ``Raised``."""
-        with self._calling("pack"):
+        with calling(self.phase, "pack"):
             return list(self.packer.pack(named, capacity, **options))
 
     def pack_lazily(self, named: Any, capacity: int, **options: Any) -> _Watched:
         """Buckets as the packer gives them; closing this closes it."""
-        with self._calling("pack"):
+        with calling(self.phase, "pack"):
             return _Watched(self, iter(self.packer.pack(named, capacity, **options)))
 
     def apack(self, source: AsyncIterable[Any], capacity: int) -> list[Any]:
         """All buckets of an async source, or ``Raised``."""
-        with self._calling("apack"):
+        with calling(self.phase, "apack"):
             buckets: list[Any] = run_async(collect(self.packer.apack(source, capacity)))
             return buckets
 
     def unpack(self, buckets: Sequence[Any]) -> Pairs:
         """The named tensors, or ``Raised``; ``Violation`` if they are none."""
-        with self._calling("unpack"):
+        with calling(self.phase, "unpack"):
             return _pairs("unpack", self.packer.unpack(buckets))
 
     def receive(self, specs: Sequence[SpecRow], capacity: int, buckets: Sequence[Any]) -> Pairs:
-        with self._calling("receive"):
+        with calling(self.phase, "receive"):
             return _pairs("receive", self.packer.receive(list(specs), capacity, buckets))
 
     def manifest(self, named: Pairs, capacity: int) -> bytes:
-        with self._calling("manifest"):
+        with calling(self.phase, "manifest"):
             return bytes(self.packer.manifest(named, capacity))
 
     def read_manifest(self, data: bytes) -> Any:
-        with self._calling("read_manifest"):
+        with calling(self.phase, "read_manifest"):
             return self.packer.read_manifest(data)
 
     def nbytes(self, bucket: Any) -> int:
         """Bytes of a bucket: as its method says, or those of the tensors that it is."""
-        with self._calling("bucket_nbytes"):
+        with calling(self.phase, "bucket_nbytes"):
             return bucket_nbytes(self.packer, bucket)
 
     def slots(self, bucket: Any) -> list[SlotRow]:
-        with self._calling("slots"):
+        with calling(self.phase, "slots"):
             return [(str(name), int(offset), int(nbytes)) for name, offset, nbytes in self.packer.slots(bucket)]
 
     def buffer(self, bucket: Any) -> torch.Tensor:
-        with self._calling("buffer"):
+        with calling(self.phase, "buffer"):
             buffer = self.packer.buffer(bucket)
         if not isinstance(buffer, torch.Tensor) or buffer.dtype != torch.uint8 or buffer.dim() != 1:
             is_tensor = isinstance(buffer, torch.Tensor)
@@ -144,25 +169,7 @@ class PackerUnderTest:
 
     def refusal(self, call: Callable[[], Any]) -> Exception | None:
         """The error with which the packer refuses a call; None if it does not."""
-        try:
-            call()
-        except Raised as raised:
-            if isinstance(raised.error, Exception):
-                return raised.error
-            raise
-        return None
-
-    @contextlib.contextmanager
-    def _calling(self, method: str) -> Iterator[None]:
-        self.phase.set(method)
-        try:
-            yield
-        except (Skipped, Violation):
-            raise
-        except (Exception, SystemExit) as error:
-            raise Raised(method, error) from error
-        finally:
-            self.phase.set("")
+        return refusal(call)
 
 
 class _Watched(Iterator[Any]):
@@ -175,7 +182,7 @@ class _Watched(Iterator[Any]):
         self.kind = type(buckets).__name__
 
     def __next__(self) -> Any:
-        with self._subject._calling("pack"):
+        with calling(self._subject.phase, "pack"):
             try:
                 return next(self._buckets)
             except StopIteration:
@@ -184,7 +191,7 @@ class _Watched(Iterator[Any]):
 
     def close(self) -> None:
         if self.can_close:
-            with self._subject._calling("closing what pack gave"):
+            with calling(self._subject.phase, "closing what pack gave"):
                 self._buckets.close()  # type: ignore[attr-defined]
 
 

@@ -18,16 +18,15 @@ claims in ``capabilities``, a set of these names.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
 
-from rollout_core.testing.packers import Phase, Raised, error_words, name_of
-from rollout_core.testing.registry import Skipped, Violation
+from rollout_core.testing.packers import Phase, calling, error_words, name_of, refusal
+from rollout_core.testing.registry import Violation
 
 #: (modality, spans of feature tokens, identity) of each item, in token order.
 ItemRow: TypeAlias = tuple[str, list[tuple[int, int]], Any]
@@ -156,13 +155,7 @@ class Calls:
 
     def refusal(self, call: Callable[[], Any]) -> Exception | None:
         """The error with which the tracker refuses a call; None if it does not."""
-        try:
-            call()
-        except Raised as raised:
-            if isinstance(raised.error, Exception):
-                return raised.error
-            raise
-        return None
+        return refusal(call)
 
     def _changed(self, method: str, state: Any, *arguments: Any) -> Any:
         """The state after a call: what it returned, or the one given, changed."""
@@ -172,20 +165,6 @@ class Calls:
     def _call(self, method: str, *arguments: Any) -> Any:
         with calling(self._phase, method):
             return getattr(self.tracker, method)(*arguments)
-
-
-@contextlib.contextmanager
-def calling(phase: Phase, method: str) -> Iterator[None]:
-    """Notes what is running, and turns an error of it into ``Raised``."""
-    phase.set(method)
-    try:
-        yield
-    except (Skipped, Violation):
-        raise
-    except (Exception, SystemExit) as error:
-        raise Raised(method, error) from error
-    finally:
-        phase.set("")
 
 
 def tracker_capabilities(tracker: Any) -> frozenset[str]:
