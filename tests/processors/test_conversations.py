@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 
 import numpy as np
 import pytest
@@ -11,18 +10,9 @@ import pytest
 from rollout_core.errors import UnstableTemplateError, UnsupportedProcessorError
 from rollout_core.multimodal import Conversation, HFRenderer, Picture
 from support import processors, real_tokenizers
-from support.whole import Drawer, differences, grown, whole
+from support.processors import ALIKE, REFUSED, SETTINGS
+from support.whole import Drawer, differences, grown, quiet, whole
 
-#: Families that cannot be taken apart; test_merge.py shows why.
-REFUSED = {"llava_onevision", "idefics2", "paligemma"}
-#: Settings without which a family refuses.
-SETTINGS = {
-    "gemma3n": {"audio_kwargs": {"padding": "max_length", "max_length": 64000}},
-    "gemma4": {"audio_kwargs": {"padding": "max_length", "max_length": 64000}},
-    "minicpm": {"use_image_id": False},
-}
-#: Items of one call must be alike here, or the processor itself raises.
-ALIKE = {"perception_lm": ("image", "video"), "internvl": ("video",)}
 FAMILIES = [name for name in processors.PROCESSORS if name not in REFUSED]
 
 
@@ -43,8 +33,7 @@ def check(name: str, processor, renderer: HFRenderer, seeds) -> list[str]:
     for seed in seeds:
         drawer = Drawer(processor, modalities, seed, ALIKE.get(name, ()))
         drawn = drawer.conversation(seed % 4, raw=seed % 3 == 2)
-        # numpy 2 warns of how some processors turn tensors into arrays
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        with quiet():
             found += [f"seed {seed}: {d}" for d in differences(grown(renderer, drawn), processor, drawn, SETTINGS.get(name, {}))]
     return found
 

