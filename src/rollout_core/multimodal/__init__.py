@@ -1,6 +1,7 @@
 """Multimodal conversations that grow by deltas: each picture is processed once, and nothing else comes out differently for it."""
 
-from rollout_core.multimodal.conversation import Conversation, ConversationDelta
+from rollout_core.multimodal.arrays import ConversationDelta
+from rollout_core.multimodal.conversation import Conversation
 from rollout_core.multimodal.deltas import ORIGINS, Item, Payload
 from rollout_core.multimodal.families import Family, families, family_of, register_family
 from rollout_core.multimodal.hf import HFRenderer

@@ -1,14 +1,15 @@
-"""What a trainer batches."""
+"""What a trainer batches, and what is new of it since an earlier state."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from rollout_core.errors import ConversationError
-from rollout_core.multimodal.deltas import Tokens
+from rollout_core.multimodal.deltas import Delta, Floats, Item, Tokens
 from rollout_core.multimodal.tracks import Ids
 
 
@@ -53,3 +54,47 @@ class Arrays:
 
             return cls(*(torch.from_numpy(value) for value in values))
         return cls(*values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ConversationDelta:
+    """What came after an earlier state of a conversation.
+
+    Attributes:
+        input_ids, compact_ids: the new tokens on both tracks, int64.
+        position_ids: (axes, n) int64, of the new tokens.
+        loss_mask: (n,) int64, 1 where sampled.
+        logprobs: per new token, its logprob or None.
+        items: the new items only, at their places in the whole conversation.
+        start, compact_start: how many tokens came before, on each track.
+    """
+
+    input_ids: Ids
+    compact_ids: Ids
+    position_ids: Ids
+    loss_mask: Ids
+    logprobs: tuple[float | None, ...]
+    items: tuple[Item, ...]
+    start: int
+    compact_start: int
+
+    @classmethod
+    def of(cls, steps: Sequence[Delta], since: Delta | None, axes: int) -> ConversationDelta:
+        """Of the deltas after ``since``, or of all without it; ``axes`` of the position rule."""
+        tokens = Tokens.concatenate([step.tokens for step in steps])
+        positions = [step.positions for step in steps] or [np.zeros((axes, 0), np.int64)]
+        return cls(
+            tokens.input_ids,
+            tokens.compact_ids,
+            np.concatenate(positions, axis=1),
+            tokens.loss_mask,
+            tuple(optional(tokens.logprobs)),
+            tuple(item for step in steps for item in step.items),
+            since.length if since else 0,
+            since.compact_length if since else 0,
+        )
+
+
+def optional(logprobs: Floats) -> list[float | None]:
+    """As a list, None where there is none."""
+    return [None if missing else value for value, missing in zip(logprobs.tolist(), np.isnan(logprobs).tolist(), strict=True)]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from rollout_core.errors import ConversationError, UnstableTemplateError
-from rollout_core.multimodal import cutting, stored
-from rollout_core.multimodal.arrays import Arrays
+from rollout_core.multimodal import cutting, stored, verifying
+from rollout_core.multimodal.arrays import Arrays, ConversationDelta, optional
 from rollout_core.multimodal.deltas import SAMPLED, Bytes, Delta, Item, Payload, Tokens
 from rollout_core.multimodal.messages import Message, plain_tools, take
 from rollout_core.multimodal.renderer import Renderer, Tools
@@ -21,29 +21,6 @@ from rollout_core.multimodal.tracks import Ids, SpanMap
 
 Number = TypeVar("Number", np.int64, np.float64, np.uint8)
 OnUnstable = Literal["refuse", "segment"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ConversationDelta:
-    """What came after an earlier state of a conversation.
-
-    Attributes:
-        input_ids, compact_ids: the new tokens on both tracks, int64.
-        position_ids: (axes, n) int64, of the new tokens.
-        loss_mask: (n,) int64, 1 where sampled.
-        logprobs: per new token, its logprob or None.
-        items: the new items only, at their places in the whole conversation.
-        start, compact_start: how many tokens came before, on each track.
-    """
-
-    input_ids: Ids
-    compact_ids: Ids
-    position_ids: Ids
-    loss_mask: Ids
-    logprobs: tuple[float | None, ...]
-    items: tuple[Item, ...]
-    start: int
-    compact_start: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -225,7 +202,7 @@ class Conversation:
     @property
     def logprobs(self) -> list[float | None]:
         """Per token the logprob that came with it, None where there is none."""
-        return _optional(_joined(self.tip, lambda d: d.tokens.logprobs))
+        return optional(_joined(self.tip, lambda d: d.tokens.logprobs))
 
     @property
     def origin(self) -> Bytes:
@@ -297,18 +274,7 @@ class Conversation:
                 "this conversation does not go on from the one given as since: it is another fork, was truncated, or a new "
                 "segment began; send it whole"
             ) from None
-        tokens = Tokens.concatenate([step.tokens for step in steps])
-        positions = [step.positions for step in steps] or [np.zeros((self.renderer.rule.axes, 0), np.int64)]
-        return ConversationDelta(
-            tokens.input_ids,
-            tokens.compact_ids,
-            np.concatenate(positions, axis=1),
-            tokens.loss_mask,
-            tuple(_optional(tokens.logprobs)),
-            tuple(item for step in steps for item in step.items),
-            0 if start is None else start.length,
-            0 if start is None else start.compact_length,
-        )
+        return ConversationDelta.of(steps, start, self.renderer.rule.axes)
 
     # ---------------------------------------------------------------- storing
 
@@ -347,31 +313,7 @@ class Conversation:
                 further than probing could see.
             ConversationError: the conversation was truncated.
         """
-        if self.cut:
-            raise ConversationError("a truncated conversation cannot be verified; verify the one it was cut from")
-        checking = self.renderer.checking()
-        grown: Conversation | None = None
-        for delta in self.tip.path():
-            items = {modality: iter([i for i in delta.items if i.modality == modality]) for modality in delta.item_counts}
-            if grown is None:
-                grown = type(self).start(checking, [refilled(m, items) for m in delta.messages], self.tools)
-            elif delta.kind == "messages":
-                grown = grown.extend([refilled(m, items) for m in delta.messages])
-            elif delta.kind == "sampled":
-                said = delta.messages[0] if delta.messages else None
-                grown = grown.append_sampled(delta.tokens.input_ids, finish=cast("Finish", delta.finish), message=said)
-        assert grown is not None
-        if self.tip.kind == "generation_prompt":
-            grown = grown.with_generation_prompt()
-        ours, theirs = self.input_ids, grown.input_ids
-        if not np.array_equal(ours, theirs):
-            same = min(len(ours), len(theirs))
-            at = next((n for n in range(same) if ours[n] != theirs[n]), same)
-            raise UnstableTemplateError(
-                f"token {at} is {ours[at : at + 1].tolist()} here, and {theirs[at : at + 1].tolist()} where every addition is "
-                f"compared with the whole past ({len(ours)} and {len(theirs)} tokens): use HFRenderer(check_history=True) with "
-                "this template"
-            )
+        verifying.verify(self)
 
     def __copy__(self) -> Conversation:
         return self
@@ -399,8 +341,7 @@ class Conversation:
 
     def _segment(self, messages: Iterable[Message]) -> Conversation:
         """A new segment: the whole history and the new messages, rendered at once, as the prompt of what follows."""
-        items = {modality: iter([i for i in self.items if i.modality == modality]) for modality in self.tip.item_counts}
-        past = [refilled(message, items) for message in self.messages]
+        past = refilled(self.messages, self.items)
         fresh = type(self).start(self.renderer, [*past, *messages], self.tools, on_unstable=self.on_unstable)
         return replace(fresh, segments=(*self.segments, self))
 
@@ -409,7 +350,3 @@ def _joined(tip: Delta, get: Callable[[Delta], npt.NDArray[Number]]) -> npt.NDAr
     """What the deltas up to ``tip`` have of something, in one new array."""
     parts = [get(delta) for delta in tip.path()]
     return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
-
-
-def _optional(values: Any) -> list[float | None]:
-    return [None if missing else value for value, missing in zip(values.tolist(), np.isnan(values).tolist(), strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
@@ -161,16 +161,18 @@ def messages_of(renderer: Renderer, tip: Delta) -> Iterator[Message]:
         yield _sampled_message(renderer, pieces)[0]
 
 
-def refilled(message: Message, items: Mapping[str, Any]) -> Message:
-    """A message with its media in it again."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    parts = []
-    for part in content:
-        modality = part.get("type")
-        parts.append({**part, modality: next(items[modality]).payload} if modality in items else part)
-    return {**message, "content": parts}
+def refilled(messages: Iterable[Message], items: Sequence[Item]) -> list[Message]:
+    """Messages with their media in them again; of each modality, the n-th part shows the n-th item."""
+    waiting = {modality: iter([i.payload for i in items if i.modality == modality]) for modality in {i.modality for i in items}}
+    found: list[Message] = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [{**p, p["type"]: next(waiting[p["type"]])} if p.get("type") in waiting else p for p in content]
+            found.append({**message, "content": parts})
+        else:
+            found.append(message)
+    return found
 
 
 def past_of(renderer: Renderer, tip: Delta) -> Past:
