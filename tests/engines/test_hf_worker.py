@@ -533,17 +533,17 @@ REFUSED = {
     "dtype": (
         lambda w: with_tensor(w, "model.norm.weight", w["model.norm.weight"].double()),
         PlanMismatchError,
-        r"'model.norm.weight' is f64\[16\] in the update and f32\[16\] in the worker",
+        r"'model.norm.weight' is f64\[16\] in the update and f32\[16\] in the model",
     ),
     "dtype of the same width": (
         lambda w: with_tensor(w, "model.norm.weight", w["model.norm.weight"].view(torch.int32)),
         PlanMismatchError,
-        r"is i32\[16\] in the update and f32\[16\] in the worker",
+        r"is i32\[16\] in the update and f32\[16\] in the model",
     ),
     "shape": (
         lambda w: with_tensor(w, "model.norm.weight", w["model.norm.weight"].view(4, 4)),
         PlanMismatchError,
-        r"is f32\[4, 4\] in the update and f32\[16\] in the worker",
+        r"is f32\[4, 4\] in the update and f32\[16\] in the model",
     ),
     "duplicate": (lambda w: [*w.items(), (HEAD, w[HEAD])], DuplicateNameError, f"'{HEAD}' stands at places"),
     "iterator": (lambda w: iter(w.items()), WorkerError, "an iterator, which can be read once only"),
@@ -795,7 +795,7 @@ def test_what_half_an_update_changed_has_to_be_sent_again(place):
     with pytest.raises(ArithmeticError):
         place.worker.sync_weights(inv_freq_first, capacity=1000, inject=fail)
     for _ in range(2):
-        with pytest.raises(PlanMismatchError, match=f"not completed changed the worker's tensor '{INV_FREQ}', and .*send it too"):
+        with pytest.raises(PlanMismatchError, match=f"not completed changed the model's tensor '{INV_FREQ}', and .*send it too"):
             place.worker.sync_weights(trainer.state_dict())
         assert_unusable(place.worker, place.before)
     place.worker.sync_weights(trainer)
@@ -1203,7 +1203,7 @@ def test_a_process_that_cannot_load_its_model_says_why_and_is_gone(tmp_path, not
     (folder / "config.json").write_text("{")
     with pytest.raises(WorkerError, match=r"the model in .*/not \\udcff utf-8 could not be loaded") as raised:
         HFWorker(folder, threads=1)
-    assert "in the worker process:\nTraceback" in "".join(raised.value.__notes__)
+    assert "in the other process:\nTraceback" in "".join(raised.value.__notes__)
     del raised
 
 

@@ -72,7 +72,7 @@ class Local(HFWorker):
         pass
 
     def tensor(self, name):
-        return self._link._weights[name]
+        return self._link._weights.tensors[name]
 
 
 class Sound(Local):
@@ -179,13 +179,13 @@ class SkipsVerificationAndReadsBack(SkipsVerification):
 
 class ForgetsThatItIsBroken(Local):
     def generate(self, prompts, params, **options):
-        self._link._broken = None
+        self._link._weights.unusable = None
         return super().generate(prompts, params, **options)
 
 
 class RefusesForAnotherReason(Local):
     def generate(self, prompts, params, **options):
-        if self._link._broken:
+        if self._link._weights.unusable:
             raise WorkerError("come back later")
         return super().generate(prompts, params, **options)
 

@@ -7,17 +7,17 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
-BENCHES: Final = ("planning", "packing", "conversation")
+BENCHES: Final = ("planning", "packing", "transfer", "conversation")
 
 
 def bench_command(
     which: Annotated[
-        list[str] | None, typer.Argument(help="planning, packing, conversation; none: all.", show_default=False)
+        list[str] | None, typer.Argument(help="planning, packing, transfer, conversation; none: all.", show_default=False)
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 21,
     threads: Annotated[int, typer.Option(min=1, help="Threads for packing.")] = 2,
 ) -> None:
-    """Measure planning, packing and growing conversations on the CPU, each beside its baseline."""
+    """Measure planning, packing, updates between processes and growing conversations on the CPU, each beside its baseline."""
     unknown = [name for name in which or () if name not in BENCHES]
     if unknown:
         Console(stderr=True).print(f"no bench is named {unknown[0]!r}; there are {', '.join(BENCHES)}", style="bold red")

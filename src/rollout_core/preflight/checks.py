@@ -15,9 +15,10 @@ import torch
 from rollout_core.bucketing import Bucket, BucketPlan, plan_buckets, specs_of
 from rollout_core.errors import IntegrityError, RolloutCoreError, WorkerError
 from rollout_core.preflight.models import eos_token_ids, greedy_reference, load_trainer, perturb
+from rollout_core.transfer.targets import named_weights
 from rollout_core.workers.contract import Completion, SamplingParams, to_batch
 from rollout_core.workers.hf import HFWorker
-from rollout_core.workers.hf_model import named_weights, weight_digest
+from rollout_core.workers.hf_model import weight_digest
 
 MakeWorker = Callable[[Path], HFWorker]
 

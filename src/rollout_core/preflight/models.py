@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rollout_core.errors import WorkerError
-from rollout_core.workers.hf_model import named_weights
+from rollout_core.transfer.targets import named_weights
 
 
 def make_small_model(folder: Path) -> None:

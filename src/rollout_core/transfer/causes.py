@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 
 import rollout_core.errors
 from rollout_core.errors import RolloutCoreError
@@ -18,12 +19,11 @@ def cause_of(error: BaseException) -> Cause:
     return Cause(name, *(text.encode("utf-8", "backslashreplace").decode() for text in texts))
 
 
-def error_of(cause: Cause, otherwise: type[RolloutCoreError]) -> RolloutCoreError:
+def error_of(cause: Cause, otherwise: Callable[[str], RolloutCoreError]) -> RolloutCoreError:
     """The error again; ``otherwise`` for one that is not of this package. The traceback of the other process is a note."""
     kind = getattr(rollout_core.errors, cause.kind, None)
-    if not (isinstance(kind, type) and issubclass(kind, RolloutCoreError)):
-        kind = otherwise
-    error: RolloutCoreError = kind(cause.message)
+    ours = isinstance(kind, type) and issubclass(kind, RolloutCoreError)
+    error: RolloutCoreError = (kind if ours and kind else otherwise)(cause.message)
     if cause.trace:
         error.add_note(f"in the other process:\n{cause.trace}")
     return error

@@ -63,6 +63,8 @@ def receive(
         Exception: whatever ``into`` raises, unchanged.
     """
     check_timeouts(timeout, deadline, wait)
+    if into is not None and not isinstance(into, Target):
+        raise TransferError(f"into is a {type(into).__name__}, no target: pass DirectWeights(model) or StagedWeights(model)")
     target = CollectedWeights(carrier.version) if into is None else into
     hands = _Receiving(carrier, target, plan, verify)
     machine = Receiver.new(

@@ -12,7 +12,7 @@ import torch
 
 from rollout_core.bucketing import Bucket, BucketPlan, Packer, pack_stream
 from rollout_core.bucketing.bucket import MAX_VERSION
-from rollout_core.bucketing.digest import DigestChoice
+from rollout_core.bucketing.digest import DigestChoice, check_choice
 from rollout_core.bucketing.sources import Source
 from rollout_core.bucketing.stream_header import StreamBucket
 from rollout_core.errors import CapacityError, TransferError
@@ -66,7 +66,7 @@ def send(
     def buckets(version: int) -> Iterator[Bucket]:
         return Packer(plan, digest=digest, allocate=hands.allocate).pack(source, version=version)
 
-    return _send(hands, buckets, (manifest, plan_digest), slot_nbytes, version, slots, timeout, deadline, observe)
+    return _send(hands, buckets, (manifest, plan_digest), slot_nbytes, version, slots, timeout, deadline, digest, observe)
 
 
 def send_stream(
@@ -95,7 +95,7 @@ def send_stream(
     def buckets(version: int) -> Iterator[Bucket]:
         return pack_stream(source, capacity, oversize=oversize, version=version, digest=digest)  # type: ignore[arg-type]
 
-    return _send(hands, buckets, (b"", b""), capacity, version, slots, timeout, deadline, observe)
+    return _send(hands, buckets, (b"", b""), capacity, version, slots, timeout, deadline, digest, observe)
 
 
 def _send(
@@ -107,10 +107,12 @@ def _send(
     slots: int,
     timeout: float,
     deadline: float | None,
+    digest: DigestChoice,
     observe: Observe | None,
 ) -> SendReport:
     carrier = hands.carrier
     check_timeouts(timeout, deadline)
+    check_choice(digest)
     if type(slots) is not int or not 1 <= slots <= MAX_SLOTS:
         raise TransferError(f"slots is {slots!r}; it is a whole number from 1 to {MAX_SLOTS}")
     version = carrier.version + 1 if version is None else version
@@ -121,7 +123,7 @@ def _send(
     memory, ticket = carrier.lay_out(slots, slot_nbytes)
     hello = Hello(PROTOCOL, version, plan_digest, manifest, slots, slot_nbytes, carrier.rendezvous, ticket, timeout)
     patience = Patience(timeout, start + (math.inf if deadline is None else deadline))
-    hands.begin(memory, buckets(version))
+    hands.begin(memory, lambda: buckets(version))
     machine = Sender.new(secrets.randbits(63), hello, patience, carrier.receivers, start)
     driver = Driver(machine, hands, observe)
     reusable = False
@@ -156,17 +158,19 @@ class _Sending:
         self.carrier = carrier
         self.buckets, self.nbytes, self.packing = 0, 0, 0.0
         self._memory: list[torch.Tensor] = []
-        self._source: Iterator[Bucket] = iter(())
+        self._open: Callable[[], Iterator[Bucket]] = lambda: iter(())
+        self._source: Iterator[Bucket] | None = None
         self._slot: torch.Tensor | None = None
 
-    def begin(self, memory: list[torch.Tensor], source: Iterator[Bucket]) -> None:
-        self._memory, self._source = memory, source
+    def begin(self, memory: list[torch.Tensor], source: Callable[[], Iterator[Bucket]]) -> None:
+        """The source is opened with the first bucket: if that fails, the receivers hear of it."""
+        self._memory, self._open = memory, source
 
     def end(self) -> None:
         """Let go of the source and the slots."""
-        if hasattr(self._source, "close"):
+        if self._source is not None and hasattr(self._source, "close"):
             self._source.close()
-        self._memory, self._slot = [], None
+        self._source, self._memory, self._slot = None, [], None
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         assert self._slot is not None
@@ -194,6 +198,8 @@ class _Sending:
     def _pack(self, slot: int) -> Filled | None:
         start = time.monotonic()
         self._slot = self._memory[slot]
+        if self._source is None:
+            self._source = self._open()
         bucket = next(self._source, None)
         if bucket is None:
             return None

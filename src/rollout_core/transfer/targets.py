@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol, TypeAlias
+from collections.abc import Mapping
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -16,6 +16,7 @@ from rollout_core.errors import PlanMismatchError, TransferError
 Weights: TypeAlias = torch.nn.Module | Mapping[str, torch.Tensor]
 
 
+@runtime_checkable
 class Target(Protocol):
     """What ``receive`` loads into. An update is ``begin``, ``load`` any number of times, ``prepare``, ``commit``; or ``abort``,
     once, at any place after ``begin`` returned."""
@@ -61,6 +62,7 @@ class DirectWeights:
         self.unusable: str | None = None
         self.tensors = named_weights(weights) if isinstance(weights, torch.nn.Module) else dict(weights)
         self._computed = _non_persistent(weights) if isinstance(weights, torch.nn.Module) else frozenset()
+        self._agreed = False  # whether the update under way has a plan, all of which was looked at before it began
         self._came: set[str] = set()
         self._dirty: set[str] = set()  # changed by an update that is not, or not yet, complete
         self._before: tuple[int, set[str]] = (0, set())  # version and _dirty before the last commit
@@ -77,22 +79,19 @@ class DirectWeights:
             for spec in plan.specs:
                 self._check(spec)
             self._check_complete({spec.name for spec in plan.specs})
+        self._agreed = plan is not None
         self._came = set()
         self._updating = version
 
     def load(self, pairs: list[Pair]) -> None:
-        for name, tensor in pairs:
-            self._check(TensorSpec(name, tensor.dtype, tuple(tensor.shape)))
-        if pairs:
-            self.unusable = self.unusable or f"the update to version {self._updating} was not completed"
-        names = {name for name, _ in pairs}
-        self._dirty |= names
-        self._came |= names
-        self._write(pairs)
+        """Raises ``PlanMismatchError`` for a stream's tensor that is not this model's; of ``pairs`` nothing was loaded then."""
+        self._look_at(pairs)
+        self._overwrite(pairs)
 
     def prepare(self) -> None:
         """Raises ``PlanMismatchError`` for a stream that left a tensor out."""
-        self._check_complete(self._came)
+        if not self._agreed:
+            self._check_complete(self._came)
 
     def commit(self, version: int) -> None:
         self._before = (self.version, self._dirty)
@@ -104,7 +103,16 @@ class DirectWeights:
             self.version, self._dirty = self._before
             self.unusable = f"the update to version {version} was not completed"
 
-    def _write(self, pairs: Iterable[Pair]) -> None:
+    def _look_at(self, pairs: list[Pair]) -> None:
+        """Check what no plan has said before."""
+        if not self._agreed:
+            for name, tensor in pairs:
+                self._check(TensorSpec(name, tensor.dtype, tuple(tensor.shape)))
+            self._came.update(name for name, _ in pairs)
+
+    def _overwrite(self, pairs: list[Pair]) -> None:
+        self.unusable = self.unusable or f"the update to version {self._updating} was not completed"
+        self._dirty.update(name for name, _ in pairs)
         for name, tensor in pairs:
             same_bits_copy(self.tensors[name].detach(), tensor)
 
@@ -147,14 +155,12 @@ class StagedWeights(DirectWeights):
         self._staged = []
 
     def load(self, pairs: list[Pair]) -> None:
-        for name, tensor in pairs:
-            self._check(TensorSpec(name, tensor.dtype, tuple(tensor.shape)))
-        self._came |= {name for name, _ in pairs}
+        self._look_at(pairs)
         self._staged += own_copies(pairs)
 
     def commit(self, version: int) -> None:
         staged, self._staged = self._staged, []
-        super().load(staged)
+        self._overwrite(staged)
         super().commit(version)
 
     def abort(self, version: int) -> None:

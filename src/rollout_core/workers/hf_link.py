@@ -14,12 +14,12 @@ from typing import Final, Protocol
 
 import torch
 
-import rollout_core.errors
 from rollout_core.bucketing import Bucket, BucketPlan
 from rollout_core.bucketing.buffers import Allocate
 from rollout_core.bucketing.dtypes import DTYPES
 from rollout_core.errors import RolloutCoreError, TransferError, WorkerError
 from rollout_core.transfer.arena import Arena
+from rollout_core.transfer.causes import error_of
 from rollout_core.transfer.channel import Channel, PeerGone
 from rollout_core.workers.contract import Completion, SamplingParams
 from rollout_core.workers.hf_model import HFModel
@@ -80,7 +80,7 @@ class LocalLink(HFModel):
         pass
 
     def close(self) -> None:
-        self._weights.clear()
+        self._weights.tensors.clear()
         self.model = None
 
 
@@ -271,18 +271,7 @@ class ProcessLink:
 def _expect(kind: type[Answer], answer: Answer) -> Answer:
     """The answer, if it is of this kind; raises what the worker raised."""
     if isinstance(answer, Failed):
-        raise _error_of(answer)
+        raise error_of(answer.cause, lambda text: WorkerError(f"the worker failed with {text}"))
     if not isinstance(answer, kind):
         raise WorkerError(f"the worker answered {type(answer).__name__}, not {kind.__name__}")
     return answer
-
-
-def _error_of(failed: Failed) -> RolloutCoreError:
-    """The worker's error as an error of the same kind here, with the worker's own traceback as a note."""
-    kind = getattr(rollout_core.errors, failed.kind, None)
-    if isinstance(kind, type) and issubclass(kind, RolloutCoreError):
-        error: RolloutCoreError = kind(failed.message)
-    else:
-        error = WorkerError(f"the worker failed with {failed.kind}: {failed.message}")
-    error.add_note(f"in the worker process:\n{failed.trace}")
-    return error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import traceback
 from typing import assert_never
 
 import torch
@@ -13,6 +12,7 @@ from rollout_core.bucketing import Bucket, BucketPlan
 from rollout_core.bucketing.dtypes import WIRE_NAMES
 from rollout_core.bucketing.tensors import as_bytes
 from rollout_core.transfer.arena import Arena
+from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.channel import Channel, PeerGone
 from rollout_core.workers.hf_model import HFModel
 from rollout_core.workers.messages import (
@@ -53,7 +53,7 @@ def main() -> None:
                 torch.set_num_threads(arguments.threads)
             model = HFModel(arguments.model, dtype=arguments.dtype, device=arguments.device)
         except Exception as error:
-            channel.send(Answered(0, _failure(error)))
+            channel.send(Answered(0, Failed(cause_of(error))))
             return
         channel.send(Answered(0, Done()))
         serve(channel, arena, model)
@@ -70,11 +70,11 @@ def serve(channel: Channel[Asked], arena: Arena, model: HFModel) -> None:
         try:
             answer = carry_out(asked.request, arena, model)
         except Exception as error:
-            answer = _failure(error)
+            answer = Failed(cause_of(error))
         try:
             channel.send(Answered(asked.number, answer))
         except (TypeError, ValueError, OverflowError) as error:  # not encodable: larger than MessagePack can say, for one
-            channel.send(Answered(asked.number, _failure(error)))
+            channel.send(Answered(asked.number, Failed(cause_of(error))))
         if isinstance(asked.request, Close):
             return
 
@@ -114,10 +114,3 @@ def carry_out(request: Request, arena: Arena, model: HFModel) -> Answer:
         case Close():
             return Done()
     assert_never(request)
-
-
-def _failure(error: Exception) -> Failed:
-    texts = (str(error), "".join(traceback.format_exception(error)))
-    # A name out of a manifest may hold what UTF-8 cannot.
-    message, trace = (text.encode("utf-8", "backslashreplace").decode() for text in texts)
-    return Failed(type(error).__name__, message, trace)

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import msgspec
 
 from rollout_core.bucketing import Bucket
+from rollout_core.transfer.protocol.messages import Cause
 from rollout_core.workers.contract import Completion, SamplingParams
 
 
@@ -95,11 +96,9 @@ class TensorBytes(msgspec.Struct, tag=True, frozen=True):
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
-    """The request was refused or went wrong: the class and message of the error, and where it was raised."""
+    """The request was refused or went wrong."""
 
-    kind: str
-    message: str
-    trace: str
+    cause: Cause
 
 
 Answer: TypeAlias = Done | Completions | Digests | TensorBytes | Failed

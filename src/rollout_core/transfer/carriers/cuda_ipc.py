@@ -53,7 +53,7 @@ class CudaIpcSender(LinkedSender):
 
     rendezvous: Final = False
 
-    def __init__(self, sockets: Sequence[unix.HasFileno], *, device: torch.device | str = "cuda") -> None:
+    def __init__(self, sockets: Sequence[unix.HasFileno | int], *, device: torch.device | str = "cuda") -> None:
         self._device = _check_device(device)
         self._memory: _Memory | None = None
         self._outgrown: list[_Memory] = []  # mapped by receivers until they open the next
@@ -100,7 +100,7 @@ class CudaIpcSender(LinkedSender):
 class CudaIpcReceiver(LinkedReceiver):
     """A receiver's end. ``device``: the GPU in use here; the sender's, or one that reaches its memory directly."""
 
-    def __init__(self, one: unix.HasFileno, *, device: torch.device | str = "cuda") -> None:
+    def __init__(self, one: unix.HasFileno | int, *, device: torch.device | str = "cuda") -> None:
         self._device = _check_device(device)
         self._ticket = _Ticket(b"", 0, 0)
         self._memory: _Memory | None = None

@@ -32,14 +32,15 @@ class _Ticket(msgspec.Struct, frozen=True, array_like=True):
 
 class MemorySender(LinkedSender):
     """The sender's end. ``sockets``: for each receiver one end of a Unix stream socket pair, or of a duplex
-    ``multiprocessing.Pipe()``, that nothing else is sent over; it is duplicated, and the caller's own may be closed.
+    ``multiprocessing.Pipe()``, or its descriptor, that nothing else is sent over; it is duplicated: close your own, or the other
+    side will not see this one's end.
 
     The memory is kept between updates. It has the size of the slots: two buckets, unless ``send`` is told otherwise.
     """
 
     rendezvous: Final = False
 
-    def __init__(self, sockets: Sequence[unix.HasFileno]) -> None:
+    def __init__(self, sockets: Sequence[unix.HasFileno | int]) -> None:
         self._arena = Arena()
         ours: list[socket.socket] = []
         try:
@@ -76,7 +77,7 @@ class MemorySender(LinkedSender):
 class MemoryReceiver(LinkedReceiver):
     """A receiver's end: the other end of the socket that the sender has. ``timeout``: seconds to wait for the sender's memory."""
 
-    def __init__(self, one: unix.HasFileno, *, timeout: float = 60.0) -> None:
+    def __init__(self, one: unix.HasFileno | int, *, timeout: float = 60.0) -> None:
         ours = unix.stream_socket(one)
         try:
             self._arena = Arena(_received_memory(ours, timeout))

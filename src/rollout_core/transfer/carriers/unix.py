@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol, TypeVar
 from rollout_core.errors import TransferError
 
 _RETRY: Final = 0.02  # seconds between attempts to connect
+_WANTED: Final = "is no Unix stream socket; pass one end of socket.socketpair() or of a duplex Pipe()"
 Made = TypeVar("Made")
 
 
@@ -73,12 +74,19 @@ def joined(make: Callable[[Sequence[socket.socket]], Made], sockets: Sequence[so
         close_all(sockets)
 
 
-def stream_socket(one: HasFileno) -> socket.socket:
+def stream_socket(one: HasFileno | int) -> socket.socket:
     """A duplicate. ``TransferError`` for what is no Unix stream socket, such as the end of a one-way pipe."""
-    ours = socket.socket(fileno=os.dup(one.fileno()))
+    copy = -1
+    try:
+        copy = os.dup(one if isinstance(one, int) else one.fileno())
+        ours = socket.socket(fileno=copy)
+    except OSError as error:
+        if copy >= 0:
+            os.close(copy)
+        raise TransferError(f"{one!r} {_WANTED} ({error})") from error
     if ours.family != socket.AF_UNIX or ours.type != socket.SOCK_STREAM:
         ours.close()
-        raise TransferError(f"{one!r} is no Unix stream socket; pass one end of socket.socketpair() or of a duplex Pipe()")
+        raise TransferError(f"{one!r} {_WANTED}")
     return ours
 
 
