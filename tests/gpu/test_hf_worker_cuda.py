@@ -8,8 +8,8 @@ from transformers import Qwen2ForCausalLM
 
 from rollout_core.preflight.models import eos_token_ids, make_small_model, perturb
 from rollout_core.testing.oracles import bytes_of
+from rollout_core.transfer.targets import named_weights
 from rollout_core.workers import HFWorker, SamplingParams
-from rollout_core.workers.hf_model import named_weights
 
 PROMPTS = [[5], [9, 8, 7], [3] * 20, [2, 11, 2]]
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from rollout_core.preflight.models import perturb
+from rollout_core.transfer.targets import named_weights
 from rollout_core.workers import HFWorker, SamplingParams
-from rollout_core.workers.hf_model import named_weights
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTIONS = ("Name three colors.", "What is the capital of France?")
