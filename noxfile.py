@@ -122,6 +122,15 @@ def engines(session: nox.Session) -> None:
 
 
 @nox.session
+def doors(session: nox.Session) -> None:
+    """The engines' own doors: a vLLM engine on the CPU, and SGLang's and verl's own classes."""
+    session.install(TORCH)
+    session.install("--no-deps", "-r", "tests/doors/requirements.txt")
+    install(session, "test", extras="[testing]")
+    session.run("pytest", "tests/doors", *session.posargs, env=QUIET)
+
+
+@nox.session
 def preflight(session: nox.Session) -> None:
     """What an operator runs: `nox -s preflight -- --model DIR`."""
     install(session, extras="[hf,cli]")

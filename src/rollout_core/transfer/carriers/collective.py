@@ -23,6 +23,7 @@ from rollout_core.transfer.carriers.contract import Moving
 from rollout_core.transfer.carriers.links import LinkedReceiver, LinkedSender
 
 _ADDRESS_NBYTES: Final = 512
+_LENGTH_NBYTES: Final = 2
 _TOKEN_NBYTES: Final = 16
 _RANK_NBYTES: Final = 4
 
@@ -117,10 +118,7 @@ class CollectiveSender(LinkedSender):
         others = [rank for rank in range(self._broadcasts.size) if rank != src]
         with socket.create_server(("", 0), backlog=len(others) or 1) as listener:
             address = _Address(host or socket.gethostname(), listener.getsockname()[1], token)
-            encoded = msgspec.msgpack.encode(address)
-            if len(encoded) > _ADDRESS_NBYTES:
-                raise TransferError(f"host {address.host[:40]!r}... is longer than a name can be")
-            self._broadcasts.exchange(encoded)
+            self._broadcasts.exchange(_encode(address))
             came = _accept(listener, token, others, timeout)
         super().__init__([came[rank] for rank in others])
         self._slots: list[torch.Tensor] = []
@@ -152,9 +150,7 @@ class CollectiveReceiver(LinkedReceiver):
         self._broadcasts = _Broadcasts(group, src, device)
         if self._broadcasts.rank == src:
             raise TransferError(f"this is rank {src}, which is the sender")
-        encoded = self._broadcasts.exchange(None)
-        # MessagePack ends by itself; what follows are the zeros of the fixed size.
-        address = _decode(encoded)
+        address = _decode(self._broadcasts.exchange(None))
         ours = _connect(address, timeout)
         ours.sendall(address.token + self._broadcasts.rank.to_bytes(_RANK_NBYTES, "little"))
         super().__init__([ours])
@@ -187,13 +183,20 @@ def _make(held: list[torch.Tensor], slots: int, nbytes: int, device: torch.devic
         raise TransferError(f"{slots} slots of {nbytes} bytes cannot be had on {device}: {error}") from error
 
 
+def _encode(address: _Address) -> bytes:
+    """An address with its length before it: the broadcast has a fixed size."""
+    encoded = msgspec.msgpack.encode(address)
+    if len(encoded) > _ADDRESS_NBYTES - _LENGTH_NBYTES:
+        raise TransferError(f"host {address.host[:40]!r}... is longer than a name can be")
+    return len(encoded).to_bytes(_LENGTH_NBYTES, "little") + encoded
+
+
 def _decode(data: bytes) -> _Address:
-    for end in range(len(data), 0, -1):
-        if data[end - 1]:
-            with suppress(msgspec.MsgspecError):
-                return msgspec.msgpack.decode(data[:end], type=_Address)
-            break
-    raise TransferError("the sender broadcast no address; is its rank the one that src says?")
+    length = int.from_bytes(data[:_LENGTH_NBYTES], "little")
+    try:
+        return msgspec.msgpack.decode(data[_LENGTH_NBYTES : _LENGTH_NBYTES + length], type=_Address)
+    except msgspec.MsgspecError as error:
+        raise TransferError(f"what the sender broadcast is no address; is its rank the one that src says? {error}") from error
 
 
 def _connect(address: _Address, timeout: float) -> socket.socket:

@@ -1,0 +1,218 @@
+"""vLLM's door: a backend for its official calls ``init_weight_transfer_engine``, ``start_weight_update``, ``update_weights`` and
+``finish_weight_update``, by which ``send`` reaches every worker of an engine.
+
+Importing this module registers the backend. It has to be imported in each worker before the model is loaded, which naming a class
+of it does: ``LLM(worker_extension_cls="rollout_core.transfer.doors.vllm.WorkerExtension",
+weight_transfer_config=WeightTransferConfig(backend="rollout_core"))``. docs/doors.md shows a whole update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from rollout_core.bucketing import BucketPlan
+from rollout_core.bucketing.sources import Pair
+from rollout_core.errors import IncompleteStreamError, TransferError
+from rollout_core.transfer import receive
+from rollout_core.transfer.carriers.contract import ReceiverEnd
+from rollout_core.transfer.targets import own_copies
+
+NAME: Final = "rollout_core"
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
+    """What ``init_weight_transfer_engine`` is given as ``init_info``; every worker gets the same.
+
+    ``carrier``: a name in ``RECEIVERS``, to which one can add. ``address``: where that finds the sender, in its own words.
+    ``timeout``: seconds to wait for the sender, then and in each update. ``staged``: keep an update in memory of its own until it
+    is complete, so that one that fails leaves the old weights; else it is loaded as it comes, and one that fails leaves weights
+    that are unusable. ``partial``: allow updates without some of the model's parameters, which then stay as they are.
+    """
+
+    carrier: str = "memory"
+    address: str = ""
+    timeout: float = 60.0
+    staged: bool = False
+    partial: bool = False
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """What ``update_weights`` is given as ``update_info``. ``version``: accept this one only; None takes what is sent."""
+
+    version: int | None = None
+
+
+def _memory(info: InitInfo, device: torch.device) -> ReceiverEnd:
+    from rollout_core.transfer.carriers.memory import MemoryReceiver
+
+    return MemoryReceiver.connect(info.address, timeout=info.timeout)
+
+
+def _cuda_ipc(info: InitInfo, device: torch.device) -> ReceiverEnd:
+    from rollout_core.transfer.carriers.cuda_ipc import CudaIpcReceiver
+
+    return CudaIpcReceiver.connect(info.address, device=device, timeout=info.timeout)
+
+
+#: How a worker on this device gets its end of a carrier. A module that adds to it has to be imported in the workers, as this one.
+RECEIVERS: Final[dict[str, Callable[[InitInfo, torch.device], ReceiverEnd]]] = {"memory": _memory, "cuda_ipc": _cuda_ipc}
+
+
+class RolloutCoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc]
+    """One worker's end. One call of ``update_weights`` is one whole update, and waits for the sender's ``send``, which has to run
+    beside it. ``start_weight_update`` changes nothing yet, and ``finish_weight_update`` only says that all went well."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    #: One carrier brings one model's weights.
+    supports_draft_weight_update = False
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self.target = _Model(model, self.model_config)
+        self._info = InitInfo()
+        self._carrier: ReceiverEnd | None = None
+        self._finished = False
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        if init_info.carrier not in RECEIVERS:
+            raise TransferError(f"carrier is {init_info.carrier!r}; this worker knows {', '.join(sorted(RECEIVERS))}")
+        self.shutdown()
+        self._carrier = RECEIVERS[init_info.carrier](init_info, self.device)
+        self._info = init_info
+        self.target.staged, self.target.partial = init_info.staged, init_info.partial
+
+    def start_weight_update(self) -> None:
+        self._finished = False
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # Not the base class's: it synchronizes torch.accelerator, which a CPU has not.
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Raises what ``receive`` raises, with a note if the weights are unusable; vLLM's ``finish_weight_update`` then refuses."""
+        if self._carrier is None:
+            raise TransferError("call init_weight_transfer_engine before update_weights")
+        self.target.expected = update_info.version
+        try:
+            receive(self._carrier, self.target, timeout=self._info.timeout)
+        except Exception as error:
+            # In the text, not in a note: vLLM hands on an error of another process as its text.
+            if self.target.unusable is not None:
+                raise TransferError(f"{error} ({self.target.unusable}; update again before anything is generated)") from error
+            raise
+        self._finished = True
+
+    def finish_weight_update(self) -> None:
+        if not self._finished:
+            raise TransferError("no update was received since start_weight_update; call update_weights before finish_weight_update")
+
+    def shutdown(self) -> None:
+        carrier, self._carrier = self._carrier, None
+        if carrier is not None:
+            carrier.close()
+
+
+class _Model:
+    """vLLM's model as the target of an update, through its layerwise reload, which gives layers new tensors to be loaded into and
+    copies each into the live ones as soon as it is complete.
+
+    Tied embeddings on a CPU: the reload does not pack lm_head again (vLLM 0.32), which goes on with the old weights. That is
+    mended where a worker of ours drives vLLM, not here: vLLM's own ``reload_weights`` has it, too.
+    """
+
+    def __init__(self, model: torch.nn.Module, model_config: Any) -> None:
+        self.version = 0
+        self.unusable: str | None = None
+        self.expected: int | None = None
+        self.staged = self.partial = False
+        self._model, self._config = model, model_config
+        self._reloading = False
+        self._damaged = False  # by an update that was not completed
+        self._before = 0
+        self._held: list[Pair] = []
+        self._loaded: set[str] = set()
+
+    def begin(self, plan: BucketPlan | None, version: int) -> None:
+        if self.expected not in (None, version):
+            raise TransferError(f"update_weights was called for version {self.expected}, and the sender sends version {version}")
+        self._held, self._loaded = [], set()
+
+    def load(self, pairs: list[Pair]) -> None:
+        # Copies: a layer's tensors are kept until its last one has come.
+        if self.staged:
+            self._held += own_copies(pairs)
+        else:
+            self._load(own_copies(pairs))
+
+    def prepare(self) -> None:
+        if not self.staged:
+            self._complete()
+
+    def commit(self, version: int) -> None:
+        held, self._held = self._held, []
+        if held:
+            self._load(held)
+            self._complete()
+        self._before, self.version = self.version, version
+        self._damaged, self.unusable = False, None
+
+    def abort(self, version: int) -> None:
+        self._held = []
+        if self.version == version:  # after the commit: an interrupt
+            self.version, self.unusable = self._before, "interrupted"
+        if self.unusable is not None:
+            self._damaged = True
+            self.unusable = f"the weights are unusable: the update to version {version} was not completed"
+        self._end_reload()  # layers that nothing was loaded into get their tensors back, and the next update can begin
+
+    def _load(self, pairs: list[Pair]) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self.unusable = "the weights are unusable: an update is under way"
+        if not self._reloading:
+            self._reloading = True
+            initialize_layerwise_reload(self._model)
+        self._loaded |= self._model.load_weights(pairs) or set()  # type: ignore[operator]
+
+    def _complete(self) -> None:
+        """Raises ``IncompleteStreamError`` if a parameter has not come: vLLM would leave it as it was, and say nothing."""
+        missing = {name for name, _ in self._model.named_parameters()} - self._loaded
+        optional = (self.partial and not self._damaged) or self._config.quantization is not None
+        if self._loaded and missing and not optional:
+            raise IncompleteStreamError(
+                f"the update has nothing for {len(missing)} parameters of the model, such as {min(missing)!r}; "
+                "send all of them, or set partial in init_info"
+            )
+        self._end_reload()
+
+    def _end_reload(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        if self._reloading:
+            self._reloading = False
+            finalize_layerwise_reload(self._model, self._config)
+
+
+class WorkerExtension:
+    """For ``worker_extension_cls``. Its methods become the worker's, for ``collective_rpc``."""
+
+    def rollout_core_version(self) -> int:
+        """Version of the weights that this worker has: 0 as loaded at the start. ``TransferError`` if they are unusable."""
+        target = self.weight_transfer_engine.target  # type: ignore[attr-defined]
+        if target.unusable is not None:
+            raise TransferError(target.unusable)
+        return int(target.version)
+
+
+WeightTransferEngineFactory.register_engine(NAME, RolloutCoreEngine)
