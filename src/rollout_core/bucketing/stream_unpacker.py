@@ -11,7 +11,7 @@ from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.sources import Pair
 from rollout_core.bucketing.stream_header import StreamBucket, chain_digest, decode_header, require
 from rollout_core.bucketing.tensors import own_copy
-from rollout_core.bucketing.unpacker import Views, check_payload, contiguous_strides, drop_joined, join_piece
+from rollout_core.bucketing.unpacker import JoinMemory, Views, check_payload, contiguous_strides, drop_joined, join_piece
 from rollout_core.errors import DuplicateNameError, IncompleteStreamError, IntegrityError, PlanMismatchError
 
 
@@ -29,7 +29,7 @@ class StreamUnpacker:
     """Turns the buckets of a stream, fed one by one and in order, into named tensors, as ``Unpacker`` does for a plan.
 
     The first bucket's version is that of the stream unless ``version`` says which to accept. ``max_header_nbytes`` bounds a header,
-    ``max_tensor_nbytes`` a split tensor, which is joined in memory of its own.
+    ``max_tensor_nbytes`` a split tensor, which is joined in memory of its own, or where ``memory`` says: see ``JoinMemory``.
     """
 
     def __init__(
@@ -40,7 +40,9 @@ class StreamUnpacker:
         version: int | None = None,
         max_header_nbytes: int = 64 << 20,
         max_tensor_nbytes: int = 1 << 38,
+        memory: JoinMemory | None = None,
     ) -> None:
+        self._memory = memory
         self._verify = verify
         self._copy = copy
         self._version = None if version is None else check_version(version)
@@ -119,7 +121,7 @@ class StreamUnpacker:
         pairs: list[Pair] = []
         for slot in layout.slots:
             if slot.is_piece:
-                tensor = join_piece(self._joins, slot, buffer)
+                tensor = join_piece(self._joins, slot, buffer, self._memory)
                 if tensor is None:
                     continue
             else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from operator import mul
+from typing import TypeAlias
 
 import torch
 
@@ -12,8 +13,13 @@ from rollout_core.bucketing.bucket import Bucket, check_sealed, check_version, v
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.plan import BucketPlan
 from rollout_core.bucketing.sources import Pair
+from rollout_core.bucketing.specs import TensorSpec
 from rollout_core.bucketing.tensors import own_copy
 from rollout_core.errors import IncompleteStreamError, IntegrityError, PlanMismatchError
+
+#: Where a split tensor is joined, by its spec: its bytes as a 1-d contiguous uint8 tensor, aligned for its dtype, on any device;
+#: None for new memory. Asked before the first piece, once that is verified.
+JoinMemory: TypeAlias = Callable[[TensorSpec], torch.Tensor | None]
 
 
 def unpack(plan: BucketPlan, buckets: Iterable[Bucket], *, verify: bool = True, copy: bool = False) -> Iterator[Pair]:
@@ -29,11 +35,21 @@ class Unpacker:
 
     Tensors are views of their bucket's buffer and stay valid as long as its content does; a split tensor is joined in memory of
     its own. ``copy=True`` gives every tensor memory of its own. ``verify=True`` checks each bucket's digest before anything of it
-    is handed out. ``version``: accept this round of weights only; None accepts any that is newer than the last one.
+    is handed out. ``version``: accept this round of weights only; None accepts any that is newer than the last one. ``memory``:
+    where split tensors are joined, such as the parameter that they are for: see ``JoinMemory``.
     """
 
-    def __init__(self, plan: BucketPlan, *, verify: bool = True, copy: bool = False, version: int | None = None) -> None:
+    def __init__(
+        self,
+        plan: BucketPlan,
+        *,
+        verify: bool = True,
+        copy: bool = False,
+        version: int | None = None,
+        memory: JoinMemory | None = None,
+    ) -> None:
         self.plan = plan
+        self._memory = memory
         self._verify = verify
         self._copy = copy
         self._last_version = -1
@@ -115,7 +131,7 @@ class Unpacker:
         pairs: list[Pair] = []
         for slot in self._orders[layout.index]:
             if slot.is_piece:
-                tensor = join_piece(self._joins, slot, buffer)
+                tensor = join_piece(self._joins, slot, buffer, self._memory)
                 if tensor is None:
                     continue
             else:
@@ -169,11 +185,14 @@ class Views:
         return typed.as_strided(slot.spec.shape, strides, typed.storage_offset() + slot.offset // dtype.itemsize)
 
 
-def join_piece(joins: dict[str, torch.Tensor], slot: Slot, buffer: torch.Tensor) -> torch.Tensor | None:
-    """Copy a piece of a split tensor into memory of its own; the tensor, once whole."""
+def join_piece(joins: dict[str, torch.Tensor], slot: Slot, buffer: torch.Tensor, memory: JoinMemory | None) -> torch.Tensor | None:
+    """Copy a piece of a split tensor into its place, see ``JoinMemory``; the tensor, once whole."""
     if slot.start == 0:
-        with torch.inference_mode(False):  # later pieces may come outside of it
-            joins[slot.name] = torch.empty(slot.spec.nbytes, dtype=torch.uint8, device=buffer.device)
+        given = None if memory is None else memory(slot.spec)
+        if given is None:
+            with torch.inference_mode(False):  # later pieces may come outside of it
+                given = torch.empty(slot.spec.nbytes, dtype=torch.uint8, device=buffer.device)
+        joins[slot.name] = given
     joined = joins[slot.name]
     joined[slot.start : slot.start + slot.nbytes].copy_(buffer[slot.offset : slot.end])
     return joined.view(slot.spec.dtype).view(slot.spec.shape) if slot.is_tail else None

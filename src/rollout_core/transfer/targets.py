@@ -9,7 +9,7 @@ import torch
 
 from rollout_core.bucketing import BucketPlan, TensorSpec
 from rollout_core.bucketing.sources import Pair
-from rollout_core.bucketing.tensors import describe, own_copy, same_bits_copy, view_key
+from rollout_core.bucketing.tensors import as_bytes, describe, own_copy, same_bits_copy, view_key
 from rollout_core.errors import PlanMismatchError, TransferError
 
 #: A module, or its tensors by name.
@@ -19,7 +19,11 @@ Weights: TypeAlias = torch.nn.Module | Mapping[str, torch.Tensor]
 @runtime_checkable
 class Target(Protocol):
     """What ``receive`` loads into. An update is ``begin``, ``load`` any number of times, ``prepare``, ``commit``; or ``abort``,
-    once, at any place after ``begin`` returned."""
+    once, at any place after ``begin`` returned.
+
+    A target may have ``memory_for(spec)``, too: the bytes of the tensor that a split one is joined in, see ``JoinMemory``. What is
+    joined there comes to ``load`` as well, once it is whole.
+    """
 
     @property
     def version(self) -> int:
@@ -88,6 +92,15 @@ class DirectWeights:
         self._look_at(pairs)
         self._overwrite(pairs)
 
+    def memory_for(self, spec: TensorSpec) -> torch.Tensor | None:
+        """The tensor's own memory, so that its pieces are copied once."""
+        self._check(spec)
+        mine = self.tensors[spec.name].detach()
+        if not mine.is_contiguous():
+            return None
+        self._spoil([spec.name])
+        return as_bytes(mine)
+
     def prepare(self) -> None:
         """Raises ``PlanMismatchError`` for a stream that left a tensor out."""
         if not self._agreed:
@@ -111,10 +124,16 @@ class DirectWeights:
             self._came.update(name for name, _ in pairs)
 
     def _overwrite(self, pairs: list[Pair]) -> None:
-        self.unusable = self.unusable or f"the update to version {self._updating} was not completed"
-        self._dirty.update(name for name, _ in pairs)
+        self._spoil([name for name, _ in pairs])
         for name, tensor in pairs:
-            same_bits_copy(self.tensors[name].detach(), tensor)
+            mine = self.tensors[name].detach()
+            if mine.data_ptr() != tensor.data_ptr() or not mine.is_contiguous():  # else joined where it belongs
+                same_bits_copy(mine, tensor)
+
+    def _spoil(self, names: list[str]) -> None:
+        """Note that these are not the old weights any more."""
+        self.unusable = self.unusable or f"the update to version {self._updating} was not completed"
+        self._dirty.update(names)
 
     def _check(self, spec: TensorSpec) -> None:
         mine = self.tensors.get(spec.name)
@@ -148,23 +167,27 @@ class StagedWeights(DirectWeights):
 
     def __init__(self, weights: Weights, *, version: int = 0) -> None:
         super().__init__(weights, version=version)
-        self._staged: list[Pair] = []
+        self._stage = _Stage()
 
     def begin(self, plan: BucketPlan | None, version: int) -> None:
         super().begin(plan, version)
-        self._staged = []
+        self._stage = _Stage()
 
     def load(self, pairs: list[Pair]) -> None:
         self._look_at(pairs)
-        self._staged += own_copies(pairs)
+        self._stage.add(pairs)
+
+    def memory_for(self, spec: TensorSpec) -> torch.Tensor | None:
+        self._check(spec)
+        return self._stage.memory_for(spec, self.tensors[spec.name].device)
 
     def commit(self, version: int) -> None:
-        staged, self._staged = self._staged, []
-        self._overwrite(staged)
+        stage, self._stage = self._stage, _Stage()
+        self._overwrite(list(stage.tensors.items()))
         super().commit(version)
 
     def abort(self, version: int) -> None:
-        self._staged = []
+        self._stage = _Stage()
         super().abort(version)
 
 
@@ -174,24 +197,41 @@ class CollectedWeights:
     def __init__(self, version: int = 0) -> None:
         self.version = version
         self.weights: dict[str, torch.Tensor] = {}
-        self._coming: dict[str, torch.Tensor] = {}
+        self._stage = _Stage()
 
     def begin(self, plan: BucketPlan | None, version: int) -> None:
         del plan, version
-        self._coming = {}
+        self._stage = _Stage()
 
     def load(self, pairs: list[Pair]) -> None:
-        self._coming.update(own_copies(pairs))
+        self._stage.add(pairs)
 
     def prepare(self) -> None:
         pass
 
     def commit(self, version: int) -> None:
-        self.version, self.weights, self._coming = version, self._coming, {}
+        self.version, self.weights, self._stage = version, self._stage.tensors, _Stage()
 
     def abort(self, version: int) -> None:
         del version
-        self._coming = {}
+        self._stage = _Stage()
+
+
+class _Stage:
+    """Tensors of an update in memory of their own; what is one tensor under several names stays one."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._joined: set[int] = set()  # addresses of those that were joined here, and need no other copy
+
+    def add(self, pairs: list[Pair]) -> None:
+        copies = {id(t): t if t.data_ptr() in self._joined else own_copy(t) for _, t in pairs}
+        self.tensors.update((name, copies[id(tensor)]) for name, tensor in pairs)
+
+    def memory_for(self, spec: TensorSpec, device: torch.device) -> torch.Tensor:
+        memory = torch.empty(spec.nbytes, dtype=torch.uint8, device=device)
+        self._joined.add(memory.data_ptr())
+        return memory
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -200,12 +240,6 @@ def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-
-
-def own_copies(pairs: list[Pair]) -> list[Pair]:
-    """The pairs in memory of their own; what is one tensor under several names stays one."""
-    copies = {id(tensor): own_copy(tensor) for _, tensor in pairs}
-    return [(name, copies[id(tensor)]) for name, tensor in pairs]
 
 
 def _non_persistent(model: torch.nn.Module) -> frozenset[str]:

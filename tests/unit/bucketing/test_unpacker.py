@@ -21,7 +21,7 @@ from rollout_core.bucketing import (
     unpack_stream,
 )
 from rollout_core.errors import IncompleteStreamError, IntegrityError
-from rollout_core.testing.oracles import picture
+from rollout_core.testing.oracles import bytes_of, picture
 from support.tensors import from_bytes, patterned, placed_at
 
 U8, F32 = torch.uint8, torch.float32
@@ -228,3 +228,39 @@ def test_b1_copies_of_views_keep_signalling_nans(kind):
     pairs = [("w", view), ("x", view[:1])]
     assert picture(pair for bucket in iter_buckets(pairs, 64) for pair in bucket) == picture(pairs)
     assert picture(unpack_stream(pack_stream(iter(pairs), 64, groups=[["w", "x"]]))) == picture(pairs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_split_tensor_is_joined_where_the_caller_says(stream):
+    source = {"a": patterned(torch.float32, 10), "b": patterned(torch.int16, 3), "c": patterned(torch.float32, 9)}
+    places = {"a": torch.zeros(40, dtype=torch.uint8)}  # and "c" in new memory
+    asked = []
+
+    def memory(spec):
+        asked.append(spec.name)
+        return places.get(spec.name)
+
+    plan = plan_buckets(specs_of(source), 16)
+    if stream:
+        pairs = dict(unpack_with(StreamUnpacker(memory=memory), pack_stream(source, 16)))
+    else:
+        pairs = dict(unpack_with(Unpacker(plan, memory=memory), pack(plan, source)))
+    assert asked == ["a", "c"]
+    assert {name: bytes_of(tensor) for name, tensor in pairs.items()} == {name: bytes_of(t) for name, t in source.items()}
+    assert pairs["a"].data_ptr() == places["a"].data_ptr()
+
+
+def test_memory_is_asked_for_only_once_the_piece_is_verified():
+    source = {"a": patterned(torch.float32, 10)}
+    plan = plan_buckets(specs_of(source), 16)
+    damaged = next(pack(plan, source))
+    damaged.buffer[3] ^= 1
+    unpacker = Unpacker(plan, memory=lambda spec: pytest.fail(f"asked for {spec.name}"))
+    with pytest.raises(IntegrityError):
+        unpacker.feed(damaged)
+
+
+def unpack_with(unpacker, buckets):
+    for bucket in buckets:
+        yield from unpacker.feed(bucket)
+    unpacker.close()
