@@ -185,7 +185,9 @@ class Views:
         return typed.as_strided(slot.spec.shape, strides, typed.storage_offset() + slot.offset // dtype.itemsize)
 
 
-def join_piece(joins: dict[str, torch.Tensor], slot: Slot, buffer: torch.Tensor, memory: JoinMemory | None) -> torch.Tensor | None:
+def join_piece(
+    joins: dict[str, torch.Tensor], slot: Slot, buffer: torch.Tensor, memory: JoinMemory | None = None
+) -> torch.Tensor | None:
     """Copy a piece of a split tensor into its place, see ``JoinMemory``; the tensor, once whole."""
     if slot.start == 0:
         given = None if memory is None else memory(slot.spec)
