@@ -124,6 +124,16 @@ def engines(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Ends of an update that die at every step: `-- --table docs/faults.md` for all faults and carriers, which takes long."""
+    install(session, "test", extras="[testing]")
+    if session.posargs:
+        session.run("python", "tests/faults/run.py", *session.posargs, env=QUIET)
+    else:
+        session.run("pytest", "tests/faults", env=QUIET)
+
+
+@nox.session
 def doors(session: nox.Session) -> None:
     """The engines' own doors: a vLLM engine on the CPU, and SGLang's and verl's own classes."""
     session.install(TORCH)

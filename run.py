@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE / ".nox" / "tools"
-TESTS = ("lint", "typing", "unit", "kit", "wheel", "processors", "engines")
+TESTS = ("lint", "typing", "unit", "kit", "wheel", "processors", "engines", "faults", "doors")
 
 
 def main(arguments: list[str]) -> int:
