@@ -49,7 +49,10 @@ class Arena:
         if not 0 < nbytes <= actual:
             raise TransferError(f"the shared memory has {actual} bytes, and the sender says {nbytes}")
         if self._map is None or len(self._map) != nbytes:
-            self._map = mmap.mmap(self.fd, nbytes)
+            try:
+                self._map = mmap.mmap(self.fd, nbytes)
+            except OSError as error:
+                raise TransferError(f"{nbytes} bytes of shared memory cannot be reached: {error}") from error
 
     def view(self, offset: int, nbytes: int) -> torch.Tensor:
         """``nbytes`` of the memory as a 1-d uint8 tensor that both sides see. ``TransferError`` if that is out of bounds."""

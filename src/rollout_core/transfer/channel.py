@@ -6,6 +6,7 @@ import select
 import socket
 import struct
 import time
+from contextlib import suppress
 from typing import Any, Final, Generic, TypeVar
 
 import msgspec
@@ -17,7 +18,7 @@ _ENCODER = msgspec.msgpack.Encoder()
 #: Before each message: a mark, by which stray bytes are known at once, and the message's length.
 _HEADER: Final = struct.Struct("<4sQ")
 _MARK: Final = b"RCm1"
-_CHUNK: Final = 1 << 20
+_CHUNK: Final = 1 << 16  # taken from memory at each look, before it is known what came
 _LONGEST_POLL: Final = 3600.0  # seconds; poll counts milliseconds in a C int
 
 
@@ -107,7 +108,8 @@ class Channel(Generic[Received]):
         return self._ended or self._message_end() is not None
 
     def close(self) -> None:
-        self._socket.close()
+        with suppress(OSError):  # somebody closed its descriptor: there is nothing left to close
+            self._socket.close()
 
     def _check_open(self) -> None:
         if self._socket.fileno() < 0:

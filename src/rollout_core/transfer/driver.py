@@ -54,6 +54,7 @@ class Driver(Generic[Machine]):
         self._done: Done | None = None
         self._work: deque[Any] = deque()
         self._moving: deque[tuple[Moving, Any]] = deque()
+        self._inbox: deque[tuple[int, bytes | TransferError]] = deque()
         self._nap = _FIRST_NAP
 
     def run(self, first: Any = None) -> Done:
@@ -83,6 +84,7 @@ class Driver(Generic[Machine]):
         self._settle()
         if self._done is None and self._work:
             self._carry_out(self._work.popleft())
+        self._catch_up()
         self._feed(Tick())
 
     def _carry_out(self, action: Any) -> None:
@@ -91,6 +93,11 @@ class Driver(Generic[Machine]):
             return self._feed(*instead)
         try:
             self._note(Step(type(action).__name__.lower(), getattr(action, "index", None)))
+        except BaseException as error:
+            self._fail(error)
+            if instead is not None:
+                return self._feed(*instead)
+        try:
             result = self._hands.do(action)
         except BaseException as error:
             self._fail(error)
@@ -98,7 +105,10 @@ class Driver(Generic[Machine]):
         if isinstance(result, tuple):
             self._moving.append(result)
             self._nap = _FIRST_NAP
-        else:
+            return None
+        try:
+            self._catch_up()
+        finally:
             self._feed(*result)
         return None
 
@@ -112,8 +122,15 @@ class Driver(Generic[Machine]):
             self._moving.popleft()
             self._feed(event)
 
+    def _catch_up(self) -> None:
+        """Hear what came while this end was busy: that it did not listen is not the other's silence."""
+        if self._done is None:
+            self._listen(0.0)
+
     def _listen(self, seconds: float) -> None:
-        for peer, message in self._hands.poll(None if seconds == float("inf") else seconds):
+        self._inbox += self._hands.poll(None if seconds == float("inf") else seconds)
+        while self._inbox:  # kept if an observer raises: the next message is not to blame
+            peer, message = self._inbox.popleft()
             if isinstance(message, TransferError):
                 self._feed(Gone(str(message), peer))
                 continue

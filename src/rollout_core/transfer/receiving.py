@@ -10,6 +10,7 @@ import torch
 
 from rollout_core.bucketing import Bucket, BucketPlan, StreamBucket, StreamUnpacker, Unpacker
 from rollout_core.bucketing.sources import Pair
+from rollout_core.bucketing.unpacker import JoinMemory
 from rollout_core.errors import PlanMismatchError, RolloutCoreError, TransferError
 from rollout_core.transfer.carriers.contract import Moving, ReceiverEnd
 from rollout_core.transfer.causes import error_of
@@ -53,8 +54,9 @@ def receive(
     end of the update with an error; it has to be longer than any side takes over one bucket. ``deadline``: seconds that the whole
     update may take. ``verify``: check every bucket's digest before anything of it is used. ``observe`` is told of every step.
 
-    If this raises, the version has not advanced: ``into`` has the old weights, or says that they are unusable (clause T5). The
-    carrier can be used for the next update if the sender was not lost; else it is closed.
+    If this raises, the version has not advanced: ``into`` has the old weights, or says that they are unusable (clause T5). Only a
+    KeyboardInterrupt that comes after the commit is raised all the same, and a note says that the update is committed. The carrier
+    can be used for the next update if the sender was not lost; else it is closed.
 
     Raises:
         PlanMismatchError: the update is not what ``plan`` or ``into`` expects; nothing has changed.
@@ -83,8 +85,14 @@ def receive(
             carrier.close()
         # Not "done.cause": a second interrupt may have come out of the driver.
         hands.end()
-    if driver.error is not None:
-        raise driver.error
+    error, driver.error = driver.error, None
+    if error is not None:
+        if hands.has_committed:
+            error.add_note(f"version {hands.version} is committed here all the same")
+        try:
+            raise error
+        finally:
+            del error  # else its traceback holds it, and with it the carrier's memory
     if done.cause is not None:
         raise error_of(done.cause, TransferError)
     return hands.report()
@@ -103,6 +111,14 @@ class _Receiving:
         self._applied = False
         self._start = 0.0
         self._buckets, self._nbytes, self._loading = 0, 0, 0.0
+
+    @property
+    def has_committed(self) -> bool:
+        return self._applied
+
+    @property
+    def version(self) -> int | None:
+        return self._version
 
     def end(self) -> None:
         """Tell the target if the update did not come to its end."""
@@ -161,6 +177,7 @@ class _Receiving:
     def _examine(self, hello: Hello) -> Examined:
         """Refuse by raising, before anything has changed."""
         self._start = time.monotonic()
+        memory: JoinMemory | None = getattr(self._target, "memory_for", None)
         if hello.manifest:
             plan = BucketPlan.from_bytes(hello.manifest)
             if plan.digest != hello.plan_digest:
@@ -168,12 +185,12 @@ class _Receiving:
             if self._plan is not None:
                 self._plan.require_same(plan)
             largest = max((layout.nbytes for layout in plan.buckets), default=0)
-            self._unpacker = Unpacker(plan, verify=self._verify, version=hello.version)
+            self._unpacker = Unpacker(plan, verify=self._verify, version=hello.version, memory=memory)
         elif self._plan is not None:
             raise PlanMismatchError("the sender sends a stream, whose tensors are not known ahead, and this side expects a plan")
         else:
             plan, largest = None, hello.slot_nbytes
-            self._unpacker = StreamUnpacker(verify=self._verify, version=hello.version)
+            self._unpacker = StreamUnpacker(verify=self._verify, version=hello.version, memory=memory)
         if not 1 <= hello.slots <= MAX_SLOTS or hello.slot_nbytes != largest:
             raise TransferError(
                 f"the sender has {hello.slots} slots of {hello.slot_nbytes} bytes, and its largest bucket {largest}"

@@ -134,10 +134,17 @@ def _send(
         hands.end()
         if not reusable:
             carrier.close()
-    if driver.error is not None:
-        if any(peer.standing == "committed" for peer in driver.machine.peers):
-            driver.error.add_note(f"receivers have committed version {version} all the same")
-        raise driver.error
+    has_committed = any(peer.standing == "committed" for peer in driver.machine.peers)
+    if has_committed:
+        carrier.version = version  # also if the update failed elsewhere: the next one needs a larger number
+    error, driver.error = driver.error, None
+    if error is not None:
+        if has_committed:
+            error.add_note(f"receivers have committed version {version} all the same")
+        try:
+            raise error
+        finally:
+            del error  # else its traceback holds it, and with it the carrier's memory
     if done.cause is not None:
         raise error_of(done.cause, TransferError)
     carrier.version = version

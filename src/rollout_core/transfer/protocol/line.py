@@ -18,13 +18,16 @@ _MAX_EARLY: Final = 256  # messages kept for their turn; more than any order of 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """``heard`` and ``posted``: when something came and went last, in seconds of the driver's clock."""
+    """``heard``: when something came last whose turn it was, in seconds of the driver's clock. What is behind a message that never
+    came does not count: an end that cannot go on is not kept waiting by signs of life. ``posted``: when something went last.
+    ``cut``: whether this way is known to be lost."""
 
     heard: float
     posted: float
     next_in: int = 0
     next_out: int = 0
     early: tuple[tuple[int, Body], ...] = ()
+    cut: bool = False
 
     def say(self, attempt: int, body: Body, now: float) -> tuple[Line, Envelope]:
         return replace(self, posted=now, next_out=self.next_out + 1), Envelope(attempt, self.next_out, body)
@@ -40,7 +43,13 @@ class Line:
         while at in early:
             due.append(early.pop(at))
             at += 1
-        return replace(self, heard=now, next_in=at, early=tuple(sorted(early.items(), key=lambda item: item[0]))), tuple(due)
+        heard = now if due else self.heard
+        return replace(self, heard=heard, next_in=at, early=tuple(sorted(early.items(), key=lambda item: item[0]))), tuple(due)
+
+    def complaint(self, now: float) -> str:
+        """What is wrong when too long a time has passed."""
+        lost = f"message {self.next_in} never came, and {len(self.early)} after it did; " if self.early else ""
+        return f"{lost}silent for {now - self.heard:.3g} s"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 import msgspec
 
 #: Version of what is said, and in which order. Both ends speak the same one, or the update is refused.
 PROTOCOL: Final = 1
+#: How long an end bears silence. Less would have the other speak without end, and what is no number could not be compared.
+Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6)]
 
 
 class Cause(msgspec.Struct, frozen=True, array_like=True):
@@ -29,14 +31,14 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     slot_nbytes: int  # bytes of each
     rendezvous: bool  # whether moving a bucket takes both ends at once, as a collective does
     ticket: bytes  # how the receiver's carrier reaches the slots
-    timeout: float  # seconds of silence that the sender bears
+    timeout: Seconds  # of silence that the sender bears
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
     """Receiver: the plan and the version are fine."""
 
     version: int  # of the weights it has
-    timeout: float  # seconds of silence that the receiver bears
+    timeout: Seconds  # of silence that the receiver bears
 
 
 class Filled(msgspec.Struct, frozen=True, tag=True):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from rollout_core.errors import TransferError
-from rollout_core.transfer.protocol.line import BEATS, Line, Patience
+from rollout_core.transfer.protocol.line import BEATS, SILENCE, Line, Patience
 from rollout_core.transfer.protocol.messages import (
     PROTOCOL,
     Abort,
@@ -75,7 +75,8 @@ class Receiver:
     hello: Hello | None = None
     patience: Patience = _ENDLESS  # from the Hello on
     held: tuple[Filled, ...] = ()  # announced, and not freed
-    pulled: int = 0  # buckets whose bytes are here
+    pulled: int = 0  # buckets whose bytes are here, or left where they are
+    here: frozenset[int] = frozenset()  # which of those are still to be loaded: moves may be over in any order
     loading: bool = False
     loaded: int = 0
     announced: int = 0
@@ -98,11 +99,25 @@ class Receiver:
     @property
     def wake_at(self) -> float:
         """When this end has to be ticked, unless something happens before."""
-        if self.phase == "waiting":
-            return self.wait_until
-        if self.phase == "aborting":
-            return min(self.since + self.patience.drain, self.line.posted + self.beat)
-        return min(self.line.posted + self.beat, self.line.heard + self.patience.silence, self.patience.until)
+        beat = self.line.posted + self.beat
+        match self.phase:
+            case "done":
+                return float("inf")
+            case "waiting":
+                return self.wait_until
+            case "aborting":
+                return min(beat, self.since + self.patience.drain)
+            case "applying":  # the commit counts, whoever is silent
+                return beat
+        return min(beat, self.line.heard + self.silence, self.patience.until)
+
+    @property
+    def silence(self) -> float:
+        """Seconds that the sender may say nothing. Before it has the ``Welcome`` it cannot know how long this end waits, and speaks
+        as often as its own timeout asks for."""
+        if self.phase == "examining" and self.hello is not None:
+            return max(self.patience.silence, self.hello.timeout * SILENCE)
+        return self.patience.silence
 
     @property
     def beat(self) -> float:
@@ -125,14 +140,16 @@ class _Turn:
             case Came(envelope):
                 self._came(envelope)
             case Gone(reason):
+                self.state = replace(state, line=replace(state.line, cut=True))
                 self._lost(reason)
             case Failed(cause):
                 self._failed(cause)
             case Examined(version) if state.phase == "examining":
+                self.state = replace(state, line=replace(state.line, heard=self.now))
                 self._enter("streaming")
                 self._post(Welcome(version, state.timeout))
-            case Pulled():
-                self.state = replace(state, pulled=state.pulled + 1)
+            case Pulled(index):
+                self.state = replace(state, pulled=state.pulled + 1, here=state.here | {index})
             case Loaded():
                 self._loaded()
             case Prepared() if state.phase == "preparing":
@@ -155,8 +172,8 @@ class _Turn:
             if state.loaded == state.buckets:
                 self._enter("preparing")
                 self.actions.append(Prepare())
-            elif not state.loading and state.loaded < state.pulled:
-                self.state = replace(state, loading=True)
+            elif not state.loading and state.loaded in state.here:
+                self.state = replace(state, loading=True, here=state.here - {state.loaded})
                 self.actions.append(Load(next(filled for filled in state.held if filled.index == state.loaded)))
         elif state.phase == "aborting" and self._is_drained():
             self._post(Aborted())
@@ -278,13 +295,17 @@ class _Turn:
             self._enter("aborting")
             self._post(Abort(cause))
 
-    def _lost(self, reason: str) -> None:
-        """The sender will not be heard from again. If it had said ``Commit`` before, the commit counts."""
+    def _lost(self, reason: str, *, tell: bool = False) -> None:
+        """The sender will not be heard from again; ``tell`` it, should it be there after all. If it had said ``Commit`` before, the
+        commit counts."""
         if self.state.phase == "applying":
             return
         where = {"waiting": "before an update began", "ready": "after all was sent, and before it said to commit"}
         when = where.get(self.state.phase, "in the middle of an update")
-        self._blame(Cause("TransferError", f"the sender was lost {when}: {reason}"))
+        cause = Cause("TransferError", f"the sender was lost {when}: {reason}")
+        self._blame(cause)
+        if tell:
+            self._post(Abort(cause))
         self._finish(reusable=False)
 
     def _look_at_the_clock(self) -> None:
@@ -292,14 +313,14 @@ class _Turn:
         if state.phase == "waiting" and self.now >= state.wait_until:
             self._blame(Cause("TransferError", f"no update began within {self.now - state.since:.3g} s"))
             self._finish(reusable=True)
-        elif state.phase == "aborting" and self.now - state.since >= state.patience.drain:
+        elif state.phase == "aborting" and self.now >= state.since + state.patience.drain:
             self._finish(reusable=False)
         elif state.phase not in ("waiting", "aborting", "applying", "done"):
-            if self.now - state.line.heard >= state.patience.silence:
-                self._lost(f"silent for {self.now - state.line.heard:.3g} s")
+            if self.now >= state.line.heard + state.silence:
+                self._lost(state.line.complaint(self.now), tell=True)
             elif self.now >= state.patience.until:
                 self._failed(Cause("TransferError", f"the update was not complete at its deadline; {self._progress()}"))
-        if self.state.phase not in ("waiting", "done") and self.now - self.state.line.posted >= self.state.beat:
+        if self.state.phase not in ("waiting", "done") and self.now >= self.state.line.posted + self.state.beat:
             self._post(Beat())
 
     def _progress(self) -> str:
@@ -315,7 +336,7 @@ class _Turn:
 
     def _finish(self, *, reusable: bool) -> None:
         self._enter("done")
-        self.actions.append(Done(self.state.cause, reusable))
+        self.actions.append(Done(self.state.cause, reusable and not self.state.line.cut))
 
     def _post(self, body: Body) -> None:
         line, envelope = self.state.line.say(self.state.attempt, body, self.now)

@@ -109,6 +109,8 @@ class Sender:
     @property
     def wake_at(self) -> float:
         """When this end has to be ticked, unless something happens before."""
+        if self.phase == "done":
+            return float("inf")
         live = [peer for peer in self.peers if not peer.is_final]
         times = [peer.line.posted + self.beat for peer in live]
         if self.phase == "aborting":
@@ -121,7 +123,7 @@ class Sender:
     @property
     def beat(self) -> float:
         """Seconds after which an end that has said nothing says that it is there."""
-        return min(self.patience.timeout, *(peer.timeout for peer in self.peers)) / BEATS
+        return min((self.patience.timeout, *(peer.timeout for peer in self.peers))) / BEATS
 
 
 class _Turn:
@@ -138,11 +140,13 @@ class _Turn:
             case Begin():
                 self._enter("greeting")
                 self._post_all(self.state.hello)
-            case Came(envelope, peer):
+            case Came(envelope, place):
                 if envelope.attempt == self.state.attempt:  # else of an update that is over
-                    self._came(peer, envelope.number, envelope.body)
-            case Gone(reason, peer):
-                self._lost(peer, "gone", reason)
+                    self._came(place, envelope.number, envelope.body)
+            case Gone(reason, place):
+                peer = self.state.peers[place]
+                self._set(place, replace(peer, line=replace(peer.line, cut=True)))
+                self._lost(place, "gone", reason)
             case Failed(cause):
                 self._fail(cause)
             case Packed(filled):
@@ -168,9 +172,9 @@ class _Turn:
         if self.state.phase == "ending" and all(peer.standing == "ready" for peer in state.peers):
             self._enter("committing")
             self._post_all(Commit())
-        elif (self.state.phase == "committing" and not live) or (
+        if (self.state.phase == "committing" and not live) or (
             self.state.phase == "aborting"
-            and (self.now - state.since >= state.patience.drain or not (live or self._is_pushing() or state.packing is not None))
+            and (self.now >= state.since + state.patience.drain or not (live or self._is_pushing() or state.packing is not None))
         ):
             self._finish()
 
@@ -198,8 +202,12 @@ class _Turn:
         filled = next(filled for filled in self.state.filled if filled.index == index)
         self.state = replace(self.state, slots=_put(self.state.slots, filled.slot, Slot(index, pushed=True)))
         if not self.state.hello.rendezvous and self.state.phase == "streaming":
-            self._announce(filled)
-        self._vacate(filled)
+            for other in self.state.filled:  # in their order, whichever move was over first
+                if other.index == self.state.announced and self.state.slots[other.slot].pushed:
+                    self._announce(other)
+                    self._vacate(other)
+        else:
+            self._vacate(filled)
 
     def _announce(self, filled: Filled) -> None:
         """From here on the receivers read the slot."""
@@ -235,15 +243,11 @@ class _Turn:
         match body:
             case Beat():
                 pass
-            case Abort(cause):
-                if state.phase == "committing":  # it gave up before it heard of the commit, and keeps to that
-                    self._set(place, replace(peer, standing="aborted"))
+            case Abort(cause):  # after Commit: it gave up before it heard of that, and keeps to it
                 self._fail(self._from(place, cause))
-            case Aborted(cause) if cause is not None and state.phase == "committing":
+            case Aborted(cause) if state.phase in ("committing", "aborting"):
                 self._set(place, replace(peer, standing="aborted"))
-                self._blame(self._from(place, cause))
-            case Aborted() if state.phase == "aborting":
-                self._set(place, replace(peer, standing="aborted"))
+                self._blame(self._from(place, cause or Cause("TransferError", "gave the update up")))
             case _ if state.phase == "aborting":
                 pass  # said before it heard of the abort
             case Welcome(version, timeout) if peer.standing == "greeted":
@@ -262,13 +266,13 @@ class _Turn:
         state = self.state
         if state.phase not in ("aborting", "done"):
             for place, peer in enumerate(state.peers):
-                if not peer.is_final and self.now - peer.line.heard >= state.patience.silence:
-                    hint = "; is it in receive()?" if peer.standing == "greeted" else ""
-                    self._lost(place, "silent", f"silent for {self.now - peer.line.heard:.3g} s{hint}")
+                if not peer.is_final and self.now >= peer.line.heard + state.patience.silence:
+                    hint = "; is it in receive()?" if peer.standing == "greeted" and not peer.line.early else ""
+                    self._lost(place, "silent", peer.line.complaint(self.now) + hint)
             if self.now >= state.patience.until:
                 self._overdue()
         for place, peer in enumerate(self.state.peers):
-            if not peer.is_final and self.now - peer.line.posted >= state.beat:
+            if not peer.is_final and self.now >= peer.line.posted + state.beat:
                 self._post(place, Beat())
 
     def _overdue(self) -> None:
@@ -308,7 +312,8 @@ class _Turn:
                 self._post(place, Abort(self.state.cause, self.state.announced))
 
     def _finish(self) -> None:
-        reusable = all(peer.standing in ("committed", "aborted") for peer in self.state.peers) and not self._is_pushing()
+        quiet = not self._is_pushing() and self.state.packing is None
+        reusable = quiet and all(peer.standing in ("committed", "aborted") and not peer.line.cut for peer in self.state.peers)
         self._enter("done")
         self.actions.append(Done(self.state.cause, reusable))
 
