@@ -115,11 +115,11 @@ class Driver(Generic[Machine]):
     def _settle(self) -> None:
         """See what has been moved; moves end in the order in which they began."""
         while self._moving and self._done is None:
-            moving, event = self._moving[0]
-            if not moving():
+            moving, event = self._moving.popleft()
+            if not moving():  # if it raises instead, it is over, and nobody asks it again
+                self._moving.appendleft((moving, event))
                 self._nap = min(2 * self._nap, _LONGEST_NAP)
                 return
-            self._moving.popleft()
             self._feed(event)
 
     def _catch_up(self) -> None:

@@ -138,6 +138,8 @@ def _send(
     if has_committed:
         carrier.version = version  # also if the update failed elsewhere: the next one needs a larger number
     error, driver.error = driver.error, None
+    if error is None and done.cause is not None:
+        error = error_of(done.cause, TransferError)
     if error is not None:
         if has_committed:
             error.add_note(f"receivers have committed version {version} all the same")
@@ -145,8 +147,6 @@ def _send(
             raise error
         finally:
             del error  # else its traceback holds it, and with it the carrier's memory
-    if done.cause is not None:
-        raise error_of(done.cause, TransferError)
     carrier.version = version
     return SendReport(
         version=version,

@@ -225,8 +225,8 @@ class _Stage:
         self._joined: set[int] = set()  # addresses of those that were joined here, and need no other copy
 
     def add(self, pairs: list[Pair]) -> None:
-        copies = {id(t): t if t.data_ptr() in self._joined else own_copy(t) for _, t in pairs}
-        self.tensors.update((name, copies[id(tensor)]) for name, tensor in pairs)
+        self.tensors.update(pair for pair in pairs if pair[1].data_ptr() in self._joined)
+        self.tensors.update(own_copies([pair for pair in pairs if pair[1].data_ptr() not in self._joined]))
 
     def memory_for(self, spec: TensorSpec, device: torch.device) -> torch.Tensor:
         memory = torch.empty(spec.nbytes, dtype=torch.uint8, device=device)
@@ -240,6 +240,12 @@ def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def own_copies(pairs: list[Pair]) -> list[Pair]:
+    """The pairs in memory of their own; what is one tensor under several names stays one."""
+    copies = {id(tensor): own_copy(tensor) for _, tensor in pairs}
+    return [(name, copies[id(tensor)]) for name, tensor in pairs]
 
 
 def _non_persistent(model: torch.nn.Module) -> frozenset[str]:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from rollout_core.errors import TransferError
 from rollout_core.transfer.carriers.contract import Moving
 from rollout_core.transfer.carriers.links import LinkedReceiver, LinkedSender
+from rollout_core.transfer.carriers.slots import make_slots
 
 _ADDRESS_NBYTES: Final = 512
 _LENGTH_NBYTES: Final = 2
@@ -124,7 +125,7 @@ class CollectiveSender(LinkedSender):
         self._slots: list[torch.Tensor] = []
 
     def lay_out(self, slots: int, nbytes: int) -> tuple[list[torch.Tensor], bytes]:
-        self._slots = _make(self._slots, slots, nbytes, self._broadcasts.device)
+        self._slots = make_slots(self._slots, slots, nbytes, self._broadcasts.device)
         return list(self._slots), b""
 
     def push(self, slot: int, nbytes: int) -> Moving | None:
@@ -158,7 +159,7 @@ class CollectiveReceiver(LinkedReceiver):
 
     def open(self, ticket: bytes, slots: int, nbytes: int) -> None:
         del ticket
-        self._slots = _make(self._slots, slots, nbytes, self._broadcasts.device)
+        self._slots = make_slots(self._slots, slots, nbytes, self._broadcasts.device)
 
     def pull(self, slot: int, nbytes: int) -> Moving | None:
         return self._broadcasts.start(self._slots[slot][:nbytes])
@@ -170,17 +171,6 @@ class CollectiveReceiver(LinkedReceiver):
         super().close()
         self._broadcasts.abort()
         self._slots.clear()
-
-
-def _make(held: list[torch.Tensor], slots: int, nbytes: int, device: torch.device) -> list[torch.Tensor]:
-    """Slots of this size: those from before if they have it."""
-    if [slot.numel() for slot in held] == [nbytes] * slots:
-        return held
-    held.clear()
-    try:
-        return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
-    except RuntimeError as error:  # out of memory, on the CPU too
-        raise TransferError(f"{slots} slots of {nbytes} bytes cannot be had on {device}: {error}") from error
 
 
 def _encode(address: _Address) -> bytes:

@@ -13,7 +13,8 @@ import torch
 
 from rollout_core.errors import TransferError
 
-#: A move of bytes under way: True once this end's part is over. Raises what went wrong. Asked again until either happens.
+#: A move of bytes under way: True once this end's part is over, at once either way. Raises what went wrong. Asked again until
+#: either happens.
 Moving: TypeAlias = Callable[[], bool]
 
 
@@ -40,12 +41,14 @@ class SenderEnd(Protocol):
         ...
 
     def post(self, receiver: int, message: bytes) -> None:
-        """Send a message, whole and in order, without waiting for anybody. ``TransferError`` if that receiver is gone."""
+        """Send a message, whole and in order, without waiting for anybody: what cannot leave at once goes out while this end polls.
+        ``TransferError`` if that receiver is known to be gone, or this end closed."""
         ...
 
     def poll(self, seconds: float | None) -> list[tuple[int, bytes | TransferError]]:
         """Messages that have come, each with its receiver; waits for the first at most ``seconds`` (None: as long as it takes). In
-        place of a message a ``TransferError``, once: that receiver is gone, or speaks nonsense."""
+        place of a message a ``TransferError``, once: that receiver is gone, or speaks nonsense. After this end's own ``close`` it
+        raises one."""
         ...
 
     def push(self, slot: int, nbytes: int) -> Moving | None:
@@ -53,7 +56,8 @@ class SenderEnd(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of everything, also in the middle of a move. A second call is harmless."""
+        """Let go of everything, also in the middle of a move. Messages that have not left may be lost. A second call is
+        harmless."""
         ...
 
 
@@ -68,7 +72,7 @@ class ReceiverEnd(Protocol):
         ...
 
     def post(self, message: bytes) -> None:
-        """Send a message, whole and in order, without waiting for anybody. ``TransferError`` if the sender is gone."""
+        """Send a message, as ``SenderEnd.post``."""
         ...
 
     def poll(self, seconds: float | None) -> list[bytes | TransferError]:
@@ -80,7 +84,8 @@ class ReceiverEnd(Protocol):
         ...
 
     def view(self, slot: int, nbytes: int) -> torch.Tensor:
-        """What was pulled, as a 1-d contiguous uint8 tensor. It is read until the slot is given back, and not after."""
+        """What was pulled, as a 1-d contiguous uint8 tensor. It is read until the slot is given back, and not after; it can be read
+        also when the sender has closed its end."""
         ...
 
     def close(self) -> None:

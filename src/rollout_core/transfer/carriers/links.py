@@ -13,6 +13,7 @@ from typing import Final
 from rollout_core.errors import TransferError
 from rollout_core.transfer.channel import Channel, PeerGone
 
+_SHORTEST_POLL: Final = 1e-3
 _LONGEST_POLL: Final = 3600.0  # seconds; poll counts milliseconds in a C int
 
 _CLOSED: Final = "this end of the carrier is closed: by close(), or by an update that lost its other side; make a new carrier"
@@ -24,6 +25,7 @@ class Links:
     def __init__(self, sockets: Sequence[socket]) -> None:
         self._channels: list[Channel[bytes]] = [Channel(one.detach(), bytes) for one in sockets]
         self._gone: dict[int, TransferError] = {}
+        self._is_closed = False
 
     def __len__(self) -> int:
         return len(self._channels)
@@ -36,6 +38,8 @@ class Links:
 
     def poll(self, seconds: float | None) -> list[tuple[int, bytes | TransferError]]:
         """Messages by peer, waiting for the first at most ``seconds``; in place of one a ``TransferError``, once for a peer."""
+        if self._is_closed:
+            raise TransferError(_CLOSED)
         deadline = None if seconds is None else time.monotonic() + seconds
         while True:
             found = self._arrived()
@@ -45,6 +49,7 @@ class Links:
             self._wait(left)
 
     def close(self) -> None:
+        self._is_closed = True
         for peer, channel in enumerate(self._channels):
             self._gone.setdefault(peer, TransferError(_CLOSED))
             channel.close()
@@ -68,7 +73,10 @@ class Links:
         for peer, channel in enumerate(self._channels):
             if peer not in self._gone:
                 poll.register(channel.fileno(), select.POLLIN | (0 if channel.is_flushed else select.POLLOUT))
-        poll.poll(seconds * 1000)
+        if seconds >= _SHORTEST_POLL:
+            poll.poll(seconds * 1000)
+        elif not poll.poll(0):  # poll would take any part of a millisecond for a whole one
+            time.sleep(seconds)
 
 
 class LinkedEnd:

@@ -10,6 +10,7 @@ import torch
 from rollout_core.errors import TransferError
 from rollout_core.transfer.carriers.contract import Moving
 from rollout_core.transfer.carriers.links import LinkedReceiver, LinkedSender
+from rollout_core.transfer.carriers.slots import make_slots
 
 
 class LocalSender(LinkedSender):
@@ -23,8 +24,7 @@ class LocalSender(LinkedSender):
         self._device = device
 
     def lay_out(self, slots: int, nbytes: int) -> tuple[list[torch.Tensor], bytes]:
-        if [slot.numel() for slot in self._shared] != [nbytes] * slots:
-            self._shared[:] = [torch.empty(nbytes, dtype=torch.uint8, device=self._device) for _ in range(slots)]
+        self._shared[:] = make_slots(self._shared, slots, nbytes, self._device)
         return list(self._shared), b""
 
     def push(self, slot: int, nbytes: int) -> Moving | None:

@@ -218,8 +218,7 @@ class _Turn:
             return self._failed(Cause("TransferError", f"the sender: {error}"))
         self.state = replace(self.state, line=line)
         for body in due:
-            if self.state.phase != "done":
-                self._hear(body)
+            self._hear(body)
         return None
 
     def _hear(self, body: Body) -> None:

@@ -1,0 +1,64 @@
+"""Every interleaving of small updates, with every fault at every place: see support.network for what that means.
+
+How many worlds there are is part of each test: fewer would mean that something is not looked at any more.
+"""
+
+import pytest
+
+from support.exploration import Explorer
+from support.network import Network, Size
+
+#: Sizes, the most faults, and how many worlds and how many ends of updates there are.
+QUICK = [
+    (Size(), 0, 148, 2),
+    (Size(rendezvous=True), 0, 435, 8),
+    (Size(receivers=0), 1, 254, 82),
+    (Size(slots=1), 1, 3850, 550),
+    (Size(), 1, 10370, 1797),
+    (Size(staged=True, closes=False), 1, 10275, 1360),
+    (Size(rendezvous=True), 1, 35233, 5892),
+    (Size(rendezvous=True, closes=False), 1, 31978, 3710),
+    (Size(timeouts=(100.0, 10.0)), 1, 20815, 1774),
+    (Size(timeouts=(10.0, 100.0), buckets=1), 1, 8300, 520),
+    (Size(slots=1, buckets=1), 2, 94895, 25049),
+    (Size(receivers=2), 0, 1668, 2),
+    (Size(receivers=2, rendezvous=True), 0, 3973, 8),
+    (Size(receivers=2, slots=1, buckets=1), 1, 31255, 4510),
+]
+LARGE = [
+    (Size(receivers=3, slots=1, buckets=1), 0, 634, 2),
+    (Size(receivers=2, buckets=1, rendezvous=True), 1, 150918, 21109),
+    (Size(receivers=2, buckets=2), 1, 439793, 64557),
+    (Size(receivers=2, buckets=1, timeouts=(100.0, 10.0)), 1, 172933, 18426),
+    (Size(slots=3, buckets=5), 1, 161921, 26940),
+    (Size(slots=3, buckets=4, rendezvous=True), 1, 473600, 66276),
+    (Size(buckets=2), 2, 313672, 89289),
+    (Size(buckets=1, rendezvous=True), 2, 190203, 54278),
+]
+
+
+def named(cases):
+    return [pytest.param(*case, id=name_of(*case[:2])) for case in cases]
+
+
+def name_of(size, faults):
+    kind = ["plain", "rendezvous"][size.rendezvous] + ["-open", ""][size.closes] + ["", "-staged"][size.staged]
+    timeouts = "-".join(f"{timeout:g}" for timeout in size.timeouts)
+    return f"{size.receivers}r-{size.slots}s-{size.buckets}b-{kind}-{timeouts}s-{faults}faults"
+
+
+def explore(size, faults, worlds, ends):
+    explored = Explorer(Network(size), faults).run()
+    assert explored.again > 0, "no second update was tried"
+    assert (explored.worlds, explored.ends) == (worlds, ends), f"what was looked at has changed: {explored}"
+
+
+@pytest.mark.parametrize(("size", "faults", "worlds", "ends"), named(QUICK))
+def test_every_interleaving_ends_well_or_with_the_cause(size, faults, worlds, ends):
+    explore(size, faults, worlds, ends)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "faults", "worlds", "ends"), named(LARGE))
+def test_every_interleaving_of_more(size, faults, worlds, ends):
+    explore(size, faults, worlds, ends)
