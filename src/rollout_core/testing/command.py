@@ -1,4 +1,4 @@
-"""``rollout-core check``: run the checks on a packer or a tracker, print what was found, and write it down."""
+"""``rollout-core check``: run the checks on a packer, a tracker or a carrier, print what was found, and write it down."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def check_command(
     target: Annotated[
-        str, typer.Argument(help="package.module:packer or :Tracker, or the name of a shipped adapter (see --list).")
+        str, typer.Argument(help="package.module:packer, :Tracker or :carrier, or the name of a shipped adapter (see --list).")
     ] = "",
     only: Annotated[list[str] | None, typer.Option(help="Only these checks or clauses, for example B3 or B13-replay.")] = None,
     max_examples: Annotated[int, typer.Option(min=1, help="Cases tried by each check.")] = 100,
@@ -34,7 +34,7 @@ def check_command(
     worlds: Annotated[list[str] | None, typer.Option("--world", help="Try a tracker in these worlds only.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the checks, capabilities and shipped adapters.")] = False,
 ) -> None:
-    """Run the conformance checks on a packer or a tracker: every violated clause with its smallest counterexample.
+    """Run the conformance checks on a packer, a tracker or a carrier: every violated clause with its smallest counterexample.
 
     Exits with 0 if nothing failed, 1 if something did, 2 if it could not begin.
     """
@@ -61,7 +61,7 @@ def check_command(
             kind = kind_of(target)
             more = {"worlds": worlds} if worlds else {}
             if worlds and kind != "tracker":
-                _refuse("--world is for trackers, and this is a packer")
+                _refuse(f"--world is for trackers, and this is a {kind}")
             with _progress(console) as bar:
 
                 def show(check: Check, result: Result | None, total: int) -> None:
@@ -73,7 +73,8 @@ def check_command(
 
                 task = bar.add_task(f"loading the {kind}", total=None)
                 heading = f"{target}: level {level}, seed {seed}, up to {max_examples} cases a check"
-                run: Callable[..., Report] = runner.check_tracker if kind == "tracker" else runner.check_packer
+                checks: dict[str, Callable[..., Report]] = {"tracker": runner.check_tracker, "carrier": runner.check_carrier}
+                run: Callable[..., Report] = checks.get(kind, runner.check_packer)
                 report = run(
                     target,
                     level=level,
@@ -127,25 +128,26 @@ def _write_scripts(report: Report, folder: Path) -> int:
 
 
 def _list() -> None:
+    from rollout_core.testing.carriers import CARRIER_CAPABILITIES
     from rollout_core.testing.packers import CAPABILITIES
     from rollout_core.testing.peers import PEERS, TRACKER_PEERS, real_worlds
     from rollout_core.testing.registry import LEVELS, select_checks
-    from rollout_core.testing.targets import OWN, OWN_TRACKERS
+    from rollout_core.testing.targets import OWN, OWN_CARRIERS, OWN_TRACKERS
     from rollout_core.testing.trackers import TRACKER_CAPABILITIES
     from rollout_core.testing.worlds import world_names
 
     print(f"checks (level {LEVELS[-1]})")
-    for check in (*select_checks("packer"), *select_checks("tracker")):
+    for check in (check for kind in ("packer", "tracker", "carrier") for check in select_checks(kind)):
         needs = f"  [needs {', '.join(sorted(check.needs))}]" if check.needs else ""
         print(f"  {check.id:<28} {check.title}{needs}")
-    for kind, known in (("", CAPABILITIES), (" of trackers", TRACKER_CAPABILITIES)):
+    for kind, known in (("", CAPABILITIES), (" of trackers", TRACKER_CAPABILITIES), (" of carriers", CARRIER_CAPABILITIES)):
         print(f"capabilities{kind}")
         for name, words in known.items():
             print(f"  {name:<28} {words}")
     print("worlds of trackers")
     print("\n".join(f"  {name}" for name in [*world_names(), *real_worlds.WORLDS]))
     print("shipped adapters")
-    for name, target in {**OWN, **OWN_TRACKERS}.items():
+    for name, target in {**OWN, **OWN_TRACKERS, **OWN_CARRIERS}.items():
         print(f"  {name:<28} {target}")
     for peer in PEERS.values():
         print(f"  {peer.name:<28} {peer.distribution} {peer.version}, {peer.source}")

@@ -60,7 +60,8 @@ class SubjectError(RolloutCoreError, TypeError):
 class Subject(Protocol):
     """A subject under test, wrapped for the checks of its kind."""
 
-    capabilities: frozenset[str]
+    @property
+    def capabilities(self) -> frozenset[str]: ...
 
 
 #: Makes the subject, which notes in the given phase, if there is one, what it is doing.
@@ -316,11 +317,11 @@ def _serve(connection: socket.socket, start: Start, phase: Any) -> None:
     warnings.simplefilter("ignore")  # the kit judges results; a packer may warn
     channel: Channel[Request] = Channel(connection.detach(), Request)
     try:
-        subject = start(phase)
+        capabilities = sorted(start(phase).capabilities)
     except (Exception, SystemExit) as error:
         channel.send(Hello([], _loading_words(error)))
         return
-    channel.send(Hello(sorted(subject.capabilities)))
+    channel.send(Hello(capabilities))
     while True:
         try:
             request = channel.receive(None)

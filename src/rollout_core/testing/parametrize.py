@@ -1,4 +1,4 @@
-"""parametrize_packer_checks, parametrize_tracker_checks: the checks as pytest tests, one for each subject and check."""
+"""``parametrize_packer_checks`` and those of trackers and carriers: the checks as pytest tests, one for each subject and check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from rollout_core.testing.packers import name_of
 from rollout_core.testing.registry import LEVELS, Check, SubjectKind, select_checks
 from rollout_core.testing.report import Report, Result, result_lines
-from rollout_core.testing.runner import check_packer, check_tracker, expected_of
+from rollout_core.testing.runner import check_carrier, check_packer, check_tracker, expected_of
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 
@@ -62,6 +62,29 @@ def parametrize_tracker_checks(
     """
     options = {"level": level, "max_examples": max_examples, "seed": seed, "timeout": timeout, "isolate": isolate}
     return _parametrized("tracker", check_tracker, trackers, only, expected_failures, {**options, "worlds": tuple(worlds)})
+
+
+def parametrize_carrier_checks(
+    carriers: Sequence[Any],
+    *,
+    level: str = LEVELS[-1],
+    only: Iterable[str] = (),
+    expected_failures: Mapping[str, str] | None = None,
+    max_examples: int = 100,
+    seed: int = 0,
+    timeout: float = 5.0,
+    isolate: bool = True,
+) -> Callable[[Test], Test]:
+    """Parametrize a test over carriers and the checks of a level:
+
+        @parametrize_carrier_checks([my_carrier])
+        def test_carrier(carrier, check):
+            check(carrier)
+
+    Everything is as for ``parametrize_packer_checks``.
+    """
+    options = {"level": level, "max_examples": max_examples, "seed": seed, "timeout": timeout, "isolate": isolate}
+    return _parametrized("carrier", check_carrier, carriers, only, expected_failures, options)
 
 
 def _parametrized(

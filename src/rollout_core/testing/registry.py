@@ -1,5 +1,5 @@
-"""The registry of checks: one for packers, trackers and workers. An id says which subject, which clause and what: every check has
-one that never changes its meaning, such as ``packer/B3-alignment``."""
+"""The registry of checks: one for packers, trackers, workers and carriers. An id says which subject, which clause and what: every
+check has one that never changes its meaning, such as ``packer/B3-alignment``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args
 import msgspec
 from hypothesis.strategies import SearchStrategy
 
-SubjectKind: TypeAlias = Literal["packer", "tracker", "worker"]
+SubjectKind: TypeAlias = Literal["packer", "tracker", "worker", "carrier"]
 #: Sets of checks, oldest first. A level never changes once released: later checks come with a later level.
 LEVELS: Final = ("2026.1",)
 
-_ID: Final = re.compile(r"(packer|tracker|worker)/([BTXMW]\d+)-([a-z0-9]+(?:-[a-z0-9]+)*)")
+_ID: Final = re.compile(r"(packer|tracker|worker|carrier)/([BTXMW]\d+)-([a-z0-9]+(?:-[a-z0-9]+)*)")
 _CHECKS: Final[dict[str, Check]] = {}
 
 

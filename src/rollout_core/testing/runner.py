@@ -1,4 +1,4 @@
-"""check_packer, check_tracker: run every check on a subject and report what came of each."""
+"""check_packer, check_tracker, check_carrier: run every check on a subject and report what came of each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import msgspec
 
@@ -17,7 +17,7 @@ from rollout_core.testing.registry import LEVELS, Check, SubjectKind, get_check,
 from rollout_core.testing.report import Report, Result, versions
 from rollout_core.testing.scripts import reproduction, target_of
 from rollout_core.testing.search import Finding, search
-from rollout_core.testing.targets import OWN, OWN_TRACKERS, capability_words, load_target, wrap
+from rollout_core.testing.targets import OWN, OWN_CARRIERS, OWN_TRACKERS, capability_words, load_target, wrap
 from rollout_core.testing.targets import kind_of as kind_of_loaded
 from rollout_core.testing.worlds import world_info
 
@@ -76,6 +76,27 @@ def check_tracker(
     """
     asked = [f"world={world_info(name).name}" for name in ([worlds] if isinstance(worlds, str) else worlds)]
     return _run("tracker", tracker, level, only, expected_failures, max_examples, seed, timeout, isolate, progress, asked)
+
+
+def check_carrier(
+    carrier: Any,
+    *,
+    level: str = LEVELS[-1],
+    only: Iterable[str] = (),
+    expected_failures: Mapping[str, str] | None = None,
+    max_examples: int = 100,
+    seed: int = 0,
+    timeout: float = 5.0,
+    isolate: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Run the checks of a level on a carrier: ``make(receivers)``, which gives the sender's end and a list of the receivers' ends,
+    all in this process, or the name of one. ``rollout_core.testing.carriers`` says what it may have.
+
+    Every case makes a carrier, uses each end from a thread of its own, and closes it. The arguments are those of ``check_packer``,
+    and so are the errors.
+    """
+    return _run("carrier", carrier, level, only, expected_failures, max_examples, seed, timeout, isolate, progress)
 
 
 def replay(subject: Any, report: Report, *, timeout: float = 5.0, isolate: bool = True) -> Report:
@@ -264,10 +285,12 @@ def kind_of(target: str) -> SubjectKind:
         return "tracker"
     if target in OWN or target in PEERS:
         return "packer"
+    if target in OWN_CARRIERS:
+        return "carrier"
     runner = None
     try:
         runner = Isolated(lambda phase: _Kind(frozenset({kind_of_loaded(load_target(target))})))
-        return "tracker" if "tracker" in runner.hello.capabilities else "packer"
+        return cast(SubjectKind, runner.hello.capabilities[0])
     except SubjectError:
         return "packer"
     finally:

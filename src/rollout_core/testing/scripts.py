@@ -8,6 +8,8 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any, Final
 
+from rollout_core.testing.carrier_cases import CarrierCase
+from rollout_core.testing.carrier_scripts import carrier_script
 from rollout_core.testing.cases import PackerCase, TensorCase, fill_bytes
 from rollout_core.testing.registry import Check
 from rollout_core.testing.targets import full_name
@@ -89,6 +91,10 @@ def reproduction(check: Check, case: Any, target: Any, text: str) -> str:
         place = target_of(target)
         make = place.name.partition(":")[2] or "MyTracker"
         return tracker_script(check, case, place.imports or f"# MyTracker = ...  # put yours here: {place.words}", make, text)
+    if check.script and isinstance(case, CarrierCase):
+        place = target_of(target)
+        make = place.name.partition(":")[2] or "my_carrier"
+        return carrier_script(check, case, place.imports or f"# my_carrier = ...  # put yours here: {place.words}", make, text)
     if not check.script or not isinstance(case, PackerCase):
         return ""
     place = target_of(target)

@@ -25,19 +25,26 @@ OWN_TRACKERS: Final = {
     "rollout_core-tracker": "rollout_core.testing.own_tracker:ConversationTracker",
     "rollout_core-segments": "rollout_core.testing.own_tracker:SegmentsTracker",
 }
+#: This project's own carriers that work within one process, and one with which both ends take part in every move.
+OWN_CARRIERS: Final = {
+    "rollout_core-local": "rollout_core.transfer.carriers.local:local_carrier",
+    "rollout_core-memory": "rollout_core.testing.own_carriers:memory_carrier",
+    "reference-carrier": "rollout_core.testing.reference_carrier:ReferenceCarrier",
+}
+_ALL_OWN: Final = {**OWN, **OWN_TRACKERS, **OWN_CARRIERS}
 
 
 def full_name(target: str) -> str:
     """``package.module:attribute`` for a short name; what is no short name comes back as it is. ``SubjectError`` for neither."""
-    if target in OWN or target in OWN_TRACKERS:
-        return {**OWN, **OWN_TRACKERS}[target]
+    if target in _ALL_OWN:
+        return _ALL_OWN[target]
     if target in PEERS:
         return PEERS[target].target
     if target in TRACKER_PEERS:
         return TRACKER_PEERS[target].target
     module, colon, attribute = target.partition(":")
     if not (module and colon and attribute):
-        shipped = ", ".join([*OWN, *OWN_TRACKERS, *PEERS, *TRACKER_PEERS])
+        shipped = ", ".join([*_ALL_OWN, *PEERS, *TRACKER_PEERS])
         raise SubjectError(f"{target!r} is neither package.module:attribute nor a shipped adapter ({shipped})")
     return target
 
@@ -72,13 +79,21 @@ def wrap(kind: SubjectKind, target: Any, phase: Any) -> Subject:
         from rollout_core.testing.trackers import TrackerUnderTest
 
         return TrackerUnderTest(target, phase)
+    if kind == "carrier":
+        from rollout_core.testing.carriers import CarrierUnderTest
+
+        return CarrierUnderTest(target, phase)
     raise TypeError(f"there are no checks for a {kind} yet")
 
 
 def kind_of(target: Any) -> SubjectKind:
-    """What a target is meant to be: a tracker if it has a tracker's methods or takes a processor, else a packer."""
+    """What a target is meant to be: a carrier if it takes ``receivers``, a tracker if it has a tracker's methods or takes a
+    processor, else a packer."""
+    from rollout_core.testing.carriers import looks_like_a_carrier
     from rollout_core.testing.trackers import looks_like_a_tracker
 
+    if looks_like_a_carrier(target):
+        return "carrier"
     return "tracker" if looks_like_a_tracker(target) else "packer"
 
 
@@ -88,4 +103,8 @@ def capability_words(kind: str) -> Mapping[str, str]:
         from rollout_core.testing.trackers import TRACKER_CAPABILITIES
 
         return TRACKER_CAPABILITIES
+    if kind == "carrier":
+        from rollout_core.testing.carriers import CARRIER_CAPABILITIES
+
+        return CARRIER_CAPABILITIES
     return CAPABILITIES

@@ -10,7 +10,6 @@ import msgspec
 from rollout_core.testing.registry import Check, get_check
 from rollout_core.testing.tracker_cases import MessageCase, Step, TrackerCase
 from rollout_core.testing.tracker_play import turn_of
-from rollout_core.testing.trackers import TrackerUnderTest
 from rollout_core.testing.worlds import World, make_world
 
 _HEAD = '''\
@@ -43,12 +42,13 @@ recheck({tracker}, {id!r}, case)
 '''
 
 
-def recheck(tracker: Any, id: str, case: str | bytes) -> None:
-    """Run one check on one case, written as JSON. ``Violation`` if the tracker still fails it."""
+def recheck(subject: Any, id: str, case: str | bytes) -> None:
+    """Run one check on one case, written as JSON. ``Violation`` if the tracker or carrier still fails it."""
     import rollout_core.testing.checks  # noqa: F401 - registers the checks
+    from rollout_core.testing.targets import wrap
 
     check = get_check(id)
-    check.run(TrackerUnderTest(tracker), msgspec.json.decode(case, type=check.case_type))
+    check.run(wrap(check.kind, subject, None), msgspec.json.decode(case, type=check.case_type))
 
 
 def tracker_script(check: Check, case: TrackerCase, imports: str, make: str, text: str) -> str:

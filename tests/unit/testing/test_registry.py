@@ -70,6 +70,15 @@ def test_a_level_of_trackers_never_changes():
     assert [c.id.removeprefix("tracker/") for c in select_checks("tracker", level="2026.1")] == names.split()
 
 
+def test_a_level_of_carriers_never_changes():
+    names = """
+        T1-slots T1-again T1-lent T1-closed T2-post T2-poll T2-wakes T2-close-wakes T2-closed T2-post-closed
+        T2-own-close T2-close-twice T2-others T2-mid-move T2-memory T2-ticket T3-descriptors T3-threads T3-memory
+        T4-messages T4-bytes T4-receivers T4-apart T5-updates T5-source T5-refused T5-dies
+    """
+    assert [c.id.removeprefix("carrier/") for c in select_checks("carrier", level="2026.1")] == names.split()
+
+
 @pytest.mark.parametrize(
     ("word", "count"),
     [
@@ -113,7 +122,7 @@ def test_a_wrong_check_is_refused(empty, id, options, message):
 def test_an_unknown_check_or_subject_is_an_error():
     with pytest.raises(ValueError, match=r"there is no check 'packer/B3-alinement'; did you mean 'packer/B3-alignment'\?"):
         get_check("packer/B3-alinement")
-    with pytest.raises(ValueError, match="subject is 'sender'; it is one of packer, tracker, worker"):
+    with pytest.raises(ValueError, match="subject is 'sender'; it is one of packer, tracker, worker, carrier"):
         select_checks("sender")
 
 
@@ -159,4 +168,4 @@ def test_an_error_in_a_check_itself_is_told_as_such():
 
 
 def test_all_modules_of_checks_are_registered():
-    assert len(rollout_core.testing.checks.__all__) == 19
+    assert len(rollout_core.testing.checks.__all__) == 23

@@ -2,6 +2,10 @@
 
 from rollout_core.testing.checks import (
     agreement,
+    carrier_leaks,
+    carrier_messages,
+    carrier_slots,
+    carrier_updates,
     conservation,
     end,
     integrity,
@@ -24,6 +28,10 @@ from rollout_core.testing.checks import (
 
 __all__ = [
     "agreement",
+    "carrier_leaks",
+    "carrier_messages",
+    "carrier_slots",
+    "carrier_updates",
     "conservation",
     "end",
     "integrity",

@@ -1,9 +1,11 @@
-"""Mutants: the reference packer and this project's tracker with one bug each, most of them bugs that trainers have shipped. The
-kit has to find every one by the clause that it breaks: so is the kit itself tested. ``python -m rollout_core.testing.mutants`` runs
-them and prints the tables.
+"""Mutants: the reference packer, this project's tracker and the reference carrier with one bug each, most of them bugs that
+trainers have shipped. The kit has to find every one by the clause that it breaks: so is the kit itself tested.
+``python -m rollout_core.testing.mutants`` runs them and prints the tables.
 """
 
 from rollout_core.testing.mutants import (
+    carrier_messages,
+    carrier_slots,
     content,
     layout,
     ownership,
@@ -22,6 +24,8 @@ __all__ = [
     "MUTANTS",
     "SOUND",
     "Mutant",
+    "carrier_messages",
+    "carrier_slots",
     "content",
     "layout",
     "mutants_of",
