@@ -47,7 +47,7 @@ def unit(session: nox.Session) -> None:
     """The pure tests, with every branch of bucketing covered."""
     install(session, "test", extras="[hf,cli,testing]")
     session.run(
-        *("pytest", "tests/unit", "--cov", "--cov-report=term-missing", "--cov-fail-under=100"),
+        *("pytest", "tests/unit", "-m", "not slow", "--cov", "--cov-report=term-missing", "--cov-fail-under=100"),
         *session.posargs,
         env=QUIET,
     )
@@ -100,6 +100,13 @@ def processors(session: nox.Session) -> None:
         session.run("python", "tests/processors/campaign.py", *session.posargs, env=QUIET)
     else:
         session.run("pytest", "tests/processors", *PARALLEL, *session.posargs, env=QUIET)
+
+
+@nox.session
+def explore(session: nox.Session) -> None:
+    """The transfer protocol in larger sizes than the unit session explores: nightly."""
+    install(session, "test", extras="[testing]")
+    session.run("pytest", "tests/unit", "-m", "slow", "-o", "faulthandler_timeout=0", *session.posargs, env=QUIET)
 
 
 @nox.session
