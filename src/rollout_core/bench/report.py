@@ -40,7 +40,7 @@ def bench(which: tuple[str, ...], *, repeats: int, threads: int, console: Consol
             turns = bench_conversation(repeats, pictures=pictures)
             title = (
                 f"a turn of a conversation, {what}; peak allocated {turns.early_bytes} B at turn {EARLY}, {turns.late_bytes} B at "
-                f"turn {LATE}; a fork {turns.fork:.2f} us"
+                f"turn {LATE}; one token on each of two branches {turns.fork:.1f} us"
             )
             console.print(_table(title, turns.timings, f"turn {EARLY}"))
 

@@ -13,6 +13,8 @@ from rollout_core.errors import RolloutCoreError
 
 #: Renders messages; gives their text, in one piece or by message.
 Write = Callable[[Sequence[Mapping[str, Any]]], tuple[str, ...]]
+#: Characters ``[start, stop)`` of a text, and the message that they belong to.
+Owned = tuple[int, int, int]
 #: Three characters that stand nowhere in the texts: around a guard's number, and in place of a text.
 Marks = tuple[str, str, str]
 
@@ -38,11 +40,11 @@ def contents_of(
     messages: Sequence[Mapping[str, Any]],
     write: Write,
     marks: Marks,
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """The character ranges that came from the messages' contents, and the message of each.
+) -> tuple[list[tuple[int, int]], list[Owned]]:
+    """The character ranges that came from the messages' contents; and the same with the message of each, where that is known.
 
     The same messages are written again with a mark in place of each text. Where a template alters texts so that the two do not fit
-    together, everything counts as content.
+    together, everything counts as content, of no message in particular.
     """
     whole = "".join(pieces)
     said: list[tuple[str, int]] = []
@@ -59,31 +61,29 @@ def contents_of(
             marked.append({**message, "content": parts})
         else:
             marked.append(dict(message))
-    everything = [(0, len(whole))], [0]
+    everything: tuple[list[tuple[int, int]], list[Owned]] = [(0, len(whole))], []
     try:
         literals = "".join(write(marked)).split(marks[2])
     except RolloutCoreError:
         return everything
     if len(literals) != len(said) + 1 or not whole.startswith(literals[0]):
         return everything
-    at, ranges, owners = len(literals[0]), [], []
+    at, owned = len(literals[0]), []
     for (text, owner), literal in zip(said, literals[1:], strict=True):
         shown = next((t for t in (text, text.strip(), text.rstrip(), text.lstrip()) if whole.startswith(t + literal, at)), None)
         if shown is None:
             return everything
-        ranges.append((at, at + len(shown)))
-        owners.append(owner)
+        owned.append((at, at + len(shown), owner))
         at += len(shown) + len(literal)
-    return (ranges, owners) if at == len(whole) else everything
+    return ([(start, stop) for start, stop, _ in owned], owned) if at == len(whole) else everything
 
 
-def bounds_of(
-    pieces: Sequence[str], count: int, contents: Sequence[tuple[int, int]], owners: Sequence[int], closing: str
-) -> tuple[int, ...]:
+def bounds_of(pieces: Sequence[str], count: int, owned: Sequence[Owned], closing: str) -> tuple[int, ...]:
     """Where the text of each of ``count`` messages begins.
 
     In text that is not kept apart by message, a message ends with what ends a turn, if the template writes that after it, else
-    with its content.
+    with its content. ``owned``: texts of messages, and media with what the template writes around them; what a message owns is
+    never given to another one.
     """
     bounds = [0]
     if len(pieces) == count:
@@ -91,10 +91,9 @@ def bounds_of(
             bounds.append(bounds[-1] + len(piece))
         return tuple(bounds)
     whole = "".join(pieces)
-    ends = {owner: stop for (_, stop), owner in zip(contents, owners, strict=True)}
-    starts = {owner: start for (start, _), owner in reversed(list(zip(contents, owners, strict=True)))}
     for index in range(1, count):
-        stop = ends.get(index - 1, bounds[-1])
-        found = whole.find(closing, stop, starts.get(index, len(whole))) if closing else -1
-        bounds.append(max(bounds[-1], stop if found < 0 else found + len(closing)))
+        ended = max([bounds[-1], *(stop for _, stop, owner in owned if owner == index - 1)])
+        begins = min((start for start, _, owner in owned if owner >= index), default=len(whole))
+        found = whole.find(closing, ended, begins) if closing else -1
+        bounds.append(ended if found < 0 else found + len(closing))
     return tuple(bounds)

@@ -23,7 +23,7 @@ from rollout_core.multimodal.encoding import Encoder
 from rollout_core.multimodal.families import Family, family_of
 from rollout_core.multimodal.fingerprint import processor_fingerprint, tokenizer_fingerprint
 from rollout_core.multimodal.identity import artifact_identity
-from rollout_core.multimodal.layout import Laid, Medium, Script, lay_out
+from rollout_core.multimodal.layout import Laid, Medium, Script, lay_out, media_in
 from rollout_core.multimodal.loading import load_picture, load_sound, load_video
 from rollout_core.multimodal.media import WHITE, Media, Picture, Sound, Video
 from rollout_core.multimodal.messages import MediaSource, Messages, replaced, texts
@@ -153,8 +153,8 @@ class HFRenderer:
     def generation_prompt(self, past: Past, tools: Tools) -> Laid:
         """Tokens that open an assistant's turn."""
         text = templates.generation_prompt(self._render_with(tools), self.verdict, self.encode.joined, past, self._check_history)
-        script = Script(text, {}, (), (0,), past.message_count, 0, first=False)
-        return lay_out(script, (), self.encode, {}, {}, {}, self.encode.atomic, np.zeros(0, np.int64))
+        script = Script(text, {}, (), (0,), (), past.message_count, 0, first=False)
+        return lay_out(script, self.encode, {}, self.encode.atomic, np.zeros(0, np.int64))
 
     def said(self, ids: Ids) -> Mapping[str, Any]:
         """Sampled ids as an assistant's message, without the tokens that end a turn."""
@@ -252,22 +252,23 @@ class HFRenderer:
             self.family.support(self.processor, source.modality)
         guarded = [self._guarded(message, guards, marks) for message in messages.items]
         pieces = write(guarded)
-        contents, owners = contents_of(pieces, guarded, write, marks)
-        bounds = bounds_of(pieces, len(guarded), contents, owners, self.verdict.closing)
+        contents, owned = contents_of(pieces, guarded, write, marks)
+        media = [Medium(s.modality, s.message, self.process(s)) for s in messages.media]
+        shown = media_in("".join(pieces), media, self._placeholders, self.verdict.envelopes)
+        owned += [(entry.outer_start, entry.outer_stop, entry.medium.message - number) for entry in shown]
+        bounds = bounds_of(pieces, len(guarded), owned, self.verdict.closing)
         shift = len(closing)
         script = Script(
             closing + "".join(pieces),
             guards,
             tuple((start + shift, stop + shift) for start, stop in contents),
             (0, *(bound + shift for bound in bounds)) if shift else bounds,
+            tuple(entry.moved(shift) for entry in shown),
             number - 1 if shift else number,
             shift,
             first,
         )
-        media = [Medium(s.modality, s.message, self.process(s)) for s in messages.media]
-        return lay_out(
-            script, media, self.encode, self._placeholders, self._feature_ids, self.verdict.envelopes, self.encode.atomic, tail
-        )
+        return lay_out(script, self.encode, self._feature_ids, self.encode.atomic, tail)
 
     def _guarded(self, value: Any, guards: dict[str, str], marks: Marks) -> Any:
         return replaced(value, lambda text: guard(text, self._literals, guards, marks))

@@ -37,6 +37,21 @@ class Medium:
 
 
 @dataclass(frozen=True, slots=True)
+class Shown:
+    """A medium in a text: the characters ``[start, stop)`` of its placeholder, and ``[outer_start, outer_stop)`` with what the
+    template wrote around it because of the medium."""
+
+    medium: Medium
+    start: int
+    stop: int
+    outer_start: int
+    outer_stop: int
+
+    def moved(self, by: int) -> Shown:
+        return Shown(self.medium, self.start + by, self.stop + by, self.outer_start + by, self.outer_stop + by)
+
+
+@dataclass(frozen=True, slots=True)
 class Script:
     """Rendered text and what is known of it.
 
@@ -45,6 +60,7 @@ class Script:
         guards: guard -> the literal text it stands for.
         contents: character ranges that came from the messages rather than from the template, in order, disjoint.
         bounds: per message, the character where its text begins; ascending, the first is 0 or the end of ``closing``.
+        shown: the media, in the order of the text.
         first_message: number of the first of those messages.
         closing: characters at the front that end the turn before.
         first: whether this is the front of the whole sequence.
@@ -54,6 +70,7 @@ class Script:
     guards: Mapping[str, str]
     contents: tuple[tuple[int, int], ...]
     bounds: tuple[int, ...]
+    shown: tuple[Shown, ...]
     first_message: int
     closing: int
     first: bool
@@ -71,32 +88,21 @@ class Laid:
 
 
 def lay_out(
-    script: Script,
-    media: Sequence[Medium],
-    encode: Encode,
-    placeholders: Mapping[str, str],
-    features: Mapping[str, Sequence[int]],
-    envelopes: Mapping[str, tuple[str, str]],
-    atomic: Callable[[int], bool],
-    before: Ids,
+    script: Script, encode: Encode, features: Mapping[str, Sequence[int]], atomic: Callable[[int], bool], before: Ids
 ) -> Laid:
     """Encode both tracks of a script and place its items.
 
     Args:
-        media: in message order; of each modality, the n-th belongs to the n-th placeholder of that modality.
-        placeholders: per modality, the placeholder as templates write it.
         features: per modality, the ids of feature tokens.
-        envelopes: `templates.Verdict.envelopes`.
         atomic: whether an id is a control token, which a tokenizer never merges.
         before: ids that the sequence ends with, where they were sampled; the tokens that end a turn are not written twice.
 
     Raises:
-        ConversationError: more or fewer placeholders than media.
+        ConversationError: text of a message that is one token however it is written.
         UnsupportedProcessorError: spans and feature rows differ, or the tokenizer merges expansions with the text around them.
     """
-    shown = _occurrences(script, media, placeholders)
     reserved = np.asarray([token for ids in features.values() for token in ids], np.int64)
-    compact, expanded, regions = _encode(script, shown, encode, reserved)
+    compact, expanded, regions = _encode(script, encode, reserved)
     cut = overlap(before, compact.ids, max(int((compact.offsets[:, 1] <= script.closing).sum()), 1))
     if cut and (not atomic(int(compact.ids[0])) or (regions and regions[0].compact_start < cut)):
         cut = 0
@@ -112,25 +118,40 @@ def lay_out(
     wide_message = np.where(outside, message[source], 0).astype(np.int64)
     items = []
     counts: dict[str, int] = {}
-    for index, ((begin, end, medium), region) in enumerate(zip(shown, regions, strict=True)):
-        wide_message[region.start : region.stop] = medium.message
+    for index, (shown, region) in enumerate(zip(script.shown, regions, strict=True)):
+        medium = shown.medium
         spans = runs(expanded.ids[region.start : region.stop], features[medium.modality], region.start)
         _check_rows(medium, spans)
-        earlier, later = _envelope(script.text, begin, end, envelopes.get(medium.modality), compact, region)
+        earlier, later = _around(shown, compact, region)
         envelope = (region.start - earlier, region.stop + later)
+        # Also where its first token began in the text of the message before, as one that takes white space does.
+        wide_message[slice(*envelope)] = medium.message
         item = Item(medium.modality, index, counts.get(medium.modality, 0), medium.message, region, spans, envelope, medium.payload)
         items.append(item.moved(-cut, -cut, item.index, item.modality_index))
         counts[medium.modality] = item.modality_index + 1
     return Laid(expanded.ids[cut:], compact.ids[cut:], wide_origin[cut:], wide_message[cut:], tuple(items))
 
 
-def _occurrences(script: Script, media: Sequence[Medium], placeholders: Mapping[str, str]) -> list[tuple[int, int, Medium]]:
+def media_in(
+    text: str, media: Sequence[Medium], placeholders: Mapping[str, str], envelopes: Mapping[str, tuple[str, str]]
+) -> list[Shown]:
+    """Where a rendered text shows its media, in order.
+
+    Args:
+        text: with guards in place of literal placeholders.
+        media: in message order; of each modality, the n-th belongs to the n-th placeholder of that modality.
+        placeholders: per modality, the placeholder as templates write it.
+        envelopes: `templates.Verdict.envelopes`.
+
+    Raises:
+        ConversationError: more or fewer placeholders than media.
+    """
     present = {medium.modality for medium in media}
     waiting = {modality: iter([m for m in media if m.modality == modality]) for modality in placeholders}
     by_text = {placeholders[modality]: modality for modality in present}
     pattern = re.compile("|".join(re.escape(p) for p in sorted(placeholders.values(), key=len, reverse=True)) or "(?!)")
     shown = []
-    for match in pattern.finditer(script.text):
+    for match in pattern.finditer(text):
         modality = by_text.get(match.group(), "")
         medium = next(waiting[modality], None) if modality else None
         if medium is None:
@@ -138,7 +159,7 @@ def _occurrences(script: Script, media: Sequence[Medium], placeholders: Mapping[
                 f"the chat template writes {match.group()!r} more often than there are media of that kind; a message has a "
                 "placeholder without its picture, video or sound"
             )
-        shown.append((match.start(), match.end(), medium))
+        shown.append(Shown(medium, *match.span(), *_outer(text, *match.span(), envelopes.get(modality))))
     for modality in sorted(present):
         left = next(waiting[modality], None)
         if left is not None:
@@ -149,9 +170,16 @@ def _occurrences(script: Script, media: Sequence[Medium], placeholders: Mapping[
     return shown
 
 
-def _encode(
-    script: Script, shown: Sequence[tuple[int, int, Medium]], encode: Encode, reserved: Ids
-) -> tuple[Encoded, Encoded, list[Region]]:
+def _outer(text: str, start: int, stop: int, around: tuple[str, str] | None) -> tuple[int, int]:
+    """The characters of a placeholder at ``[start, stop)`` with what the template wrote around it."""
+    prefix, suffix = around or ("", "")
+    # A template may write something that changes, such as a number, further away: what is the same next to the placeholder counts.
+    before = next(len(prefix) - n for n in range(len(prefix) + 1) if text[:start].endswith(prefix[n:]))
+    after = next(n for n in range(len(suffix), -1, -1) if text[stop:].startswith(suffix[:n]))
+    return start - before, stop + after
+
+
+def _encode(script: Script, encode: Encode, reserved: Ids) -> tuple[Encoded, Encoded, list[Region]]:
     """Both tracks. Offsets of the compact track count characters of the script's text, guards included."""
     ids: list[Ids] = []
     offsets: list[Ids] = []
@@ -167,7 +195,7 @@ def _encode(
             ids, offsets, wide = [*ids, part.ids], [*offsets, part.offsets], [*wide, part.ids]
             length, wide_length = length + len(part.ids), wide_length + len(part.ids)
             continue
-        inside = [entry for entry in shown if start <= entry[0] < stop]
+        inside = [shown for shown in script.shown if start <= shown.start < stop]
         text = script.text[start:stop]
         part = encode(text, first=script.first and index == 0)
         grown, chars, compact_chars = _grown(text, start, inside)
@@ -197,21 +225,19 @@ def _parts(script: Script) -> Iterator[tuple[int, int, str | None]]:
         yield at, len(script.text), None
 
 
-def _grown(
-    text: str, start: int, inside: Sequence[tuple[int, int, Medium]]
-) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
+def _grown(text: str, start: int, inside: Sequence[Shown]) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
     """The text with every placeholder replaced, and the characters of the replacements and of the placeholders."""
     parts: list[str] = []
     chars: list[tuple[int, int]] = []
     length = at = 0
-    for begin, end, medium in inside:
-        before, replacement = text[at : begin - start], medium.payload.replacement
+    for shown in inside:
+        before, replacement = text[at : shown.start - start], shown.medium.payload.replacement
         parts += [before, replacement]
         length += len(before)
         chars.append((length, length + len(replacement)))
         length += len(replacement)
-        at = end - start
-    return "".join([*parts, text[at:]]), chars, [(begin - start, end - start) for begin, end, _ in inside]
+        at = shown.stop - start
+    return "".join([*parts, text[at:]]), chars, [(shown.start - start, shown.stop - start) for shown in inside]
 
 
 def _sources(regions: Sequence[Region], length: int) -> Ids:
@@ -239,17 +265,12 @@ def _check_rows(medium: Medium, spans: tuple[tuple[int, int], ...]) -> None:
         )
 
 
-def _envelope(
-    text: str, start: int, stop: int, around: tuple[str, str] | None, compact: Encoded, region: Region
-) -> tuple[int, int]:
+def _around(shown: Shown, compact: Encoded, region: Region) -> tuple[int, int]:
     """How many tokens before and after a region the template wrote because of the medium."""
-    prefix, suffix = around or ("", "")
-    # A template may write something that changes, such as a number, further away: what is the same next to the placeholder counts.
-    prefix = next(prefix[n:] for n in range(len(prefix) + 1) if text[:start].endswith(prefix[n:]))
-    suffix = next(suffix[:n] for n in range(len(suffix), -1, -1) if text[stop:].startswith(suffix[:n]))
     before = compact.offsets[: region.compact_start]
     after = compact.offsets[region.compact_stop :]
     # Tokens that touch it: a control token may have taken white space around it.
-    touching_before = (before[:, 1] > start - len(prefix)) & (before[:, 1] > before[:, 0])
-    touching_after = (after[:, 0] < stop + len(suffix)) & (after[:, 1] > after[:, 0])
-    return (int(touching_before.sum()) if prefix else 0), (int(touching_after.sum()) if suffix else 0)
+    touching_before = (before[:, 1] > shown.outer_start) & (before[:, 1] > before[:, 0])
+    touching_after = (after[:, 0] < shown.outer_stop) & (after[:, 1] > after[:, 0])
+    earlier = int(touching_before.sum()) if shown.outer_start < shown.start else 0
+    return earlier, int(touching_after.sum()) if shown.outer_stop > shown.stop else 0

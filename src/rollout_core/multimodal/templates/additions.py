@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from rollout_core.errors import ConversationError, UnstableTemplateError
 from rollout_core.multimodal.messages import Message
 from rollout_core.multimodal.renderer import Past
 from rollout_core.multimodal.templates.shapes import stand_in
-from rollout_core.multimodal.templates.verdict import Join, Joined, Render, Verdict, features, united
+from rollout_core.multimodal.templates.verdict import Join, Joined, Render, Verdict
 
 #: Characters on either side of a join that are encoded to see whether the tokenizer merges across it.
 TAIL = 96
@@ -29,17 +30,20 @@ def begin(render: Render, verdict: Verdict, messages: Sequence[Message]) -> tupl
         whole = render(messages, generation=False)
     except Exception as error:
         raise ConversationError(f"the chat template refuses these messages ({' -> '.join(roles)}): {error}") from error
-    found: tuple[str, ...] = ()
-    for one, two in itertools.pairwise(messages):
-        found = united(found, features((one,)))
-        if Join(one["role"], two["role"], found) not in verdict.stable:
-            return (whole,)
-    try:
-        later = [added(render, (one,), (two,), verdict.parts) for one, two in itertools.pairwise(messages)]
-    except Exception:
-        return (whole,)
+    later = _pieces(render, verdict, messages[:1], messages[1:])
     rest = "".join(later)
-    return (whole[: len(whole) - len(rest)], *later) if whole.endswith(rest) else (whole,)
+    return (whole[: len(whole) - len(rest)], *later) if whole.endswith(rest) and len(later) == len(messages) - 1 else (whole,)
+
+
+def _pieces(render: Render, verdict: Verdict, recent: Sequence[Message], messages: Sequence[Message]) -> tuple[str, ...]:
+    """What each message adds to the one before it, the first to ``recent``; nothing where the template refuses that, or changes
+    the one before. No join is trusted: the caller compares all together with the whole."""
+    try:
+        return tuple(
+            added(render, messages[n - 1 : n] if n else recent, (message,), verdict.parts) for n, message in enumerate(messages)
+        )
+    except Exception:
+        return ()
 
 
 def generation_prompt(render: Render, verdict: Verdict, joined: Joined, past: Past, check: bool) -> str:
@@ -71,17 +75,15 @@ def add(render: Render, verdict: Verdict, joined: Joined, past: Past, messages: 
     trusted = (verdict.generation_kept or not past.sampled) and "assistant" not in roles[1:]
     known = not check and trusted and all(Join(*pair, past.features) in verdict.stable for pair in itertools.pairwise(roles))
     try:
-        if not known:
-            return (_added_to_all(render, verdict, joined, past, messages),)
         recent = past.recent()
-        try:
-            whole = added(render, recent, messages, verdict.parts, joined)
-            pieces = tuple(
-                added(render, (before,) if n else recent, (message,), verdict.parts)
-                for n, (before, message) in enumerate(itertools.pairwise((recent[-1], *messages)))
-            )
-        except Exception:  # what the template does with these very messages is seen on the whole past
-            return (_added_to_all(render, verdict, joined, past, messages),)
+        pieces = _pieces(render, verdict, recent, messages)
+        whole = None
+        if known and pieces:
+            # What the template does with these very messages is seen on the whole past.
+            with contextlib.suppress(Exception):
+                whole = added(render, recent, messages, verdict.parts, joined)
+        if whole is None:
+            whole = _added_to_all(render, verdict, joined, past, messages)
     except ConversationError:
         raise
     except Exception as error:

@@ -15,9 +15,16 @@ from rollout_core.testing.tracker_oracles import Expected, Turn, outputs, positi
 from rollout_core.testing.tracker_play import Play
 from rollout_core.testing.tracker_strategies import CUT, PLAIN, SCORED, conversations
 from rollout_core.testing.trackers import TrackerUnderTest
+from rollout_core.testing.worlds import TEMPLATES
 
 _SIDES: Final = ("right", "left")
 _SHOWN: Final = ((("user", "tm"),), (("user", "mt"),), (("user", "mn"),), (("user", "t"),), (("tool", "m"),))
+#: Messages given together, whose roles seldom or never meet in this order: probing a template hardly sees that.
+_TOGETHER: Final = (
+    (("user", "tm"), ("system", "s")),
+    (("system", "t"), ("user", "tm"), ("system", "tn")),
+    (("user", "t"), ("assistant", "sc"), ("user", "t"), ("user", "sm")),
+)
 
 
 @dataclass
@@ -42,6 +49,15 @@ def _cases(worlds: list[str]) -> SearchStrategy[TrackerCase]:
     return conversations(
         worlds=worlds, begun=_SHOWN, added=_SHOWN, samples=(*PLAIN, *CUT, *SCORED), texts=("a", "x y", ""), max_steps=3, places=2
     )
+
+
+def _together(worlds: list[str]) -> SearchStrategy[TrackerCase]:
+    """The same; and fakes in which nothing but the next message ends one, so that a tracker has to know where that begins."""
+    endless = [name for name in worlds if name.partition("+")[0] in TEMPLATES and not TEMPLATES[name.partition("+")[0]].end]
+    single = _cases(worlds)
+    if not endless:
+        return single
+    return single | conversations(worlds=endless, begun=_TOGETHER, texts=("a", "x y", ""), max_steps=0, places=2)
 
 
 def _cut(subject: TrackerUnderTest, case: TrackerCase, policy: str = "drop_item") -> _Cut | None:
@@ -155,7 +171,7 @@ def error_policy(subject: TrackerUnderTest, case: TrackerCase) -> None:
     "tracker/M11-messages",
     "under the policy drop_message the cut is between messages",
     needs=["truncate"],
-    cases=_cases,
+    cases=_together,
 )
 def message_policy(subject: TrackerUnderTest, case: TrackerCase) -> None:
     cut = _cut(subject, case, "drop_message")
