@@ -19,7 +19,6 @@ from rollout_core.errors import ConversationError, UnstableTemplateError
 from rollout_core.multimodal import Conversation, Item, Payload, Picture, Sound, Video, rule
 from rollout_core.multimodal.deltas import BOUNDARY, ENVIRONMENT, ORIGINS, TEMPLATE
 from rollout_core.multimodal.layout import Laid
-from rollout_core.multimodal.positions import Text
 from rollout_core.multimodal.tracks import Region
 from rollout_core.viewing import plot as plotting
 from rollout_core.viewing.file import read_file
@@ -84,11 +83,11 @@ class Small:
                 items.append(Item(kind, len(items), index, number, region, spans, spans[0], payload))
             put(END, TEMPLATE, number)
         ids = (np.array(wide, np.int64), np.array(compact, np.int64))
-        return Laid(*ids, np.array(origin, np.uint8), np.array(owner, np.int64), tuple(items), (Text(len(wide)),))
+        return Laid(*ids, np.array(origin, np.uint8), np.array(owner, np.int64), tuple(items))
 
     def generation_prompt(self, past, tools):
         one = np.array([ROLE], np.int64)
-        return Laid(one, one.copy(), np.zeros(1, np.uint8), one * 0 + past.message_count, (), (Text(1),))
+        return Laid(one, one.copy(), np.zeros(1, np.uint8), one * 0 + past.message_count, ())
 
     def said(self, ids):
         return {"role": "assistant", "content": " ".join(f"w{i}" for i in ids)}
