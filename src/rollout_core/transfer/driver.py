@@ -84,7 +84,6 @@ class Driver(Generic[Machine]):
         self._settle()
         if self._done is None and self._work:
             self._carry_out(self._work.popleft())
-        self._catch_up()
         self._feed(Tick())
 
     def _carry_out(self, action: Any) -> None:
@@ -105,7 +104,7 @@ class Driver(Generic[Machine]):
         if isinstance(result, tuple):
             self._moving.append(result)
             self._nap = _FIRST_NAP
-            return None
+            result = []
         try:
             self._catch_up()
         finally:

@@ -51,8 +51,9 @@ def receive(
     ``into``: what the weights are loaded into, such as ``DirectWeights(model)`` or ``StagedWeights(model)``; None collects them in
     memory of their own, as the report's ``weights``. ``plan``: accept this one only. ``wait``: seconds until an update has to begin
     (None: ``timeout``; ``math.inf``: as long as the sender lives). ``timeout``: seconds from the sender's last sign of life to the
-    end of the update with an error; it has to be longer than any side takes over one bucket. ``deadline``: seconds that the whole
-    update may take. ``verify``: check every bucket's digest before anything of it is used. ``observe`` is told of every step.
+    end of the update with an error; it has to be longer than any side takes over one bucket. ``deadline``: seconds after
+    which it is given up, as for ``send``. ``verify``: check every bucket's digest before anything of it is used. ``observe`` is told
+    of every step.
 
     If this raises, the version has not advanced: ``into`` has the old weights, or says that they are unusable (clause T5). Only a
     KeyboardInterrupt that comes after the commit is raised all the same, and a note says that the update is committed. The carrier

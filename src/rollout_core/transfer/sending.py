@@ -47,8 +47,8 @@ def send(
     last that this carrier committed. ``digest``: as for ``pack``; None where receivers are told ``verify=False``.
 
     ``timeout``: seconds from a receiver's last sign of life to the end of the update with an error. It has to be longer than any
-    side takes over one bucket, the source's own work included. ``deadline``: seconds that the whole update may take.
-    ``observe`` is told of every step.
+    side takes over one bucket, the source's own work included. ``deadline``: seconds after which an update that is
+    not complete is given up; to end it in order takes a quarter of ``timeout`` at most. ``observe`` is told of every step.
 
     If this raises, no receiver has committed the update, unless the message says that one has, or may have. The carrier can be used
     for the next update if nobody was lost; else it is closed, and says so.

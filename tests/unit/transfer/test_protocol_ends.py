@@ -1,7 +1,5 @@
 """Each of the two machines alone: given paths, the words that a user reads, and a peer that says anything."""
 
-from dataclasses import replace
-
 import msgspec
 import pytest
 from hypothesis import given
@@ -383,7 +381,7 @@ def test_all_are_told_why_but_those_that_are_gone():
 
 def test_who_is_missing_at_the_deadline_of_a_commit():
     s = committing(2)
-    s.machine = replace(s.machine, patience=Patience(20.0, 10.0))
+    s.machine = msgspec.structs.replace(s.machine, patience=Patience(20.0, 10.0))
     s.hear(Committed(4), peer=0)
     assert s.at(10.0).done == Done(
         Cause(
@@ -421,6 +419,19 @@ def test_the_shorter_timeout_says_how_often_to_speak():
     r = receiver(timeout=100.0).hear(HELLO)
     assert r.machine.wake_at == 4.0
     assert r.at(4.0).said == [(0, Beat())]
+
+
+def test_an_unread_message_is_no_silence():
+    """After a long pause one receiver's message is read before the other's: only a Tick, after all were, says who was silent."""
+    s = sender(2)
+    s.now = 19.0
+    assert s.hear(Welcome(3, 20.0), peer=0).machine.phase == "greeting"
+    assert s.hear(Welcome(3, 20.0), peer=1).machine.phase == "streaming"
+    assert s.at(19.0).machine.cause is None
+    r = streaming(1)
+    r.now = 19.0
+    assert r.tell(Pulled(0)).machine.cause is None
+    assert r.hear(Beat()).at(19.0).machine.cause is None
 
 
 def test_before_the_welcome_the_sender_does_not_know_how_often_to_speak():

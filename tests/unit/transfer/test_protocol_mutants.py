@@ -185,8 +185,8 @@ MUTANTS = [
     (
         "no drain",
         sender,
-        "or not (live or self._is_pushing()",
-        "or True or not (live or self._is_pushing()",
+        'self.state.phase == "aborting" and not (live or self._is_pushing() or state.packing is not None)',
+        'self.state.phase == "aborting"',
         "a_failure_leaves_the_ways_usable",
         ONE,
         1,

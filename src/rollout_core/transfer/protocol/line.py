@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from rollout_core.errors import TransferError
 from rollout_core.transfer.protocol.messages import Body, Envelope
@@ -16,8 +18,7 @@ BEATS: Final = 5
 _MAX_EARLY: Final = 256  # messages kept for their turn; more than any order of this protocol could put ahead of one
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(msgspec.Struct, frozen=True):
     """``heard``: when something came last whose turn it was, in seconds of the driver's clock. What is behind a message that never
     came does not count: an end that cannot go on is not kept waiting by signs of life. ``posted``: when something went last.
     ``cut``: whether this way is known to be lost."""
@@ -52,10 +53,9 @@ class Line:
         return f"{lost}silent for {now - self.heard:.3g} s"
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
+class Patience(msgspec.Struct, frozen=True):
     """``timeout``: seconds that this end bears, from the other's last sign of life to the end of the update. ``until``: the time at
-    which the update has to be over in any case."""
+    which an update that is not complete is given up; to end it in order takes the drain at most."""
 
     timeout: float
     until: float

@@ -9,8 +9,10 @@ The weight version advances only in ``applying``: after everything was verified 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
+
+import msgspec
+from msgspec.structs import replace
 
 from rollout_core.errors import TransferError
 from rollout_core.transfer.protocol.line import BEATS, SILENCE, Line, Patience
@@ -57,8 +59,7 @@ _ENDLESS = Patience(float("inf"), float("inf"))
 _MAX_WAITING = 256  # messages kept until the Hello that they belong to
 
 
-@dataclass(frozen=True, slots=True)
-class Receiver:
+class Receiver(msgspec.Struct, frozen=True):
     """The state of a receiving end. ``step`` gives the next one, and what is to be done; nothing else changes it.
 
     ``wait_until``: when to stop waiting for an update to begin. ``deadline``: seconds from its beginning that it may take.
@@ -159,14 +160,15 @@ class _Turn:
                 assert state.hello is not None
                 self._post(Committed(state.hello.version))
                 self._finish(reusable=True)
-            case Tick() | Examined() | Prepared() | Applied():
+            case Tick():
+                self._look_at_the_clock()
+            case Examined() | Prepared() | Applied():
                 pass
             case _:
                 raise AssertionError(f"no event of a receiver: {event}")
 
     def advance(self) -> None:
         """Do what has become possible."""
-        self._look_at_the_clock()
         state = self.state
         if state.phase == "streaming":
             if state.loaded == state.buckets:
@@ -308,6 +310,7 @@ class _Turn:
         self._finish(reusable=False)
 
     def _look_at_the_clock(self) -> None:
+        """Only when told that time has passed, as at the sender."""
         state = self.state
         if state.phase == "waiting" and self.now >= state.wait_until:
             self._blame(Cause("TransferError", f"no update began within {self.now - state.since:.3g} s"))

@@ -9,8 +9,10 @@ cannot be known, whether a receiver that vanished after ``Commit`` was sent has 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
+
+import msgspec
+from msgspec.structs import replace
 
 from rollout_core.errors import TransferError
 from rollout_core.transfer.protocol.line import BEATS, Line, Patience
@@ -52,8 +54,7 @@ Standing: TypeAlias = Literal["greeted", "streaming", "ready", "committed", "abo
 _FINAL = ("committed", "aborted", "gone", "silent")
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(msgspec.Struct, frozen=True):
     """A receiver. ``holds``: the buckets that it was told of and has not freed. ``version``: of its weights at the start."""
 
     line: Line
@@ -67,16 +68,14 @@ class Peer:
         return self.standing in _FINAL
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(msgspec.Struct, frozen=True):
     """``index``: the bucket in it, None if it is free. ``pushed``: whether this end has done its part in moving it."""
 
     index: int | None = None
     pushed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Sender:
+class Sender(msgspec.Struct, frozen=True):
     """The state of a sending end. ``step`` gives the next one, and what is to be done; nothing else changes it."""
 
     attempt: int
@@ -156,13 +155,12 @@ class _Turn:
             case Pushed(index):
                 self._pushed(index)
             case Tick():
-                pass
+                self._look_at_the_clock()
             case _:
                 raise AssertionError(f"no event of a sender: {event}")
 
     def advance(self) -> None:
         """Do what has become possible."""
-        self._look_at_the_clock()
         state = self.state
         live = [peer for peer in state.peers if not peer.is_final]
         if state.phase == "greeting" and all(peer.standing == "streaming" for peer in state.peers):
@@ -173,8 +171,7 @@ class _Turn:
             self._enter("committing")
             self._post_all(Commit())
         if (self.state.phase == "committing" and not live) or (
-            self.state.phase == "aborting"
-            and (self.now >= state.since + state.patience.drain or not (live or self._is_pushing() or state.packing is not None))
+            self.state.phase == "aborting" and not (live or self._is_pushing() or state.packing is not None)
         ):
             self._finish()
 
@@ -263,8 +260,12 @@ class _Turn:
                 self._fail(Cause("TransferError", f"{self._name(place)} said {body} when it was not its turn"))
 
     def _look_at_the_clock(self) -> None:
+        """Only when told that time has passed: before that, what has come is heard, and nobody's silence is this end's own."""
         state = self.state
-        if state.phase not in ("aborting", "done"):
+        if state.phase == "aborting":
+            if self.now >= state.since + state.patience.drain:
+                return self._finish()
+        else:
             for place, peer in enumerate(state.peers):
                 if not peer.is_final and self.now >= peer.line.heard + state.patience.silence:
                     hint = "; is it in receive()?" if peer.standing == "greeted" and not peer.line.early else ""
@@ -274,6 +275,7 @@ class _Turn:
         for place, peer in enumerate(self.state.peers):
             if not peer.is_final and self.now >= peer.line.posted + state.beat:
                 self._post(place, Beat())
+        return None
 
     def _overdue(self) -> None:
         waiting = [place for place, peer in enumerate(self.state.peers) if not peer.is_final]

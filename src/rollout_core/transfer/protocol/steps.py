@@ -2,65 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
+
+import msgspec
 
 from rollout_core.transfer.protocol.messages import Cause, Envelope, Filled, Hello
 
 # Events of both machines.
 
 
-@dataclass(frozen=True, slots=True)
-class Came:
+class Came(msgspec.Struct, frozen=True):
     """A message came, from receiver ``peer`` (0 at the receiver, which has one peer)."""
 
     envelope: Envelope
     peer: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Gone:
+class Gone(msgspec.Struct, frozen=True):
     """The way to ``peer`` is lost: it closed it, or ended."""
 
     reason: str
     peer: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """Something went wrong at this end, whatever it was doing. Where that was a ``Pack`` or a ``Load``, what ends those follows
     (``SourceEnded``, ``Loaded``): until then the slot is in use."""
 
     cause: Cause
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     """Time has passed."""
 
 
 # Events of the sender.
 
 
-@dataclass(frozen=True, slots=True)
-class Begin:
+class Begin(msgspec.Struct, frozen=True):
     """The caller wants the update."""
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(msgspec.Struct, frozen=True):
     """The bucket asked for by ``Pack`` lies in its slot."""
 
     filled: Filled
 
 
-@dataclass(frozen=True, slots=True)
-class SourceEnded:
+class SourceEnded(msgspec.Struct, frozen=True):
     """There was no further bucket to pack: a ``Pack`` is over without one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pushed:
+class Pushed(msgspec.Struct, frozen=True):
     """This end's part in moving a bucket is over."""
 
     index: int
@@ -69,34 +62,29 @@ class Pushed:
 # Events of the receiver.
 
 
-@dataclass(frozen=True, slots=True)
-class Examined:
+class Examined(msgspec.Struct, frozen=True):
     """The plan and version of the ``Hello`` are fine."""
 
     version: int  # of the weights here
 
 
-@dataclass(frozen=True, slots=True)
-class Pulled:
+class Pulled(msgspec.Struct, frozen=True):
     """A bucket's bytes are here."""
 
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(msgspec.Struct, frozen=True):
     """A bucket was verified and loaded, unless ``Failed`` said otherwise before; nothing of it is read any more."""
 
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True):
     """All buckets are there, and everything that can fail before the commit has not."""
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
+class Applied(msgspec.Struct, frozen=True):
     """The weights are those of the new version."""
 
 
@@ -107,16 +95,14 @@ ReceiverEvent: TypeAlias = Came | Gone | Failed | Tick | Examined | Pulled | Loa
 # Actions of both machines.
 
 
-@dataclass(frozen=True, slots=True)
-class Post:
+class Post(msgspec.Struct, frozen=True):
     """Send a message to ``peer``."""
 
     envelope: Envelope
     peer: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(msgspec.Struct, frozen=True):
     """The update is over: well if ``cause`` is None. ``reusable``: the carrier is quiet and can take another."""
 
     cause: Cause | None
@@ -126,16 +112,14 @@ class Done:
 # Actions of the sender.
 
 
-@dataclass(frozen=True, slots=True)
-class Pack:
+class Pack(msgspec.Struct, frozen=True):
     """Fill a free slot with the next bucket; answered by ``Packed``, ``SourceEnded`` or ``Failed``."""
 
     index: int
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class Push:
+class Push(msgspec.Struct, frozen=True):
     """Move a slot's bytes; answered by ``Pushed`` or ``Failed``."""
 
     index: int
@@ -146,15 +130,13 @@ class Push:
 # Actions of the receiver.
 
 
-@dataclass(frozen=True, slots=True)
-class Examine:
+class Examine(msgspec.Struct, frozen=True):
     """Look at the plan and version, and make ready for the slots; answered by ``Examined`` or ``Failed``."""
 
     hello: Hello
 
 
-@dataclass(frozen=True, slots=True)
-class Pull:
+class Pull(msgspec.Struct, frozen=True):
     """Get a bucket's bytes; answered by ``Pulled`` or ``Failed``."""
 
     index: int
@@ -162,8 +144,7 @@ class Pull:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(msgspec.Struct, frozen=True):
     """Verify a bucket and load it; answered by ``Loaded`` or ``Failed``."""
 
     filled: Filled
@@ -173,13 +154,11 @@ class Load:
         return self.filled.index
 
 
-@dataclass(frozen=True, slots=True)
-class Prepare:
+class Prepare(msgspec.Struct, frozen=True):
     """Make sure that nothing is missing; answered by ``Prepared`` or ``Failed``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Apply:
+class Apply(msgspec.Struct, frozen=True):
     """Make the new version count; answered by ``Applied`` or ``Failed``."""
 
     version: int
