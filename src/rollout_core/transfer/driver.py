@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from rollout_core.errors import TransferError
-from rollout_core.transfer.carriers.contract import Moving
-from rollout_core.transfer.causes import cause_of
+from rollout_core.transfer.carriers.contract import Moving, ReceiverEnd, SenderEnd
+from rollout_core.transfer.causes import cause_of, error_of
 from rollout_core.transfer.protocol import wire
 from rollout_core.transfer.protocol.messages import Beat, Body, Envelope, Filled, Free
 from rollout_core.transfer.protocol.receiver import Receiver
@@ -38,24 +38,43 @@ class Hands(Protocol):
     def instead(self, action: Any) -> list[Any] | None: ...
     def post(self, peer: int, message: bytes) -> None: ...
     def poll(self, seconds: float | None) -> list[tuple[int, bytes | TransferError]]: ...
+    def end(self) -> None: ...
 
 
 class Driver(Generic[Machine]):
-    """One machine at work. ``run`` returns how it ended; ``error`` is what was raised at this end, if anything was."""
+    """One machine at work. ``error`` is what was raised at this end, if anything was."""
 
-    def __init__(
-        self, machine: Machine, hands: Hands, observe: Observe | None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, machine: Machine, hands: Hands, observe: Observe | None) -> None:
         self.machine: Machine = machine
         self.error: BaseException | None = None
         self._hands = hands
         self._observe = observe
-        self._clock = clock
         self._done: Done | None = None
         self._work: deque[Any] = deque()
         self._moving: deque[tuple[Moving, Any]] = deque()
         self._inbox: deque[tuple[int, bytes | TransferError]] = deque()
         self._nap = _FIRST_NAP
+
+    def update(self, carrier: SenderEnd | ReceiverEnd, first: Any = None, *, remark: Callable[[], str | None]) -> None:
+        """``run``, and raise what it ended with, unless it ended well. A carrier that cannot be used again is closed. ``remark``:
+        what has to be said of an update that failed, once it is over."""
+        done = None
+        try:
+            done = self.run(first)
+        finally:
+            if done is None or not done.reusable:
+                carrier.close()
+            self._hands.end()
+        error, self.error = self.error, None
+        if error is None and done.cause is not None:
+            error = error_of(done.cause, TransferError)
+        if error is not None:
+            if (note := remark()) is not None:
+                error.add_note(note)
+            try:
+                raise error
+            finally:
+                del error  # else its traceback holds it, and with it the carrier's memory
 
     def run(self, first: Any = None) -> Done:
         """Until the machine is done. A second KeyboardInterrupt, while the update is being given up, comes out at once."""
@@ -79,7 +98,7 @@ class Driver(Generic[Machine]):
 
     def _turn(self) -> None:
         """Take in what has come, then do one thing."""
-        left = max(0.0, self.machine.wake_at - self._clock())
+        left = max(0.0, self.machine.wake_at - time.monotonic())
         self._listen(0.0 if self._work else min(left, self._nap) if self._moving else left)
         self._settle()
         if self._done is None and self._work:
@@ -146,7 +165,7 @@ class Driver(Generic[Machine]):
         queue = deque(events)
         posted: list[Envelope] = []
         while queue:
-            self.machine, actions = self.machine.step(queue.popleft(), self._clock())
+            self.machine, actions = self.machine.step(queue.popleft(), time.monotonic())
             for action in actions:
                 if isinstance(action, Done):
                     self._done = action

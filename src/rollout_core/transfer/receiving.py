@@ -13,7 +13,6 @@ from rollout_core.bucketing.sources import Pair
 from rollout_core.bucketing.unpacker import JoinMemory
 from rollout_core.errors import PlanMismatchError, RolloutCoreError, TransferError
 from rollout_core.transfer.carriers.contract import Moving, ReceiverEnd
-from rollout_core.transfer.causes import error_of
 from rollout_core.transfer.driver import Driver
 from rollout_core.transfer.protocol.messages import Filled, Hello
 from rollout_core.transfer.protocol.receiver import Receiver
@@ -52,8 +51,8 @@ def receive(
     memory of their own, as the report's ``weights``. ``plan``: accept this one only. ``wait``: seconds until an update has to begin
     (None: ``timeout``; ``math.inf``: as long as the sender lives). ``timeout``: seconds from the sender's last sign of life to the
     end of the update with an error; it has to be longer than any side takes over one bucket. ``deadline``: seconds after
-    which it is given up, as for ``send``. ``verify``: check every bucket's digest before anything of it is used. ``observe`` is told
-    of every step.
+    which it is given up, as for ``send``. ``verify``: check every bucket's digest before anything of it is used. ``observe`` is
+    told of every step.
 
     If this raises, the version has not advanced: ``into`` has the old weights, or says that they are unusable (clause T5). Only a
     KeyboardInterrupt that comes after the commit is raised all the same, and a note says that the update is committed. The carrier
@@ -76,26 +75,7 @@ def receive(
         deadline=math.inf if deadline is None else deadline,
         now=time.monotonic(),
     )
-    driver = Driver(machine, hands, observe)
-    reusable = False
-    try:
-        done = driver.run()
-        reusable = done.reusable
-    finally:
-        if not reusable:
-            carrier.close()
-        # Not "done.cause": a second interrupt may have come out of the driver.
-        hands.end()
-    error, driver.error = driver.error, None
-    if error is not None:
-        if hands.has_committed:
-            error.add_note(f"version {hands.version} is committed here all the same")
-        try:
-            raise error
-        finally:
-            del error  # else its traceback holds it, and with it the carrier's memory
-    if done.cause is not None:
-        raise error_of(done.cause, TransferError)
+    Driver(machine, hands, observe).update(carrier, remark=hands.remark)
     return hands.report()
 
 
@@ -113,19 +93,14 @@ class _Receiving:
         self._start = 0.0
         self._buckets, self._nbytes, self._loading = 0, 0, 0.0
 
-    @property
-    def has_committed(self) -> bool:
-        return self._applied
-
-    @property
-    def version(self) -> int | None:
-        return self._version
-
     def end(self) -> None:
         """Tell the target if the update did not come to its end."""
         self._unpacker = None
         if self._version is not None and not self._applied:
             self._target.abort(self._version)
+
+    def remark(self) -> str | None:
+        return f"version {self._version} is committed here all the same" if self._applied else None
 
     def report(self) -> ReceiveReport:
         assert self._version is not None

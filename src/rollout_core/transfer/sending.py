@@ -6,6 +6,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -17,7 +18,6 @@ from rollout_core.bucketing.sources import Source
 from rollout_core.bucketing.stream_header import StreamBucket
 from rollout_core.errors import CapacityError, TransferError
 from rollout_core.transfer.carriers.contract import Moving, SenderEnd
-from rollout_core.transfer.causes import error_of
 from rollout_core.transfer.driver import Driver
 from rollout_core.transfer.protocol.line import Patience
 from rollout_core.transfer.protocol.messages import PROTOCOL, Filled, Hello
@@ -59,14 +59,14 @@ def send(
         IntegrityError: what arrived was not what was sent. Other errors of a receiver come as the same class, too.
         Exception: whatever the source raises, unchanged.
     """
-    slot_nbytes = max((layout.nbytes for layout in plan.buckets), default=0)
-    manifest, plan_digest = plan.to_bytes(), plan.digest
+    options = _Options(version, slots, timeout, deadline, digest, observe)
     hands = _Sending(carrier)
 
     def buckets(version: int) -> Iterator[Bucket]:
         return Packer(plan, digest=digest, allocate=hands.allocate).pack(source, version=version)
 
-    return _send(hands, buckets, (manifest, plan_digest), slot_nbytes, version, slots, timeout, deadline, digest, observe)
+    slot_nbytes = max((layout.nbytes for layout in plan.buckets), default=0)
+    return _send(hands, _Content(buckets, slot_nbytes, plan.to_bytes(), plan.digest), options)
 
 
 def send_stream(
@@ -90,63 +90,77 @@ def send_stream(
     """
     if oversize not in ("split", "error"):
         raise CapacityError(f"oversize is {oversize!r}; a stream's buckets are split, or their tensors refused: 'split' or 'error'")
-    hands = _Sending(carrier)
+    options = _Options(version, slots, timeout, deadline, digest, observe)
 
     def buckets(version: int) -> Iterator[Bucket]:
         return pack_stream(source, capacity, oversize=oversize, version=version, digest=digest)  # type: ignore[arg-type]
 
-    return _send(hands, buckets, (b"", b""), capacity, version, slots, timeout, deadline, digest, observe)
+    return _send(_Sending(carrier), _Content(buckets, capacity), options)
 
 
-def _send(
-    hands: _Sending,
-    buckets: Callable[[int], Iterator[Bucket]],
-    agreed: tuple[bytes, bytes],
-    slot_nbytes: int,
-    version: int | None,
-    slots: int,
-    timeout: float,
-    deadline: float | None,
-    digest: DigestChoice,
-    observe: Observe | None,
-) -> SendReport:
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What is sent: its buckets, by version, and what the receivers are told of them before."""
+
+    buckets: Callable[[int], Iterator[Bucket]]
+    slot_nbytes: int
+    manifest: bytes = b""  # empty for a stream, as in a Hello
+    plan_digest: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How it is sent: see ``send``."""
+
+    version: int | None
+    slots: int
+    timeout: float
+    deadline: float | None
+    digest: DigestChoice
+    observe: Observe | None
+
+    def __post_init__(self) -> None:
+        check_timeouts(self.timeout, self.deadline)
+        check_choice(self.digest)
+        if type(self.slots) is not int or not 1 <= self.slots <= MAX_SLOTS:
+            raise TransferError(f"slots is {self.slots!r}; it is a whole number from 1 to {MAX_SLOTS}")
+
+    def next_version(self, last: int) -> int:
+        """The version of this update, ``last`` being the one before."""
+        version = last + 1 if self.version is None else self.version
+        if type(version) is not int or not last < version <= MAX_VERSION:
+            raise TransferError(f"version is {version!r}; it is a whole number larger than {last}, which was sent last")
+        return version
+
+
+def _send(hands: _Sending, content: _Content, options: _Options) -> SendReport:
     carrier = hands.carrier
-    check_timeouts(timeout, deadline)
-    check_choice(digest)
-    if type(slots) is not int or not 1 <= slots <= MAX_SLOTS:
-        raise TransferError(f"slots is {slots!r}; it is a whole number from 1 to {MAX_SLOTS}")
-    version = carrier.version + 1 if version is None else version
-    if type(version) is not int or not carrier.version < version <= MAX_VERSION:
-        raise TransferError(f"version is {version!r}; it is a whole number larger than {carrier.version}, which was sent last")
+    version = options.next_version(carrier.version)
     start = time.monotonic()
-    manifest, plan_digest = agreed
-    memory, ticket = carrier.lay_out(slots, slot_nbytes)
-    hello = Hello(PROTOCOL, version, plan_digest, manifest, slots, slot_nbytes, carrier.rendezvous, ticket, timeout)
-    patience = Patience(timeout, start + (math.inf if deadline is None else deadline))
-    hands.begin(memory, lambda: buckets(version))
+    memory, ticket = carrier.lay_out(options.slots, content.slot_nbytes)
+    hello = Hello(
+        protocol=PROTOCOL,
+        version=version,
+        plan_digest=content.plan_digest,
+        manifest=content.manifest,
+        slots=options.slots,
+        slot_nbytes=content.slot_nbytes,
+        rendezvous=carrier.rendezvous,
+        ticket=ticket,
+        timeout=options.timeout,
+    )
+    patience = Patience(options.timeout, start + (math.inf if options.deadline is None else options.deadline))
+    hands.begin(memory, lambda: content.buckets(version))
     machine = Sender.new(secrets.randbits(63), hello, patience, carrier.receivers, start)
-    driver = Driver(machine, hands, observe)
-    reusable = False
-    try:
-        done = driver.run(Begin())
-        reusable = done.reusable
-    finally:
-        hands.end()
-        if not reusable:
-            carrier.close()
-    has_committed = any(peer.standing == "committed" for peer in driver.machine.peers)
-    if has_committed:
-        carrier.version = version  # also if the update failed elsewhere: the next one needs a larger number
-    error, driver.error = driver.error, None
-    if error is None and done.cause is not None:
-        error = error_of(done.cause, TransferError)
-    if error is not None:
-        if has_committed:
-            error.add_note(f"receivers have committed version {version} all the same")
-        try:
-            raise error
-        finally:
-            del error  # else its traceback holds it, and with it the carrier's memory
+    driver = Driver(machine, hands, options.observe)
+
+    def remark() -> str | None:
+        if not any(peer.standing == "committed" for peer in driver.machine.peers):
+            return None
+        carrier.version = version  # the next update needs a larger one
+        return f"receivers have committed version {version} all the same"
+
+    driver.update(carrier, Begin(), remark=remark)
     carrier.version = version
     return SendReport(
         version=version,
