@@ -27,13 +27,13 @@ QUICK = [
 ]
 LARGE = [
     (Size(receivers=3, slots=1, buckets=1), 0, 634, 2),
-    (Size(receivers=2, buckets=1, rendezvous=True), 1, 150918, 21109),
-    (Size(receivers=2, buckets=2), 1, 439793, 64557),
-    (Size(receivers=2, buckets=1, timeouts=(100.0, 10.0)), 1, 172933, 18426),
-    (Size(slots=3, buckets=5), 1, 161921, 26940),
-    (Size(slots=3, buckets=4, rendezvous=True), 1, 473600, 66276),
-    (Size(buckets=2), 2, 313672, 89289),
-    (Size(buckets=1, rendezvous=True), 2, 190203, 54278),
+    (Size(receivers=2, buckets=1, rendezvous=True), 1, 751934, 49145),
+    (Size(receivers=2, buckets=2), 1, 1991025, 146732),
+    (Size(receivers=2, buckets=1, timeouts=(100.0, 10.0)), 1, 707752, 45237),
+    (Size(slots=3, buckets=5), 1, 262726, 32721),
+    (Size(slots=3, buckets=4, rendezvous=True), 1, 747347, 84371),
+    (Size(buckets=2), 2, 830604, 209412),
+    (Size(buckets=1, rendezvous=True), 2, 452843, 118631),
 ]
 
 

@@ -18,16 +18,11 @@ from rollout_core.errors import TransferError
 from rollout_core.transfer.carriers import unix
 from rollout_core.transfer.carriers.contract import Moving
 from rollout_core.transfer.carriers.links import LinkedReceiver, LinkedSender
+from rollout_core.transfer.carriers.slots import Ticket, read_ticket
 
 _ALIGN: Final = 512  # bytes, as cudaMalloc itself aligns
 _HANDLE_NBYTES: Final = 64  # CUDA_IPC_HANDLE_SIZE
 _LAZY_PEER_ACCESS: Final = 1  # cudaIpcMemLazyEnablePeerAccess
-
-
-class _Ticket(msgspec.Struct, frozen=True, array_like=True):
-    handle: bytes
-    stride: int  # bytes from slot to slot
-    total: int  # bytes of the memory
 
 
 class _Handle(ctypes.Structure):
@@ -57,14 +52,7 @@ class CudaIpcSender(LinkedSender):
         self._device = _check_device(device)
         self._memory: _Memory | None = None
         self._outgrown: list[_Memory] = []  # mapped by receivers until they open the next
-        ours = []
-        try:
-            for one in sockets:
-                ours.append(unix.stream_socket(one))
-        except BaseException:
-            unix.close_all(ours)
-            raise
-        super().__init__(ours)
+        super().__init__(unix.stream_sockets(sockets))
 
     @classmethod
     def listen(cls, name: str, receivers: int = 1, *, device: torch.device | str = "cuda", timeout: float = 60.0) -> CudaIpcSender:
@@ -80,7 +68,7 @@ class CudaIpcSender(LinkedSender):
         whole = self._memory.bytes()
         handle = _Handle()
         _call("cudaIpcGetMemHandle", ctypes.byref(handle), ctypes.c_void_p(self._memory.address), device=self._device)
-        ticket = _Ticket(ctypes.string_at(ctypes.byref(handle), _HANDLE_NBYTES), stride, slots * stride)
+        ticket = Ticket(stride, slots * stride, ctypes.string_at(ctypes.byref(handle), _HANDLE_NBYTES))
         return [whole[slot * stride :][:nbytes] for slot in range(slots)], msgspec.msgpack.encode(ticket)
 
     def push(self, slot: int, nbytes: int) -> Moving | None:
@@ -102,7 +90,7 @@ class CudaIpcReceiver(LinkedReceiver):
 
     def __init__(self, one: unix.HasFileno | int, *, device: torch.device | str = "cuda") -> None:
         self._device = _check_device(device)
-        self._ticket = _Ticket(b"", 0, 0)
+        self._ticket = Ticket(0, 0)
         self._memory: _Memory | None = None
         super().__init__([unix.stream_socket(one)])
 
@@ -113,12 +101,11 @@ class CudaIpcReceiver(LinkedReceiver):
             return cls(one, device=device)
 
     def open(self, ticket: bytes, slots: int, nbytes: int) -> None:
-        try:
-            new = msgspec.msgpack.decode(ticket, type=_Ticket)
-        except msgspec.MsgspecError as error:
-            raise TransferError(f"the sender's memory is described by {len(ticket)} bytes that are no ticket: {error}") from error
-        if new.stride < nbytes or new.total < slots * new.stride or len(new.handle) != _HANDLE_NBYTES:
-            raise TransferError(f"{slots} slots of {nbytes} bytes do not fit into {new.total} bytes in steps of {new.stride}")
+        new = read_ticket(ticket, slots, nbytes)
+        if len(new.handle) != _HANDLE_NBYTES:
+            raise TransferError(
+                f"the sender sends a handle of {len(new.handle)} bytes; CUDA IPC has handles of {_HANDLE_NBYTES}"
+            )
         if self._memory is not None and new == self._ticket:
             return
         self._unmap()
@@ -126,10 +113,6 @@ class CudaIpcReceiver(LinkedReceiver):
         handle = _Handle.from_buffer_copy(new.handle)
         _call("cudaIpcOpenMemHandle", ctypes.byref(address), handle, ctypes.c_uint(_LAZY_PEER_ACCESS), device=self._device)
         self._memory, self._ticket = _Memory(address.value or 0, new.total), new
-
-    def pull(self, slot: int, nbytes: int) -> Moving | None:
-        del slot, nbytes
-        return None
 
     def view(self, slot: int, nbytes: int) -> torch.Tensor:
         if self._memory is None:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Final
 
 from rollout_core.errors import TransferError
+from rollout_core.transfer.carriers.contract import Moving
 from rollout_core.transfer.channel import Channel, PeerGone
 
 _SHORTEST_POLL: Final = 1e-3
@@ -31,6 +32,8 @@ class Links:
         return len(self._channels)
 
     def post(self, peer: int, message: bytes) -> None:
+        if self._is_closed:
+            raise TransferError(_CLOSED)
         if peer in self._gone:
             raise self._gone[peer]
         with suppress(PeerGone):  # poll says so, after what it said before it went
@@ -50,8 +53,7 @@ class Links:
 
     def close(self) -> None:
         self._is_closed = True
-        for peer, channel in enumerate(self._channels):
-            self._gone.setdefault(peer, TransferError(_CLOSED))
+        for channel in self._channels:
             channel.close()
 
     def _arrived(self) -> list[tuple[int, bytes | TransferError]]:
@@ -112,10 +114,15 @@ class LinkedSender(LinkedEnd):
 
 
 class LinkedReceiver(LinkedEnd):
-    """The control half of a receiver's end; its one peer is the sender."""
+    """The control half of a receiver's end; its one peer is the sender. Buckets are where the sender wrote them, unless a carrier
+    says how they are pulled."""
 
     def post(self, message: bytes) -> None:
         self._links.post(0, message)
 
     def poll(self, seconds: float | None) -> list[bytes | TransferError]:
         return [message for _, message in self._links.poll(seconds)]
+
+    def pull(self, slot: int, nbytes: int) -> Moving | None:
+        del slot, nbytes
+        return None

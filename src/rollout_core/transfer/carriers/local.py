@@ -52,10 +52,6 @@ class LocalReceiver(LinkedReceiver):
         if [slot.numel() for slot in self._slots] != [nbytes] * slots:
             raise TransferError(f"the sender has laid out {len(self._slots)} slots, and says {slots} of {nbytes} bytes")
 
-    def pull(self, slot: int, nbytes: int) -> Moving | None:
-        del slot, nbytes
-        return None
-
     def view(self, slot: int, nbytes: int) -> torch.Tensor:
         return self._slots[slot][:nbytes]
 

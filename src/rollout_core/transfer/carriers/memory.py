@@ -21,13 +21,9 @@ from rollout_core.transfer.arena import Arena
 from rollout_core.transfer.carriers import unix
 from rollout_core.transfer.carriers.contract import Moving
 from rollout_core.transfer.carriers.links import LinkedReceiver, LinkedSender
+from rollout_core.transfer.carriers.slots import Ticket, read_ticket
 
 _GREETING: Final = b"rollout-core memory 1"
-
-
-class _Ticket(msgspec.Struct, frozen=True, array_like=True):
-    stride: int  # bytes from slot to slot
-    total: int  # bytes of the memory
 
 
 class MemorySender(LinkedSender):
@@ -41,17 +37,14 @@ class MemorySender(LinkedSender):
     rendezvous: Final = False
 
     def __init__(self, sockets: Sequence[unix.HasFileno | int]) -> None:
+        ours = unix.stream_sockets(sockets)
         self._arena = Arena()
-        ours: list[socket.socket] = []
         try:
-            for one in sockets:
-                ours.append(unix.stream_socket(one))
-                socket.send_fds(ours[-1], [_GREETING], [self._arena.fd])
-        except BaseException as error:
+            for place, one in enumerate(ours):
+                _send_memory(one, self._arena.fd, place)
+        except BaseException:
             unix.close_all(ours)
             self._arena.close()
-            if isinstance(error, OSError):
-                raise TransferError(f"receiver {len(ours) - 1} cannot be given the shared memory: {error}") from error
             raise
         super().__init__(ours)
 
@@ -63,7 +56,7 @@ class MemorySender(LinkedSender):
     def lay_out(self, slots: int, nbytes: int) -> tuple[list[torch.Tensor], bytes]:
         total = self._arena.resize(slots, nbytes)
         stride = total // slots
-        return [self._arena.view(slot * stride, nbytes) for slot in range(slots)], msgspec.msgpack.encode(_Ticket(stride, total))
+        return [self._arena.view(slot * stride, nbytes) for slot in range(slots)], msgspec.msgpack.encode(Ticket(stride, total))
 
     def push(self, slot: int, nbytes: int) -> Moving | None:
         del slot, nbytes  # written where it is read
@@ -84,7 +77,7 @@ class MemoryReceiver(LinkedReceiver):
         except BaseException:
             ours.close()
             raise
-        self._ticket = _Ticket(0, 0)
+        self._ticket = Ticket(0, 0)
         super().__init__([ours])
 
     @classmethod
@@ -95,17 +88,8 @@ class MemoryReceiver(LinkedReceiver):
             return cls(one, timeout=max(0.0, deadline - time.monotonic()))
 
     def open(self, ticket: bytes, slots: int, nbytes: int) -> None:
-        try:
-            self._ticket = msgspec.msgpack.decode(ticket, type=_Ticket)
-        except msgspec.MsgspecError as error:
-            raise TransferError(f"the sender's memory is described by {len(ticket)} bytes that are no ticket: {error}") from error
-        if self._ticket.stride < nbytes or self._ticket.total < slots * self._ticket.stride:
-            raise TransferError(f"{slots} slots of {nbytes} bytes do not fit into {self._ticket}")
+        self._ticket = read_ticket(ticket, slots, nbytes)
         self._arena.attach(self._ticket.total)
-
-    def pull(self, slot: int, nbytes: int) -> Moving | None:
-        del slot, nbytes
-        return None
 
     def view(self, slot: int, nbytes: int) -> torch.Tensor:
         return self._arena.view(slot * self._ticket.stride, nbytes)
@@ -113,6 +97,13 @@ class MemoryReceiver(LinkedReceiver):
     def close(self) -> None:
         super().close()
         self._arena.close()
+
+
+def _send_memory(one: socket.socket, descriptor: int, receiver: int) -> None:
+    try:
+        socket.send_fds(one, [_GREETING], [descriptor])
+    except OSError as error:
+        raise TransferError(f"receiver {receiver} cannot be given the shared memory: {error}") from error
 
 
 def _received_memory(one: socket.socket, timeout: float) -> int:

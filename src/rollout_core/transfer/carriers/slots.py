@@ -1,7 +1,8 @@
-"""Slots as plain tensors, for carriers whose ends do not share other memory."""
+"""Slots as plain tensors, for carriers whose ends do not share other memory; and how slots in shared memory are described."""
 
 from __future__ import annotations
 
+import msgspec
 import torch
 
 from rollout_core.errors import TransferError
@@ -17,3 +18,24 @@ def make_slots(held: list[torch.Tensor], slots: int, nbytes: int, device: torch.
         return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
     except RuntimeError as error:  # out of memory, on the CPU too
         raise TransferError(f"{slots} slots of {nbytes} bytes cannot be had on {device}: {error}") from error
+
+
+class Ticket(msgspec.Struct, frozen=True, array_like=True):
+    """Where a receiver finds the sender's slots in memory that both reach."""
+
+    stride: int  # bytes from slot to slot
+    total: int  # bytes of the memory
+    handle: bytes = b""  # what it is opened by, if not by a descriptor
+
+
+def read_ticket(data: bytes, slots: int, nbytes: int) -> Ticket:
+    """``TransferError`` if these are no ticket, or it has no room for ``slots`` slots of ``nbytes`` bytes."""
+    try:
+        ticket = msgspec.msgpack.decode(data, type=Ticket)
+    except msgspec.MsgspecError as error:
+        raise TransferError(f"the sender's memory is described by {len(data)} bytes that are no ticket: {error}") from error
+    if ticket.stride < nbytes or ticket.total < slots * ticket.stride:
+        raise TransferError(
+            f"{slots} slots of {nbytes} bytes do not fit into the sender's {ticket.total} bytes in steps of {ticket.stride}"
+        )
+    return ticket

@@ -90,6 +90,18 @@ def stream_socket(one: HasFileno | int) -> socket.socket:
     return ours
 
 
+def stream_sockets(sockets: Sequence[HasFileno | int]) -> list[socket.socket]:
+    """A duplicate of each, or of none: see ``stream_socket``."""
+    ours: list[socket.socket] = []
+    try:
+        for one in sockets:
+            ours.append(stream_socket(one))
+    except BaseException:
+        close_all(ours)
+        raise
+    return ours
+
+
 def close_all(sockets: Sequence[socket.socket]) -> None:
     for one in sockets:
         one.close()
