@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     )
     from rollout_core.testing.registry import Check, Violation, get_check, select_checks
     from rollout_core.testing.report import Report, Result
-    from rollout_core.testing.runner import check_carrier, check_packer, check_tracker, replay
-    from rollout_core.testing.tracker_scripts import recheck
+    from rollout_core.testing.runner import check_carrier, check_packer, check_tracker, recheck, replay
     from rollout_core.testing.trackers import TRACKER_CAPABILITIES
     from rollout_core.testing.worlds import make_world, register_world
 
@@ -49,7 +48,7 @@ _HOMES: Final = {
     "parametrize_carrier_checks": "parametrize",
     "parametrize_packer_checks": "parametrize",
     "parametrize_tracker_checks": "parametrize",
-    "recheck": "tracker_scripts",
+    "recheck": "runner",
     "register_world": "worlds",
     "replay": "runner",
     "select_checks": "registry",

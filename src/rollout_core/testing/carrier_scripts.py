@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
-
 import msgspec
 
 from rollout_core.testing.carrier_cases import CarrierCase
@@ -33,7 +31,7 @@ def carrier_script(check: Check, case: CarrierCase, imports: str, make: str, tex
     return _HEAD.format(
         id=check.id,
         title=check.title,
-        text=textwrap.fill(text.replace("\\", "\\\\").replace('"""', "'''"), 100),
+        text=text,
         steps="\n".join(f"{number}. {step}" for number, step in enumerate(words, 1)),
         imports=imports,
         make=make,

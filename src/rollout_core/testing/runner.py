@@ -129,6 +129,12 @@ def replay(subject: Any, report: Report, *, timeout: float = 5.0, isolate: bool 
     )
 
 
+def recheck(subject: Any, id: str, case: str | bytes) -> None:
+    """Run one check on one case, written as JSON. ``Violation`` if the subject still fails it."""
+    check = get_check(id)
+    check.run(wrap(check.kind, subject, None), msgspec.json.decode(case, type=check.case_type))
+
+
 def _run(
     kind: SubjectKind,
     target: Any,

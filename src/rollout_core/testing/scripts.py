@@ -86,22 +86,23 @@ def _named(name: str, words: str) -> Target:
 
 
 def reproduction(check: Check, case: Any, target: Any, text: str) -> str:
-    """The script for a case of a check; empty if the check has none."""
-    if check.script and isinstance(case, TrackerCase):
-        place = target_of(target)
-        make = place.name.partition(":")[2] or "MyTracker"
-        return tracker_script(check, case, place.imports or f"# MyTracker = ...  # put yours here: {place.words}", make, text)
-    if check.script and isinstance(case, CarrierCase):
-        place = target_of(target)
-        make = place.name.partition(":")[2] or "my_carrier"
-        return carrier_script(check, case, place.imports or f"# my_carrier = ...  # put yours here: {place.words}", make, text)
-    if not check.script or not isinstance(case, PackerCase):
+    """The script for a case of a check; empty if the check has none. ``text``: what went wrong, for its docstring."""
+    if not check.script:
         return ""
     place = target_of(target)
+    text = textwrap.fill(text.replace("\\", "\\\\").replace('"""', "'''"), 100)
+    if isinstance(case, TrackerCase):
+        make = place.name.partition(":")[2] or "MyTracker"
+        return tracker_script(check, case, place.imports or f"# MyTracker = ...  # put yours here: {place.words}", make, text)
+    if isinstance(case, CarrierCase):
+        make = place.name.partition(":")[2] or "my_carrier"
+        return carrier_script(check, case, place.imports or f"# my_carrier = ...  # put yours here: {place.words}", make, text)
+    if not isinstance(case, PackerCase):
+        return ""
     head = _HEAD.format(
         id=check.id,
         title=check.title,
-        text=textwrap.fill(text.replace("\\", "\\\\").replace('"""', "'''"), 100),
+        text=text,
         imports=place.imports,
         packer=place.make,
         named=_named_text(case),

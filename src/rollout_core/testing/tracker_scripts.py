@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import textwrap
-from typing import Any
-
 import msgspec
 
-from rollout_core.testing.registry import Check, get_check
+from rollout_core.testing.registry import Check
 from rollout_core.testing.tracker_cases import MessageCase, Step, TrackerCase
 from rollout_core.testing.tracker_play import turn_of
 from rollout_core.testing.worlds import World, make_world
@@ -42,22 +39,13 @@ recheck({tracker}, {id!r}, case)
 '''
 
 
-def recheck(subject: Any, id: str, case: str | bytes) -> None:
-    """Run one check on one case, written as JSON. ``Violation`` if the tracker or carrier still fails it."""
-    import rollout_core.testing.checks  # noqa: F401 - registers the checks
-    from rollout_core.testing.targets import wrap
-
-    check = get_check(id)
-    check.run(wrap(check.kind, subject, None), msgspec.json.decode(case, type=check.case_type))
-
-
 def tracker_script(check: Check, case: TrackerCase, imports: str, make: str, text: str) -> str:
     """The script for a case of a check of trackers."""
     world = make_world(case.world)
     return _HEAD.format(
         id=check.id,
         title=check.title,
-        text=textwrap.fill(text.replace("\\", "\\\\").replace('"""', "'''"), 100),
+        text=text,
         imports=imports,
         case=msgspec.json.encode(case).decode(),
         world=case.world,

@@ -6,12 +6,11 @@ import re
 
 import pytest
 
-from rollout_core.testing import TRACKER_CAPABILITIES, SubjectError, check_tracker, replay
+from rollout_core.testing import TRACKER_CAPABILITIES, SubjectError, check_tracker, recheck, replay
 from rollout_core.testing.own_tracker import ConversationTracker
 from rollout_core.testing.registry import select_checks
 from rollout_core.testing.report import Report
 from rollout_core.testing.tracker_cases import MediumCase, MessageCase, Step, TrackerCase
-from rollout_core.testing.tracker_scripts import recheck
 from rollout_core.testing.trackers import TrackerUnderTest, looks_like_a_tracker, tracker_capabilities
 from rollout_core.testing.worlds import make_world
 

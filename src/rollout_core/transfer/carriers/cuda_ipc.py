@@ -103,9 +103,7 @@ class CudaIpcReceiver(LinkedReceiver):
     def open(self, ticket: bytes, slots: int, nbytes: int) -> None:
         new = read_ticket(ticket, slots, nbytes)
         if len(new.handle) != _HANDLE_NBYTES:
-            raise TransferError(
-                f"the sender sends a handle of {len(new.handle)} bytes; CUDA IPC has handles of {_HANDLE_NBYTES}"
-            )
+            raise TransferError(f"the sender sends a handle of {len(new.handle)} bytes; CUDA IPC has handles of {_HANDLE_NBYTES}")
         if self._memory is not None and new == self._ticket:
             return
         self._unmap()
