@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Final
 
 import typer
@@ -24,4 +25,7 @@ def bench_command(
         raise typer.Exit(2)
     from rollout_core.bench.report import bench
 
-    bench(tuple(which or BENCHES), repeats=repeats, threads=threads, console=Console())
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160  # in a file or pipe nothing has to fit 80 columns
+    bench(tuple(which or BENCHES), repeats=repeats, threads=threads, console=console)

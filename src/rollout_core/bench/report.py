@@ -31,7 +31,7 @@ def bench(which: tuple[str, ...], *, repeats: int, threads: int, console: Consol
         from rollout_core.bench.transfer import bench_transfer
 
         for name, timings in bench_transfer(repeats, threads).items():
-            title = f"updates of 1 GiB in buckets of 64 MiB, {name}, between two processes of one thread each"
+            title = f"updates of 1 GiB, {name}, between two processes of one thread each"
             console.print(_table(title, timings, next(iter(timings))))
     if "conversation" in which:
         from rollout_core.bench.conversation import EARLY, LATE, bench_conversation
