@@ -179,7 +179,7 @@ class _Sending:
         self.carrier = carrier
         self.buckets, self.nbytes, self.packing = 0, 0, 0.0
         self._memory: list[torch.Tensor] = []
-        self._open: Callable[[], Iterator[Bucket]] = lambda: iter(())
+        self._open: Callable[[], Iterator[Bucket]] = _nothing
         self._source: Iterator[Bucket] | None = None
         self._slot: torch.Tensor | None = None
 
@@ -192,6 +192,7 @@ class _Sending:
         if self._source is not None and hasattr(self._source, "close"):
             self._source.close()
         self._source, self._memory, self._slot = None, [], None
+        self._open = _nothing  # what it was holds the caller's tensors, and this
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         assert self._slot is not None
@@ -230,6 +231,10 @@ class _Sending:
         header = bucket.header if isinstance(bucket, StreamBucket) else b""
         self.packing += time.monotonic() - start
         return Filled(bucket.index, slot, bucket.nbytes, bucket.plan_digest, bucket.algorithm, bucket.digest, header)
+
+
+def _nothing() -> Iterator[Bucket]:
+    return iter(())
 
 
 def check_timeouts(timeout: object, *others: object) -> None:
