@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -79,7 +80,5 @@ def test_t3_an_update_leaves_nothing_to_the_garbage_collector(update, target, un
 
 
 def attempted(update):
-    try:
+    with suppress(RolloutCoreError, OSError, MemoryError):
         update()
-    except (RolloutCoreError, OSError, MemoryError):
-        pass
