@@ -57,6 +57,12 @@ def loaded_once(monkeypatch):
     monkeypatch.setattr(files, "load_processor", LOADED)
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """A terminal's width, which pytest-xdist passes on, would cut the tables."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
