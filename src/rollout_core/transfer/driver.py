@@ -30,10 +30,12 @@ Machine = TypeVar("Machine", Sender, Receiver)
 
 
 class Hands(Protocol):
-    """What an end can do. ``do`` carries an action out and gives the events that answer it, or a move that is under way and the
-    event at its end. ``instead``: the events for an action that is of no use once the update is given up; None if it is to be done
-    all the same."""
+    """What an end can do. ``peers``: how many there are at the other side. ``do`` carries an action out and gives the events that
+    answer it, or a move that is under way and the event at its end. ``instead``: the events for an action that is of no use once
+    the update is given up; None if it is to be done all the same."""
 
+    @property
+    def peers(self) -> int: ...
     def do(self, action: Any) -> list[Any] | tuple[Moving, Any]: ...
     def instead(self, action: Any) -> list[Any] | None: ...
     def post(self, peer: int, message: bytes) -> None: ...
@@ -50,6 +52,8 @@ class Driver(Generic[Machine]):
         self._hands = hands
         self._observe = observe
         self._done: Done | None = None
+        self._events: deque[Any] = deque()  # for the machine
+        self._actions: deque[Any] = deque()  # what it asked for, not yet done or kept as work
         self._work: deque[Any] = deque()
         self._moving: deque[tuple[Moving, Any]] = deque()
         self._inbox: deque[tuple[int, bytes | TransferError]] = deque()
@@ -62,7 +66,8 @@ class Driver(Generic[Machine]):
         try:
             done = self.run(first)
         finally:
-            if done is None or not done.reusable:
+            # An error behind the last message says that the other side is gone, and is not said again.
+            if done is None or not done.reusable or any(isinstance(message, TransferError) for _, message in self._inbox):
                 carrier.close()
             self._hands.end()
         error, self.error = self.error, None
@@ -146,8 +151,8 @@ class Driver(Generic[Machine]):
             self._listen(0.0)
 
     def _listen(self, seconds: float) -> None:
-        self._inbox += self._hands.poll(None if seconds == float("inf") else seconds)
-        while self._inbox:  # kept if an observer raises: the next message is not to blame
+        self._inbox += self._heard(seconds)
+        while self._inbox and self._done is None:  # kept if an observer raises: the next message is not to blame
             peer, message = self._inbox.popleft()
             if isinstance(message, TransferError):
                 self._feed(Gone(str(message), peer))
@@ -160,23 +165,38 @@ class Driver(Generic[Machine]):
             self._feed(Came(envelope, peer))
             self._note_message("hear", envelope)
 
+    def _heard(self, seconds: float) -> list[tuple[int, bytes | TransferError]]:
+        """What came. An end of a carrier that cannot be asked, such as one that another thread closed, has lost everybody."""
+        try:
+            return self._hands.poll(None if seconds == float("inf") else seconds)
+        except Exception as error:
+            if not isinstance(error, TransferError):
+                self._fail(error)
+            time.sleep(min(seconds, _LONGEST_NAP))  # moves may still be under way, and are asked about
+            return [(peer, TransferError(str(error))) for peer in range(self._hands.peers)]
+
     def _feed(self, *events: Any) -> None:
-        """Tell the machine, post what it says, and keep the rest of what it asks for as work."""
-        queue = deque(events)
+        """Tell the machine, post what it says, and keep the rest of what it asks for as work. What an interrupt leaves undone is
+        done with the next events."""
+        self._events += events
         posted: list[Envelope] = []
-        while queue:
-            self.machine, actions = self.machine.step(queue.popleft(), time.monotonic())
-            for action in actions:
-                if isinstance(action, Done):
-                    self._done = action
-                elif isinstance(action, Post):
-                    posted.append(action.envelope)
-                    try:
-                        self._hands.post(action.peer, wire.encode(action.envelope))
-                    except TransferError as error:
-                        queue.append(Gone(str(error), action.peer))
-                else:
-                    self._work.append(action)
+        while self._actions or self._events:
+            if not self._actions:
+                event = self._events.popleft()
+                self.machine, actions = self.machine.step(event, time.monotonic())
+                self._actions += actions
+                continue
+            action = self._actions.popleft()
+            if isinstance(action, Done):
+                self._done = action
+            elif isinstance(action, Post):
+                posted.append(action.envelope)
+                try:
+                    self._hands.post(action.peer, wire.encode(action.envelope))
+                except TransferError as error:
+                    self._events.append(Gone(str(error), action.peer))
+            else:
+                self._work.append(action)
         for envelope in posted:
             self._note_message("say", envelope)
 

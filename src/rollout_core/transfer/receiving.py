@@ -113,6 +113,10 @@ class _Receiving:
             weights=self._target.weights if isinstance(self._target, CollectedWeights) else None,
         )
 
+    @property
+    def peers(self) -> int:
+        return 1
+
     def post(self, peer: int, message: bytes) -> None:
         del peer
         self._carrier.post(message)

@@ -198,6 +198,10 @@ class _Sending:
         assert self._slot is not None
         return self._slot[:nbytes]
 
+    @property
+    def peers(self) -> int:
+        return self.carrier.receivers
+
     def post(self, peer: int, message: bytes) -> None:
         self.carrier.post(peer, message)
 

@@ -9,7 +9,7 @@ import torch
 
 from rollout_core.bucketing import BucketPlan, TensorSpec
 from rollout_core.bucketing.sources import Pair
-from rollout_core.bucketing.tensors import as_bytes, describe, own_copy, same_bits_copy, view_key
+from rollout_core.bucketing.tensors import as_bytes, describe, is_sharded, own_copy, same_bits_copy, view_key
 from rollout_core.errors import PlanMismatchError, TransferError
 
 #: A module, or its tensors by name.
@@ -56,18 +56,20 @@ class DirectWeights:
     """Loads into a model's own tensors as they come, without memory of its own. An update that fails after the first of them leaves
     weights that are ``unusable``, and says so until one completes.
 
-    ``weights``: a module (its parameters and buffers, under each name) or a mapping of tensors. ``version``: what they are now. The
-    model must not be used while an update is under way.
+    ``weights``: a module (its parameters and buffers, under each name, as they are when an update begins) or a mapping of tensors.
+    ``version``: what they are now. The model must not be used while an update is under way.
     """
 
     def __init__(self, weights: Weights, *, version: int = 0) -> None:
         self.version = version
         #: Why the weights are of no use; None if they are those of ``version``.
         self.unusable: str | None = None
-        self.tensors = named_weights(weights) if isinstance(weights, torch.nn.Module) else dict(weights)
+        self._weights = weights
+        self.tensors = _named(weights)
         self._computed = _non_persistent(weights) if isinstance(weights, torch.nn.Module) else frozenset()
         self._agreed = False  # whether the update under way has a plan, all of which was looked at before it began
         self._came: set[str] = set()
+        self._loaded: dict[object, str] = {}  # tensors of this update that are in the model, by their view, with their first name
         self._dirty: set[str] = set()  # changed by an update that is not, or not yet, complete
         self._before: tuple[int, set[str]] = (0, set())  # version and _dirty before the last commit
         self._updating = 0
@@ -79,16 +81,20 @@ class DirectWeights:
 
     def begin(self, plan: BucketPlan | None, version: int) -> None:
         """Raises ``PlanMismatchError`` naming the first tensor that is not this model's, or that the update leaves out."""
+        self.tensors = _named(self._weights)  # a module may have got others: by to(), to_empty(), load_state_dict(assign=True)
+        for name, mine in self.tensors.items():
+            _check_memory(name, mine)
         if plan is not None:
             for spec in plan.specs:
                 self._check(spec)
             self._check_complete({spec.name for spec in plan.specs})
         self._agreed = plan is not None
-        self._came = set()
+        self._came, self._loaded = set(), {}
         self._updating = version
 
     def load(self, pairs: list[Pair]) -> None:
-        """Raises ``PlanMismatchError`` for a stream's tensor that is not this model's; of ``pairs`` nothing was loaded then."""
+        """Raises ``PlanMismatchError`` for a stream's tensor that is not this model's (of ``pairs`` nothing was loaded then), and
+        for two names of one tensor of the model that come with different values."""
         self._look_at(pairs)
         self._overwrite(pairs)
 
@@ -96,7 +102,7 @@ class DirectWeights:
         """The tensor's own memory, so that its pieces are copied once."""
         self._check(spec)
         mine = self.tensors[spec.name].detach()
-        if not mine.is_contiguous():
+        if not mine.is_contiguous() or view_key(mine) in self._loaded:
             return None
         self._spoil([spec.name])
         return as_bytes(mine)
@@ -125,10 +131,18 @@ class DirectWeights:
 
     def _overwrite(self, pairs: list[Pair]) -> None:
         self._spoil([name for name, _ in pairs])
+        just: dict[object, torch.Tensor] = {}
         for name, tensor in pairs:
             mine = self.tensors[name].detach()
-            if mine.data_ptr() != tensor.data_ptr() or not mine.is_contiguous():  # else joined where it belongs
+            key = view_key(mine)
+            if just.get(key) is tensor:
+                continue  # a tied name, of which the update says so too
+            if key is not None and key in self._loaded:
+                _check_tied(self._loaded[key], mine, name, tensor)
+            elif mine.data_ptr() != tensor.data_ptr() or not mine.is_contiguous():  # else joined where it belongs
                 same_bits_copy(mine, tensor)
+            just[key] = tensor
+            self._loaded.setdefault(key, name)
 
     def _spoil(self, names: list[str]) -> None:
         """Note that these are not the old weights any more."""
@@ -176,6 +190,16 @@ class StagedWeights(DirectWeights):
     def load(self, pairs: list[Pair]) -> None:
         self._look_at(pairs)
         self._stage.add(pairs)
+
+    def prepare(self) -> None:
+        """As ``DirectWeights``; two names of one tensor that came with different values are refused here."""
+        super().prepare()
+        first: dict[object, str] = {}
+        for name, tensor in self._stage.tensors.items():
+            key = view_key(self.tensors[name])
+            other = first.setdefault(key, name)
+            if key is not None and self._stage.tensors[other] is not tensor:
+                _check_tied(other, self._stage.tensors[other], name, tensor)
 
     def memory_for(self, spec: TensorSpec) -> torch.Tensor | None:
         self._check(spec)
@@ -240,6 +264,30 @@ def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def _named(weights: Weights) -> dict[str, torch.Tensor]:
+    return named_weights(weights) if isinstance(weights, torch.nn.Module) else dict(weights)
+
+
+def _check_memory(name: str, mine: torch.Tensor) -> None:
+    """Raise ``PlanMismatchError`` for a tensor of the model that nothing can be loaded into."""
+    if mine.is_meta:
+        raise PlanMismatchError(
+            f"the model's tensor {name!r} is on the meta device and has no memory; call to_empty() on the model"
+        )
+    if is_sharded(mine):
+        raise PlanMismatchError(
+            f"the model's tensor {name!r} is a DTensor, of which this rank has a part; updates are of whole tensors"
+        )
+
+
+def _check_tied(first: str, one: torch.Tensor, second: str, other: torch.Tensor) -> None:
+    """Raise ``PlanMismatchError`` unless these values for one tensor of the model are the same, bit for bit."""
+    if not torch.equal(as_bytes(one), as_bytes(other).to(one.device)):
+        raise PlanMismatchError(
+            f"{first!r} and {second!r} are one tensor in the model, and the update has different values for them"
+        )
 
 
 def own_copies(pairs: list[Pair]) -> list[Pair]:

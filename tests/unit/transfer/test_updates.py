@@ -1,7 +1,10 @@
-"""send and receive over threads: what is left of an update once it is over."""
+"""send and receive over threads: what is left of an update once it is over, and what a caller may do to one."""
 
 import gc
+import math
+import signal
 import threading
+import time
 import weakref
 from contextlib import suppress
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 from rollout_core.bucketing import plan_buckets, specs_of
-from rollout_core.errors import PlanMismatchError, RolloutCoreError
+from rollout_core.errors import PlanMismatchError, RolloutCoreError, TransferError
 from rollout_core.transfer import CollectedWeights, DirectWeights, StagedWeights, receive, send, send_stream
 from rollout_core.transfer.carriers.local import local_carrier
 
@@ -82,3 +85,141 @@ def test_t3_an_update_leaves_nothing_to_the_garbage_collector(update, target, un
 def attempted(update):
     with suppress(RolloutCoreError, OSError, MemoryError):
         update()
+
+
+def updated(source, into, **options):
+    """What ``receive`` came to, over threads: a report, or the error."""
+    end, (other,) = local_carrier()
+    worker = threading.Thread(target=attempted, args=(lambda: send(plan_buckets(specs_of(source), 1024), source, end, timeout=20),))
+    worker.start()
+    try:
+        return receive(other, into, timeout=20, **options)
+    except (RolloutCoreError, KeyboardInterrupt) as error:
+        return error
+    finally:
+        worker.join(30)
+        end.close()
+        other.close()
+
+
+class Norm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1000))
+        self.register_buffer("mean", torch.zeros(3))
+
+
+@pytest.mark.parametrize("target", [DirectWeights, StagedWeights])
+@pytest.mark.parametrize(
+    "change",
+    [lambda model: model.to_empty(device="cpu"), lambda model: model.load_state_dict(Norm().state_dict(), assign=True)],
+    ids=["to_empty", "assign"],
+)
+def test_a_module_whose_tensors_were_replaced_gets_the_update(target, change):
+    """The update goes into what the module has when it begins, not into tensors that nobody uses any more."""
+    model = Norm()
+    into = target(model)
+    change(model)
+    source = {"weight": torch.full((1000,), 7.0), "mean": torch.full((3,), 9.0)}
+    assert updated(source, into).version == 1
+    assert torch.equal(model.weight, source["weight"])
+    assert torch.equal(model.mean, source["mean"])
+
+
+@pytest.mark.parametrize("target", [DirectWeights, StagedWeights])
+def test_t5_weights_without_memory_are_refused(target):
+    with torch.device("meta"):
+        into = target(Norm())
+    error = updated(weights(), into)
+    assert isinstance(error, PlanMismatchError)
+    assert str(error).startswith("the model's tensor 'weight' is on the meta device")
+    assert (into.version, into.unusable) == (0, None)
+
+
+@pytest.mark.parametrize("size", [10, 1000], ids=["whole", "split"])
+@pytest.mark.parametrize("target", [DirectWeights, StagedWeights])
+def test_tied_weights_that_come_with_two_values_are_refused(target, size):
+    """The last to come would win, and the model would be neither."""
+    tied = torch.zeros(size)
+    into = target({"embed": tied, "head": tied})
+    same = {"embed": torch.ones(size), "head": torch.ones(size)}
+    assert updated(same, into).version == 1
+    assert torch.equal(tied, same["embed"])
+    into = target({"embed": tied, "head": tied})
+    error = updated({"embed": torch.ones(size), "head": torch.zeros(size)}, into)
+    assert isinstance(error, PlanMismatchError)
+    assert str(error) == "'embed' and 'head' are one tensor in the model, and the update has different values for them"
+    assert into.version == 0
+    assert (into.unusable is None) == (target is StagedWeights)
+
+
+def test_t2_an_interrupt_while_the_last_message_leaves_ends_the_update(monkeypatch):
+    """What the machine asked for beside that message is done all the same."""
+    source = weights()
+    into = StagedWeights(weights())
+    end, (other,) = local_carrier()
+    post = other.post
+
+    def interrupted(message):
+        post(message)
+        if b"Committed" in message:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(other, "post", interrupted)
+    worker = threading.Thread(target=attempted, args=(lambda: planned(source, end),))
+    worker.start()
+    with pytest.raises(KeyboardInterrupt) as raised:
+        receive(other, into, timeout=20)
+    worker.join(30)
+    assert raised.value.__notes__ == ["version 1 is committed here all the same"]
+    assert (into.version, end.version, other.version) == (1, 1, 1)
+    end.close()
+    other.close()
+
+
+@pytest.mark.parametrize("wait", [5.0, math.inf])
+def test_t2_a_sender_that_left_after_its_abort_is_not_waited_for(wait):
+    """Hello, Abort and the end of the socket come at once: the end is not forgotten with the update that it follows."""
+    end, (other,) = local_carrier()
+    with pytest.raises(TransferError, match="silent"):
+        send(plan_buckets(specs_of(weights()), 4096), weights(), end, timeout=0.2)
+    end.close()
+    with pytest.raises(TransferError, match="gave the update up"):
+        receive(other, wait=5, timeout=20)
+    with pytest.raises(TransferError, match="this end of the carrier is closed"):
+        receive(other, wait=wait, timeout=20)
+
+
+def test_t2_a_carrier_that_another_thread_closes_ends_the_update():
+    """At once, and not by asking a closed carrier without end."""
+    source, opened = weights(), threading.Event()
+
+    def pairs():
+        yield "first", source["first"]
+        opened.set()
+        time.sleep(0.2)
+        yield from list(source.items())[1:]
+
+    end, (other,) = local_carrier()
+    worker = threading.Thread(target=attempted, args=(lambda: receive(other, timeout=20),))
+    worker.start()
+    closer = threading.Thread(target=lambda: (opened.wait(20), end.close()))
+    closer.start()
+    start = time.monotonic()
+    with pytest.raises(TransferError, match="this end of the carrier is closed"):
+        send(plan_buckets(specs_of(source), 4096), pairs(), end, timeout=20)
+    assert time.monotonic() - start < 4
+    worker.join(30)
+    closer.join(30)
+
+
+def test_a_carrier_whose_poll_breaks_is_given_up_with_its_own_error(monkeypatch):
+    end, (other,) = local_carrier()
+
+    def broken(seconds):
+        raise ZeroDivisionError("in the carrier")
+
+    monkeypatch.setattr(end, "poll", broken)
+    with pytest.raises(ZeroDivisionError, match="in the carrier"):
+        send(plan_buckets(specs_of(weights()), 4096), weights(), end, timeout=20)
+    other.close()
