@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from rollout_core.errors import TransferError
@@ -21,6 +22,7 @@ from rollout_core.transfer.protocol.sender import Sender
 from rollout_core.transfer.protocol.steps import Came, Done, Failed, Gone, Post, Tick
 from rollout_core.transfer.report import Observe, Step
 
+_OURS: Final = ("rollout_core.transfer.", "rollout_core.bucketing.")
 _FIRST_NAP: Final = 20e-6  # seconds between looks at bytes that are being moved
 _LONGEST_NAP: Final = 1e-3
 
@@ -63,23 +65,29 @@ class Driver(Generic[Machine]):
         """``run``, and raise what it ended with, unless it ended well. A carrier that cannot be used again is closed. ``remark``:
         what has to be said of an update that failed, once it is over."""
         done = None
+        left: list[Exception] = []  # what letting go raised
         try:
             done = self.run(first)
         finally:
             # An error behind the last message says that the other side is gone, and is not said again.
             if done is None or not done.reusable or any(isinstance(message, TransferError) for _, message in self._inbox):
-                carrier.close()
-            self._hands.end()
+                left += _attempt(carrier.close)
+            left += _attempt(self._hands.end)
         error, self.error = self.error, None
         if error is None and done.cause is not None:
             error = error_of(done.cause, TransferError)
+        if error is None and left:
+            error = left.pop(0)
         if error is not None:
+            for other in left:
+                error.add_note(f"and letting go raised {type(other).__name__}: {other}")
             if (note := remark()) is not None:
                 error.add_note(note)
+            _forget(error)
             try:
                 raise error
             finally:
-                del error  # else its traceback holds it, and with it the carrier's memory
+                del error, left  # else its traceback holds it, and with it the carrier's memory
 
     def run(self, first: Any = None) -> Done:
         """Until the machine is done. A second KeyboardInterrupt, while the update is being given up, comes out at once."""
@@ -213,3 +221,29 @@ class Driver(Generic[Machine]):
         except Exception:
             if self.error is None and self._done is None:  # else the update is over, or given up for another reason
                 raise
+
+
+def _attempt(work: Callable[[], None]) -> list[Exception]:
+    try:
+        work()
+    except Exception as error:
+        return [error]
+    return []
+
+
+def _forget(error: BaseException) -> None:
+    """Clear what this package's functions held when the error came through them: views of slots, for as long as it is kept."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        todo += [one.__cause__, one.__context__]
+        trace = one.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_globals.get("__name__", "").startswith(_OURS):
+                with suppress(RuntimeError):  # still running
+                    trace.tb_frame.clear()
+            trace = trace.tb_next

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -30,7 +29,7 @@ from rollout_core.transfer.protocol.steps import (
     ReceiverAction,
 )
 from rollout_core.transfer.report import Observe, ReceiveReport
-from rollout_core.transfer.sending import MAX_SLOTS, check_timeouts
+from rollout_core.transfer.sending import MAX_SLOTS, deadline_of, seconds_of
 from rollout_core.transfer.targets import CollectedWeights, Target
 
 
@@ -50,7 +49,7 @@ def receive(
     ``into``: what the weights are loaded into, such as ``DirectWeights(model)`` or ``StagedWeights(model)``; None collects them in
     memory of their own, as the report's ``weights``. ``plan``: accept this one only. ``wait``: seconds until an update has to begin
     (None: ``timeout``; ``math.inf``: as long as the sender lives). ``timeout``: seconds from the sender's last sign of life to the
-    end of the update with an error; it has to be longer than any side takes over one bucket. ``deadline``: seconds after
+    end of the update with an error, see ``send``. ``deadline``: seconds after
     which it is given up, as for ``send``. ``verify``: check every bucket's digest before anything of it is used. ``observe`` is
     told of every step.
 
@@ -64,15 +63,16 @@ def receive(
         TransferError: the sender ended, gave up, fell silent, or was not done in time; the message says why.
         Exception: whatever ``into`` raises, unchanged.
     """
-    check_timeouts(timeout, deadline, wait)
+    timeout, deadline = seconds_of("timeout", timeout), deadline_of(deadline)
+    wait = timeout if wait is None else seconds_of("wait", wait, endless=True)
     if into is not None and not isinstance(into, Target):
         raise TransferError(f"into is a {type(into).__name__}, no target: pass DirectWeights(model) or StagedWeights(model)")
     target = CollectedWeights(carrier.version) if into is None else into
     hands = _Receiving(carrier, target, plan, verify)
     machine = Receiver.new(
         timeout=timeout,
-        wait=timeout if wait is None else wait,
-        deadline=math.inf if deadline is None else deadline,
+        wait=wait,
+        deadline=deadline,
         now=time.monotonic(),
     )
     Driver(machine, hands, observe).update(carrier, remark=hands.remark)

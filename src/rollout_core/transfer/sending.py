@@ -14,6 +14,7 @@ import torch
 from rollout_core.bucketing import Bucket, BucketPlan, Packer, pack_stream
 from rollout_core.bucketing.bucket import MAX_VERSION
 from rollout_core.bucketing.digest import DigestChoice, check_choice
+from rollout_core.bucketing.placement import Options
 from rollout_core.bucketing.sources import Source
 from rollout_core.bucketing.stream_header import StreamBucket
 from rollout_core.errors import CapacityError, TransferError
@@ -26,6 +27,7 @@ from rollout_core.transfer.protocol.steps import Begin, Pack, Packed, Push, Push
 from rollout_core.transfer.report import Observe, SendReport
 
 MAX_SLOTS: Final = 64
+SHORTEST: Final = 1e-6  # seconds of a timeout: what a Hello and a Welcome can say
 
 
 def send(
@@ -46,9 +48,10 @@ def send(
     the size of the largest bucket. ``version``: of the new weights, larger than what the receivers have; None counts on from the
     last that this carrier committed. ``digest``: as for ``pack``; None where receivers are told ``verify=False``.
 
-    ``timeout``: seconds from a receiver's last sign of life to the end of the update with an error. It has to be longer than any
-    side takes over one bucket, the source's own work included. ``deadline``: seconds after which an update that is
-    not complete is given up; to end it in order takes a quarter of ``timeout`` at most. ``observe`` is told of every step.
+    ``timeout``: seconds from a receiver's last sign of life to the end of the update with an error. Three quarters of it have to be
+    longer than any side takes over one step: a bucket, the source's own work included, or with ``StagedWeights`` the commit.
+    ``deadline``: seconds after which an update that is not complete is given up; to end it in order takes a quarter of ``timeout``
+    at most. ``observe`` is told of every step.
 
     If this raises, no receiver has committed the update, unless the message says that one has, or may have. The carrier can be used
     for the next update if nobody was lost; else it is closed, and says so.
@@ -59,7 +62,7 @@ def send(
         IntegrityError: what arrived was not what was sent. Other errors of a receiver come as the same class, too.
         Exception: whatever the source raises, unchanged.
     """
-    options = _Options(version, slots, timeout, deadline, digest, observe)
+    options = _Options(version, slots, seconds_of("timeout", timeout), deadline_of(deadline), digest, observe)
     hands = _Sending(carrier)
 
     def buckets(version: int) -> Iterator[Bucket]:
@@ -90,7 +93,8 @@ def send_stream(
     """
     if oversize not in ("split", "error"):
         raise CapacityError(f"oversize is {oversize!r}; a stream's buckets are split, or their tensors refused: 'split' or 'error'")
-    options = _Options(version, slots, timeout, deadline, digest, observe)
+    options = _Options(version, slots, seconds_of("timeout", timeout), deadline_of(deadline), digest, observe)
+    Options(capacity=capacity)  # refuses what is no capacity, before anything is laid out
 
     def buckets(version: int) -> Iterator[Bucket]:
         return pack_stream(source, capacity, oversize=oversize, version=version, digest=digest)  # type: ignore[arg-type]
@@ -115,12 +119,11 @@ class _Options:
     version: int | None
     slots: int
     timeout: float
-    deadline: float | None
+    deadline: float
     digest: DigestChoice
     observe: Observe | None
 
     def __post_init__(self) -> None:
-        check_timeouts(self.timeout, self.deadline)
         check_choice(self.digest)
         if type(self.slots) is not int or not 1 <= self.slots <= MAX_SLOTS:
             raise TransferError(f"slots is {self.slots!r}; it is a whole number from 1 to {MAX_SLOTS}")
@@ -135,6 +138,8 @@ class _Options:
 
 def _send(hands: _Sending, content: _Content, options: _Options) -> SendReport:
     carrier = hands.carrier
+    if not carrier.receivers:
+        raise TransferError("the carrier has no receivers: nobody would get the update")
     version = options.next_version(carrier.version)
     start = time.monotonic()
     memory, ticket = carrier.lay_out(options.slots, content.slot_nbytes)
@@ -149,8 +154,9 @@ def _send(hands: _Sending, content: _Content, options: _Options) -> SendReport:
         ticket=ticket,
         timeout=options.timeout,
     )
-    patience = Patience(options.timeout, start + (math.inf if options.deadline is None else options.deadline))
+    patience = Patience(options.timeout, start + options.deadline)
     hands.begin(memory, lambda: content.buckets(version))
+    del memory  # this frame is part of the traceback of an error that may be kept
     machine = Sender.new(secrets.randbits(63), hello, patience, carrier.receivers, start)
     driver = Driver(machine, hands, options.observe)
 
@@ -241,10 +247,26 @@ def _nothing() -> Iterator[Bucket]:
     return iter(())
 
 
-def check_timeouts(timeout: object, *others: object) -> None:
-    """Raise ``TransferError`` unless these are positive numbers of seconds; the others may be None."""
-    for name, value in (("timeout", timeout), *(("deadline", other) for other in others if other is not None)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise TransferError(f"{name} is {value!r}; it is a positive number of seconds")
-    if timeout == math.inf:
-        raise TransferError("timeout is infinite: the other side could hang this one for ever")
+def deadline_of(value: object) -> float:
+    return math.inf if value is None else seconds_of("deadline", value, endless=True)
+
+
+def seconds_of(name: str, value: object, *, endless: bool = False) -> float:
+    """A number of seconds, as a float. ``TransferError`` unless it is positive, and finite unless ``endless``."""
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not seconds >= SHORTEST or isinstance(value, str):
+        raise TransferError(f"{name} is {_brief(value)}; it is a number of seconds, at least {SHORTEST:g}")
+    if seconds == math.inf and not endless:
+        raise TransferError(f"{name} is infinite: the other side could hang this one for ever")
+    return seconds
+
+
+def _brief(value: object) -> str:
+    try:
+        words = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        words = f"a huge {type(value).__name__}"
+    return words if len(words) <= 40 else f"{words[:40]}..."

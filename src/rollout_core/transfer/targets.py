@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -84,6 +85,7 @@ class DirectWeights:
         self.tensors = _named(self._weights)  # a module may have got others: by to(), to_empty(), load_state_dict(assign=True)
         for name, mine in self.tensors.items():
             _check_memory(name, mine)
+        _check_apart(self.tensors)
         if plan is not None:
             for spec in plan.specs:
                 self._check(spec)
@@ -272,14 +274,27 @@ def _named(weights: Weights) -> dict[str, torch.Tensor]:
 
 def _check_memory(name: str, mine: torch.Tensor) -> None:
     """Raise ``PlanMismatchError`` for a tensor of the model that nothing can be loaded into."""
+    why = None
     if mine.is_meta:
-        raise PlanMismatchError(
-            f"the model's tensor {name!r} is on the meta device and has no memory; call to_empty() on the model"
-        )
-    if is_sharded(mine):
-        raise PlanMismatchError(
-            f"the model's tensor {name!r} is a DTensor, of which this rank has a part; updates are of whole tensors"
-        )
+        why = "is on the meta device and has no memory; call to_empty() on the model"
+    elif is_sharded(mine):
+        why = "is a DTensor, of which this rank has a part; updates are of whole tensors"
+    elif any(size > 1 and stride == 0 for size, stride in zip(mine.shape, mine.stride(), strict=True)):
+        why = "is expanded: several of its elements are one, and cannot be written"
+    if why is not None:
+        raise PlanMismatchError(f"the model's tensor {name!r} {why}")
+
+
+def _check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ``PlanMismatchError`` if two tensors of a model share a part of their memory, and are not one: what is loaded into the
+    first would be changed with the second. Looks at those without gaps; between others there may be elements in turns."""
+    dense = [(name, mine) for name, mine in tensors.items() if mine.numel() and mine.is_contiguous()]
+    places = sorted((str(mine.device), mine.data_ptr(), mine.data_ptr() + mine.nbytes, name) for name, mine in dense)
+    for (device, start, end, name), (other_device, other_start, other_end, other) in pairwise(places):
+        if device == other_device and other_start < end and (start, end) != (other_start, other_end):
+            raise PlanMismatchError(
+                f"the model's tensors {name!r} and {other!r} share a part of their memory, and are not one tensor"
+            )
 
 
 def _check_tied(first: str, one: torch.Tensor, second: str, other: torch.Tensor) -> None:
@@ -300,6 +315,6 @@ def _non_persistent(model: torch.nn.Module) -> frozenset[str]:
     """Names of the buffers that a state dict leaves out."""
     return frozenset(
         f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
+        for prefix, module in model.named_modules(remove_duplicate=False)
         for name in module._non_persistent_buffers_set
     )

@@ -2,19 +2,25 @@
 
 import gc
 import math
+import os
 import signal
+import socket
 import threading
 import time
 import weakref
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from rollout_core.bucketing import plan_buckets, specs_of
-from rollout_core.errors import PlanMismatchError, RolloutCoreError, TransferError
+from rollout_core.errors import CapacityError, PlanMismatchError, RolloutCoreError, TransferError
 from rollout_core.transfer import CollectedWeights, DirectWeights, StagedWeights, receive, send, send_stream
+from rollout_core.transfer.carriers import unix
 from rollout_core.transfer.carriers.local import local_carrier
+from rollout_core.transfer.carriers.memory import MemoryReceiver, MemorySender
 
 
 def weights():
@@ -223,3 +229,143 @@ def test_a_carrier_whose_poll_breaks_is_given_up_with_its_own_error(monkeypatch)
     with pytest.raises(ZeroDivisionError, match="in the carrier"):
         send(plan_buckets(specs_of(weights()), 4096), weights(), end, timeout=20)
     other.close()
+
+
+@pytest.mark.parametrize("target", [DirectWeights, StagedWeights])
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"a": torch.zeros(1).expand(4)}, "the model's tensor 'a' is expanded"),
+        (
+            dict(zip("ab", torch.zeros(6).unfold(0, 4, 2), strict=True)),
+            "the model's tensors 'a' and 'b' share a part of their memory",
+        ),
+    ],
+    ids=["expanded", "overlapping"],
+)
+def test_t5_what_cannot_be_loaded_is_refused_before_anything_is(target, model, words):
+    """Not at the commit: another receiver would have committed by then."""
+    into = target(model)
+    error = updated({name: torch.ones(4) for name in model}, into)
+    assert isinstance(error, PlanMismatchError)
+    assert str(error).startswith(words)
+    assert (into.version, into.unusable) == (0, None)
+
+
+def test_columns_of_one_matrix_are_apart():
+    """Their memory is, though one begins where the other has not ended."""
+    whole = torch.zeros(3, 4)
+    into = StagedWeights({"left": whole[:, :2], "right": whole[:, 2:]})
+    assert updated({"left": torch.ones(3, 2), "right": torch.full((3, 2), 2.0)}, into).version == 1
+    assert torch.equal(whole, torch.tensor([[1.0, 1.0, 2.0, 2.0]] * 3))
+
+
+def test_a_buffer_of_a_shared_module_may_be_left_out_under_each_name():
+    class Rotary(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("inv_freq", torch.ones(3), persistent=False)
+
+    rotary = Rotary()
+    model = torch.nn.ModuleDict({name: torch.nn.ModuleList([torch.nn.Linear(2, 2), rotary]) for name in ("first", "second")})
+    assert updated(model.state_dict(), DirectWeights(model)).version == 1
+
+
+class BadManners(StagedWeights):
+    def load(self, pairs):
+        raise ValueError("the reason")
+
+    def abort(self, version):
+        raise OSError("no manners")
+
+
+def test_what_letting_go_raises_does_not_hide_the_reason():
+    end, (other,) = local_carrier()
+    worker = threading.Thread(target=attempted, args=(lambda: planned(weights(), end),))
+    worker.start()
+    with pytest.raises(ValueError, match="the reason") as raised:
+        receive(other, BadManners(weights()), timeout=20)
+    worker.join(30)
+    assert raised.value.__notes__ == ["and letting go raised OSError: no manners"]
+    end.close()
+    other.close()
+
+
+def test_t3_an_error_that_is_kept_keeps_no_memory():
+    """Tracebacks hold frames, and frames what was in them: slots of shared memory, for as long as a log keeps the error."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        end, other = MemorySender([ours]), MemoryReceiver(theirs)
+    kept = []
+
+    def run(work):
+        try:
+            work()
+        except RolloutCoreError as error:
+            kept.append(error)
+
+    source = weights()
+    target = StagedWeights({**source, "third": torch.zeros(1001)})  # refused where it is loaded: it is a stream
+    worker = threading.Thread(target=run, args=(lambda: receive(other, target, timeout=20),))
+    worker.start()
+    run(lambda: streamed(source, end))
+    worker.join(30)
+    assert len(kept) == 2
+    end.close()
+    other.close()
+    assert "rollout-core-arena" not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("value", [0, -1, 1e-9, math.nan, True, "1", None, 10**400])
+@pytest.mark.parametrize("name", ["timeout", "deadline", "wait"])
+def test_what_is_no_time_is_refused_by_its_name(name, value):
+    end, (other,) = local_carrier()
+    calls = [lambda: receive(other, **{name: value})]
+    if name != "wait":
+        calls.append(lambda: send(plan_buckets([], 8), {}, end, **{name: value}))
+    if value is not None or name == "timeout":
+        for call in calls:
+            with pytest.raises(TransferError, match=f"{name} is .*; it is a number of seconds, at least 1e-06"):
+                call()
+    end.close()
+    other.close()
+
+
+def test_numbers_of_other_kinds_are_times():
+    end, (other,) = local_carrier()
+    worker = threading.Thread(target=receive, args=(other,), kwargs={"timeout": np.float32(20), "wait": 20})
+    worker.start()
+    assert send(plan_buckets(specs_of(weights()), 4096), weights(), end, timeout=np.float64(20), deadline=10**300).version == 1
+    worker.join(30)
+    end.close()
+    other.close()
+
+
+def test_a_carrier_without_receivers_is_refused():
+    end, _ = local_carrier(0)
+    with pytest.raises(TransferError, match="no receivers: nobody would get the update"):
+        send(plan_buckets([], 8), {}, end)
+
+
+def test_a_stream_s_capacity_is_looked_at_first():
+    end, (other,) = local_carrier()
+    for capacity in (0, 1.5, True, "x"):
+        with pytest.raises(CapacityError, match=f"capacity is {capacity!r} "):
+            send_stream(weights(), end, capacity=capacity)
+    end.close()
+    other.close()
+    with pytest.raises(TransferError, match="this end of the carrier is closed"):
+        planned(weights(), end)
+
+
+def test_t2_a_listener_with_a_full_queue_is_not_waited_for():
+    """connect(2) of a blocking Unix socket would wait for it without end."""
+    name = f"full-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as waiting:
+        listener.bind(b"\0rollout-core/" + name.encode())
+        listener.listen(0)
+        waiting.enter_context(unix.connect(name, 1.0))
+        start = time.monotonic()
+        with pytest.raises(TransferError, match=f"no sender listens at '{name}' within 0.3 s"):
+            unix.connect(name, 0.3)
+        assert time.monotonic() - start < 5

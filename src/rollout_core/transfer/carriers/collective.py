@@ -125,6 +125,7 @@ class CollectiveSender(LinkedSender):
         self._slots: list[torch.Tensor] = []
 
     def lay_out(self, slots: int, nbytes: int) -> tuple[list[torch.Tensor], bytes]:
+        self._links.check_open()
         self._slots = make_slots(self._slots, slots, nbytes, self._broadcasts.device)
         return list(self._slots), b""
 

@@ -60,6 +60,7 @@ class CudaIpcSender(LinkedSender):
         return unix.joined(lambda sockets: cls(sockets, device=device), unix.listen(name, receivers, timeout))
 
     def lay_out(self, slots: int, nbytes: int) -> tuple[list[torch.Tensor], bytes]:
+        self._links.check_open()
         stride = max(1, -(-nbytes // _ALIGN)) * _ALIGN
         if self._memory is None or self._memory.nbytes != slots * stride:
             if self._memory is not None:

@@ -31,9 +31,13 @@ class Links:
     def __len__(self) -> int:
         return len(self._channels)
 
-    def post(self, peer: int, message: bytes) -> None:
+    def check_open(self) -> None:
+        """Raise ``TransferError`` after ``close``."""
         if self._is_closed:
             raise TransferError(_CLOSED)
+
+    def post(self, peer: int, message: bytes) -> None:
+        self.check_open()
         if peer in self._gone:
             raise self._gone[peer]
         with suppress(PeerGone):  # poll says so, after what it said before it went
@@ -41,8 +45,7 @@ class Links:
 
     def poll(self, seconds: float | None) -> list[tuple[int, bytes | TransferError]]:
         """Messages by peer, waiting for the first at most ``seconds``; in place of one a ``TransferError``, once for a peer."""
-        if self._is_closed:
-            raise TransferError(_CLOSED)
+        self.check_open()
         deadline = None if seconds is None else time.monotonic() + seconds
         while True:
             found = self._arrived()

@@ -24,6 +24,7 @@ class LocalSender(LinkedSender):
         self._device = device
 
     def lay_out(self, slots: int, nbytes: int) -> tuple[list[torch.Tensor], bytes]:
+        self._links.check_open()
         self._shared[:] = make_slots(self._shared, slots, nbytes, self._device)
         return list(self._shared), b""
 

@@ -54,6 +54,7 @@ class MemorySender(LinkedSender):
         return unix.joined(cls, unix.listen(name, receivers, timeout))
 
     def lay_out(self, slots: int, nbytes: int) -> tuple[list[torch.Tensor], bytes]:
+        self._links.check_open()
         total = self._arena.resize(slots, nbytes)
         stride = total // slots
         return [self._arena.view(slot * stride, nbytes) for slot in range(slots)], msgspec.msgpack.encode(Ticket(stride, total))

@@ -51,18 +51,25 @@ def listen(name: str, receivers: int, timeout: float) -> list[socket.socket]:
 
 
 def connect(name: str, timeout: float) -> socket.socket:
-    """Connect to who listens at ``name``, or will within ``timeout`` seconds. ``TransferError`` after."""
+    """Connect to who of the same user listens at ``name``, or will within ``timeout`` seconds. ``TransferError`` after."""
     deadline = time.monotonic() + timeout
     while True:
         one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        one.setblocking(False)  # a listener whose queue is full would be waited for without end
         try:
             one.connect(_address(name))
+            if _peer_user(one) not in (0, os.getuid()):
+                raise TransferError(f"who listens at {name!r} is of another user")
         except OSError as error:
             one.close()
             if time.monotonic() >= deadline:
                 raise TransferError(f"no sender listens at {name!r} within {timeout:g} s: {error}") from error
             time.sleep(_RETRY)
+        except BaseException:
+            one.close()
+            raise
         else:
+            one.setblocking(True)
             return one
 
 
