@@ -408,3 +408,47 @@ def test_a_packer_that_is_not_made_in_time_is_refused_in_words(monkeypatch):
     monkeypatch.setattr("rollout_core.testing.isolation._START_TIMEOUT", 0.5)
     with pytest.raises(SubjectError, match=r"loading it took more than 0\.5 s"):
         check_packer(lambda: time.sleep(60))
+
+
+@pytest.fixture
+def forks_that_hang(monkeypatch, tmp_path):
+    """As many forks as the given number hang before they come to the subject; a file counts them all."""
+    count = tmp_path / "count"
+
+    def hang(number):
+        def watch(parent):
+            with count.open("a") as file:
+                file.write("x")
+            if len(count.read_text()) <= number:
+                time.sleep(60)
+
+        monkeypatch.setattr("rollout_core.testing.isolation._FORK_TIMEOUT", 0.5)
+        monkeypatch.setattr("rollout_core.testing.isolation._START_TIMEOUT", 2.0)
+        monkeypatch.setattr("rollout_core.testing.isolation.end_with_parent", watch)
+        return count
+
+    return hang
+
+
+def test_a_fork_that_hangs_before_it_comes_to_the_subject_is_made_once_more(forks_that_hang):
+    count = forks_that_hang(1)
+    assert check_packer(Plain, only=[ORDER], max_examples=2).ok
+    assert len(count.read_text()) == 2
+
+
+def test_forks_that_all_hang_are_an_error(forks_that_hang):
+    count = forks_that_hang(9)
+    with pytest.raises(SubjectError, match=r"loading it took more than 2 s"):
+        check_packer(Plain, only=[ORDER], max_examples=2)
+    assert len(count.read_text()) == 2
+
+
+def test_a_subject_that_is_slow_to_make_is_made_once(forks_that_hang):
+    count = forks_that_hang(0)
+
+    def slow():
+        time.sleep(1)
+        return Plain()
+
+    assert check_packer(slow, only=[ORDER], max_examples=1, timeout=10).ok
+    assert len(count.read_text()) == 1
