@@ -11,7 +11,7 @@ from torch import nn
 
 from rollout_core.errors import WorkerError
 from rollout_core.workers.contract import Completion, SamplingParams, to_batch
-from rollout_core.workers.hf_generate import generate
+from rollout_core.workers.hf.generate import generate
 
 VOCAB = 128
 PAD = 0

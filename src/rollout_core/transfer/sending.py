@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 
@@ -17,7 +17,7 @@ from rollout_core.bucketing.digest import DigestChoice, check_choice
 from rollout_core.bucketing.placement import Options
 from rollout_core.bucketing.sources import Source
 from rollout_core.bucketing.stream_header import StreamBucket
-from rollout_core.errors import CapacityError, TransferError
+from rollout_core.errors import CapacityError, PlanMismatchError, TransferError
 from rollout_core.transfer.carriers.contract import Moving, SenderEnd
 from rollout_core.transfer.driver import Driver
 from rollout_core.transfer.protocol.line import Patience
@@ -27,6 +27,8 @@ from rollout_core.transfer.protocol.steps import Begin, Pack, Packed, Push, Push
 from rollout_core.transfer.report import Observe, SendReport
 
 MAX_SLOTS: Final = 64
+#: Called with every bucket of a plan once it is packed; returns what is sent: the bucket itself, or in a test another in its place.
+Tap: TypeAlias = Callable[[Bucket], Bucket]
 SHORTEST: Final = 1e-6  # seconds of a timeout: what a Hello and a Welcome can say
 
 
@@ -41,6 +43,7 @@ def send(
     deadline: float | None = None,
     digest: DigestChoice = "auto",
     observe: Observe | None = None,
+    tap: Tap | None = None,
 ) -> SendReport:
     """Send one update to every receiver of a carrier, each of which calls ``receive``. Returns once all have committed it.
 
@@ -51,19 +54,23 @@ def send(
     ``timeout``: seconds from a receiver's last sign of life to the end of the update with an error. Three quarters of it have to be
     longer than any side takes over one step: a bucket, the source's own work included, or with ``StagedWeights`` the commit.
     ``deadline``: seconds after which an update that is not complete is given up; to end it in order takes a quarter of ``timeout``
-    at most. ``observe`` is told of every step.
+    at most. ``observe`` is told of every step. ``tap`` is called with every bucket, packed and sealed, and returns what is sent: the
+    bucket again, for who only wants to look, or another in its place, which is how a test has one damaged.
 
     If this raises, no receiver has committed the update, unless the message says that one has, or may have. The carrier can be used
     for the next update if nobody was lost; else it is closed, and says so.
 
     Raises:
-        PlanMismatchError: a receiver has other tensors, or the source is not the plan's; nothing was moved in the first case.
+        PlanMismatchError: a receiver has other tensors, or the source is not the plan's; nothing was moved in the first case. Also
+            if ``plan`` is no plan.
         TransferError: a receiver ended, fell silent, or was not done in time.
         IntegrityError: what arrived was not what was sent. Other errors of a receiver come as the same class, too.
         Exception: whatever the source raises, unchanged.
     """
+    if not isinstance(plan, BucketPlan):
+        raise PlanMismatchError(f"plan is a {type(plan).__name__}; pass what plan_buckets(specs_of(source), capacity) gives")
     options = _Options(version, slots, seconds_of("timeout", timeout), deadline_of(deadline), digest, observe)
-    hands = _Sending(carrier)
+    hands = _Sending(carrier, tap)
 
     def buckets(version: int) -> Iterator[Bucket]:
         return Packer(plan, digest=digest, allocate=hands.allocate).pack(source, version=version)
@@ -181,8 +188,9 @@ def _send(hands: _Sending, content: _Content, options: _Options) -> SendReport:
 class _Sending:
     """What the sender's machine asks for, done."""
 
-    def __init__(self, carrier: SenderEnd) -> None:
+    def __init__(self, carrier: SenderEnd, tap: Tap | None = None) -> None:
         self.carrier = carrier
+        self._tap = tap
         self.buckets, self.nbytes, self.packing = 0, 0, 0.0
         self._memory: list[torch.Tensor] = []
         self._open: Callable[[], Iterator[Bucket]] = _nothing
@@ -235,7 +243,11 @@ class _Sending:
         bucket = next(self._source, None)
         if bucket is None:
             return None
-        if bucket.nbytes and bucket.buffer.data_ptr() != self._slot.data_ptr():  # a stream's, packed ahead
+        if self._tap is not None:
+            bucket = self._tap(bucket)
+            if bucket.nbytes > self._slot.numel():
+                raise TransferError(f"bucket {bucket.index} has {bucket.nbytes} bytes, and none of its plan is larger than a slot")
+        if bucket.nbytes and bucket.buffer.data_ptr() != self._slot.data_ptr():  # a stream's, packed ahead, or a tap's own
             self._slot[: bucket.nbytes].copy_(bucket.buffer)
         self.buckets, self.nbytes = self.buckets + 1, self.nbytes + bucket.nbytes
         header = bucket.header if isinstance(bucket, StreamBucket) else b""

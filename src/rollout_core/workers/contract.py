@@ -73,19 +73,27 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One sample of one prompt. Raises ``WorkerError`` for a bad value, or logprobs that are not one per token."""
+    """One sample of one prompt. Raises ``WorkerError`` for a bad value, or logprobs or versions that are not one per token."""
 
     token_ids: tuple[int, ...]  # the sampled tokens, with the EOS or stop id that ended them; never padding
     logprobs: tuple[float, ...] | None  # one finite float per token; None where the worker has none
     status: Status
-    weight_version: int  # of the weights that produced it, counted from 0
+    weight_version: int  # of the weights that produced the last token, counted from 0
     prompt_index: int  # which prompt of the call
     sample_index: int  # which of that prompt's n samples
+    token_versions: tuple[int, ...] | None = None  # of the weights that produced each token; None: weight_version, all of them
+    request_id: str = ""  # of the prompt, as it was submitted
+    error: str = ""  # why it failed, if it did
 
     @property
     def place(self) -> str:
         """``prompt i sample j``, as errors name it."""
         return f"prompt {self.prompt_index} sample {self.sample_index}"
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The weight version of each token."""
+        return (self.weight_version,) * len(self.token_ids) if self.token_versions is None else self.token_versions
 
     def __post_init__(self) -> None:
         _whole(self.prompt_index, 0, "Completion.prompt_index", "count prompts from 0")
@@ -95,6 +103,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if self.status not in STATUSES:
             raise WorkerError(f"{where} status is {self.status!r}: use one of {', '.join(STATUSES)}")
         _ids(self.token_ids, f"{where} token_ids")
+        if self.token_versions is not None:
+            self._check_versions(where)
         if self.logprobs is None:
             return
         if not isinstance(self.logprobs, tuple) or len(self.logprobs) != len(self.token_ids):
@@ -102,6 +112,15 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for position, logprob in enumerate(self.logprobs):
             if not _is_number(logprob):
                 raise WorkerError(f"{where} logprobs[{position}] is {logprob!r}: pass finite float32 values")
+
+    def _check_versions(self, where: str) -> None:
+        versions = self.token_versions
+        if not isinstance(versions, tuple) or len(versions) != len(self.token_ids):
+            raise WorkerError(f"{where} token_versions must be a tuple of one version for each of {len(self.token_ids)} tokens")
+        if any(not _is_whole(version, 0) for version in versions) or list(versions) != sorted(versions):
+            raise WorkerError(f"{where} token_versions {versions}: whole numbers that never fall")
+        if versions and versions[-1] != self.weight_version:
+            raise WorkerError(f"{where} weight_version is {self.weight_version}, and the last token's is {versions[-1]}")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -118,6 +137,7 @@ class RolloutBatch:
     position_ids: torch.Tensor  # int64 (B, P + R): 0 on left padding, then 0, 1, ... to the end, padding too (as verl)
     response_mask: torch.Tensor  # int64 (B, R), the last R columns of attention_mask
     logprobs: torch.Tensor | None  # float32 (B, R): 0.0 where response_mask is 0; None if no completion has any
+    weight_versions: torch.Tensor  # int64 (B, R): of the weights that produced each token; -1 where response_mask is 0
 
 
 def _ordered(completions: Sequence[Completion], prompts: int, n: int | None) -> list[Completion]:
@@ -174,12 +194,14 @@ def to_batch(
     prompt_ids = torch.full((size, width), pad_token_id, dtype=torch.int64)
     responses = torch.full((size, response_length), pad_token_id, dtype=torch.int64)
     logprobs = torch.zeros((size, response_length), dtype=torch.float32)
+    versions = torch.full((size, response_length), -1, dtype=torch.int64)
     for place, row in enumerate(rows):
         prompt, length = prompts[row.prompt_index], len(row.token_ids)
         if length > response_length:
             raise WorkerError(f"{row.place} has {length} tokens: pass a response_length of that, not {response_length}")
         prompt_ids[place, width - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.int64)
         responses[place, :length] = torch.tensor(row.token_ids, dtype=torch.int64)
+        versions[place, :length] = torch.tensor(row.versions, dtype=torch.int64)
         if row.logprobs is not None:
             logprobs[place, :length] = torch.tensor(row.logprobs, dtype=torch.float32)
 
@@ -196,4 +218,5 @@ def to_batch(
         position_ids=(columns - (width - prompt_lengths)).clamp(min=0),  # left padding would fall below 0
         response_mask=response_mask,
         logprobs=None if without_logprobs else logprobs,
+        weight_versions=versions,
     )

@@ -10,7 +10,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -49,9 +49,11 @@ class MemorySender(LinkedSender):
         super().__init__(ours)
 
     @classmethod
-    def listen(cls, name: str, receivers: int = 1, *, timeout: float = 60.0) -> MemorySender:
+    def listen(
+        cls, name: str, receivers: int = 1, *, timeout: float = 60.0, check: Callable[[], None] | None = None
+    ) -> MemorySender:
         """Wait for ``receivers`` processes of the same user to ``MemoryReceiver.connect`` to ``name``: see ``unix.listen``."""
-        return unix.joined(cls, unix.listen(name, receivers, timeout))
+        return unix.joined(cls, unix.listen(name, receivers, timeout, check))
 
     def lay_out(self, slots: int, nbytes: int) -> tuple[list[torch.Tensor], bytes]:
         self._links.check_open()

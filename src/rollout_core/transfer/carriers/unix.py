@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol, TypeVar
 from rollout_core.errors import TransferError
 
 _RETRY: Final = 0.02  # seconds between attempts to connect
+_LOOK: Final = 0.05  # seconds between looks at whether waiting still makes sense
 _WANTED: Final = "is no Unix stream socket; pass one end of socket.socketpair() or of a duplex Pipe()"
 Made = TypeVar("Made")
 
@@ -22,9 +23,10 @@ class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
-def listen(name: str, receivers: int, timeout: float) -> list[socket.socket]:
+def listen(name: str, receivers: int, timeout: float, check: Callable[[], None] | None = None) -> list[socket.socket]:
     """Wait for ``receivers`` processes of the same user that ``connect`` to ``name``, at most ``timeout`` seconds; in the order in
-    which they came. ``TransferError`` if the name is in use, or somebody does not come in time."""
+    which they came. ``TransferError`` if the name is in use, or somebody does not come in time. ``check`` is called every now and
+    then: what it raises ends the wait."""
     deadline = time.monotonic() + timeout
     accepted: list[socket.socket] = []
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -35,8 +37,15 @@ def listen(name: str, receivers: int, timeout: float) -> list[socket.socket]:
             raise TransferError(f"no receiver can be waited for at {name!r}: {error}") from error
         try:
             while len(accepted) < receivers:
-                listener.settimeout(max(0.001, deadline - time.monotonic()))
-                one = listener.accept()[0]
+                left = max(0.001, deadline - time.monotonic())
+                listener.settimeout(left if check is None else min(left, _LOOK))
+                try:
+                    one = listener.accept()[0]
+                except TimeoutError:
+                    if check is None or time.monotonic() >= deadline:
+                        raise
+                    check()
+                    continue
                 if _peer_user(one) in (0, os.getuid()):  # an abstract name has no permissions of its own
                     accepted.append(one)
                 else:

@@ -5,15 +5,20 @@ field left unset from the checkpoint's ``generation_config``, where a repetition
 that would bend the distribution a trainer believes in, and some of those fields have no value that means "off".
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from rollout_core.errors import WorkerError
 from rollout_core.workers.contract import Completion, SamplingParams
+
+
+#: Called after each step with every row's token and its logprob, those of rows that have ended included; returns whether each row
+#: ends here.
+Watch: TypeAlias = Callable[[list[int], list[float]], list[bool]]
 
 
 class _Recorder:
@@ -23,10 +28,10 @@ class _Recorder:
     (rows, vocabulary) table to the end; here one is alive at a time.
     """
 
-    def __init__(self, first_row: int, samples: int) -> None:
+    def __init__(self, places: Sequence[int]) -> None:
         self.columns: list[torch.Tensor] = []
         self._table: torch.Tensor | None = None
-        self._first_row, self._samples = first_row, samples
+        self._places = places  # the prompt of each row, as errors name it
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.settle(input_ids)
@@ -35,9 +40,9 @@ class _Recorder:
         # CUDA context, and greedy decoding would go on as if nothing were wrong.
         bad = torch.isnan(self._table[:, 0])
         if bad.any():
-            prompt = (self._first_row + int(bad.int().argmax())) // self._samples
+            place = self._places[int(bad.int().argmax())]
             raise WorkerError(
-                f"the model gave NaN or infinite logits for prompt {prompt} at response token {len(self.columns)}: "
+                f"the model gave NaN or infinite logits for prompt {place} at response token {len(self.columns)}: "
                 "check the weights it was last given"
             )
         return scores
@@ -49,8 +54,21 @@ class _Recorder:
             self._table = None
 
 
+class _Watched(StoppingCriteria):  # type: ignore[misc]
+    """Shows each step's tokens to a watch, which may end rows."""
+
+    def __init__(self, recorder: _Recorder, watch: Watch) -> None:
+        self._recorder, self._watch = recorder, watch
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        del scores, kwargs
+        self._recorder.settle(input_ids)
+        ended = self._watch(input_ids[:, -1].tolist(), self._recorder.columns[-1][:, 0].tolist())
+        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
+
+
 @contextmanager
-def _plain(model: Any) -> Iterator[None]:
+def plain(model: Any) -> Iterator[None]:
     """The model in eval mode without its own generation settings; each module's mode and settings come back after."""
     modes = [(module, module.training) for module in model.modules()]
     # Also below a wrapper such as an adapter, whose own attribute may only look through to the model within.
@@ -68,7 +86,7 @@ def _plain(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Fixed generators of the CPU and the model's device within, the caller's own again after."""
     if seed is None:
         yield
@@ -84,7 +102,8 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _check(model: Any, prompts: Sequence[Sequence[int]], response_length: int, special: dict[str, Sequence[int]]) -> None:
+def check(model: Any, prompts: Sequence[Sequence[int]], response_length: int, special: dict[str, Sequence[int]]) -> None:
+    """Raise ``WorkerError`` for what ``generate`` refuses; ``special``: ids that have to be in the vocabulary, by what they are."""
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
         raise WorkerError(f"{type(model).__name__} is an encoder-decoder: pass a causal (decoder-only) language model")
@@ -141,26 +160,18 @@ def generate(
         if type(value) is not int or value < least:
             raise WorkerError(f"{name} is {value!r}: pass a whole number of at least {least}")
     stops = {"eos_token_ids": eos_token_ids, "stop_token_ids": params.stop_token_ids}
-    _check(model, prompts, params.response_length, {**stops, "pad_token_id": (pad_token_id,)})
-    ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
+    check(model, prompts, params.response_length, {**stops, "pad_token_id": (pad_token_id,)})
+    ends = ends_of(params, eos_token_ids)
     greedy = params.temperature == 0
-    # All three set even when off: transformers' own default for an unset top_k is 50.
-    warpers = {"temperature": float(params.temperature), "top_k": params.top_k, "top_p": float(params.top_p)}
-    settings = GenerationConfig(
-        max_new_tokens=params.response_length,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad_token_id,
-        do_sample=not greedy,
-        **({} if greedy else warpers),
-    )
+    settings = settings_of(params, ends, pad_token_id)
     samples = 1 if greedy else params.n
     rows = [(index, sample) for index in range(len(prompts)) for sample in range(samples)]
     completions: list[Completion] = []
-    with _plain(model), _seeded(None if greedy else params.seed, model.device):
+    with plain(model), seeded(None if greedy else params.seed, model.device):
         for start in range(0, len(rows), max_batch):
             places = rows[start : start + max_batch]
-            recorder = _Recorder(start, samples)
-            responses = _decode(model, [prompts[index] for index, _ in places], settings, recorder)
+            recorder = _Recorder([index for index, _ in places])
+            responses = decode(model, [prompts[index] for index, _ in places], settings, recorder)
             logprobs = torch.cat(recorder.columns, dim=1).tolist()
             for (index, sample), response, scores in zip(places, responses, logprobs, strict=True):
                 # What follows a row's end is padding, and only its place says so: padding may be any id.
@@ -180,7 +191,33 @@ def generate(
     return completions
 
 
-def _decode(model: Any, prompts: list[Sequence[int]], settings: Any, recorder: _Recorder) -> list[list[int]]:
+def ends_of(params: SamplingParams, eos_token_ids: Sequence[int]) -> set[int]:
+    """The ids that end a response."""
+    return set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
+
+
+def settings_of(params: SamplingParams, ends: set[int], pad_token_id: int, length: int | None = None) -> Any:
+    """transformers' words for these parameters, and at most ``length`` tokens if that is not their response length."""
+    # All three set even when off: transformers' own default for an unset top_k is 50.
+    warpers = {"temperature": float(params.temperature), "top_k": params.top_k, "top_p": float(params.top_p)}
+    return GenerationConfig(
+        max_new_tokens=params.response_length if length is None else length,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad_token_id,
+        do_sample=params.temperature != 0,
+        **({} if params.temperature == 0 else warpers),
+    )
+
+
+def decode_watched(model: Any, prompts: list[Sequence[int]], settings: Any, places: Sequence[int], watch: Watch) -> None:
+    """One batch of responses, all of which go through ``watch``; ``places``: each row's prompt, as errors name it."""
+    recorder = _Recorder(places)
+    decode(model, prompts, settings, recorder, StoppingCriteriaList([_Watched(recorder, watch)]))
+
+
+def decode(
+    model: Any, prompts: list[Sequence[int]], settings: Any, recorder: _Recorder, criteria: StoppingCriteriaList | None = None
+) -> list[list[int]]:
     """One batch of responses, as many tokens for each row as the longest took; the recorder holds their logprobs."""
     width = max(map(len, prompts))
     ids = [[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
@@ -192,6 +229,7 @@ def _decode(model: Any, prompts: list[Sequence[int]], settings: Any, recorder: _
         attention_mask=torch.tensor(mask, device=model.device),
         generation_config=settings,
         logits_processor=LogitsProcessorList([recorder]),
+        stopping_criteria=criteria,
     )
     recorder.settle(output)
     responses: list[list[int]] = output[:, width:].tolist()

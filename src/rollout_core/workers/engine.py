@@ -1,0 +1,105 @@
+"""What every engine offers to the process that serves it, in the same words: requests in, progress out, updates, readback.
+
+A worker's public half (``worker.py``) speaks of prompts, samples and request ids; an engine sees single-sample requests under
+numbers that are never used twice, and says of each what was sampled and, once, how it ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+import torch
+
+from rollout_core.transfer.protocol.messages import Cause
+from rollout_core.workers.contract import SamplingParams, Status
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One sample of one prompt. ``place`` is the prompt's index in its call and ``sample`` the sample's, for errors and seeds."""
+
+    key: int
+    prompt: list[int]
+    place: int
+    sample: int
+
+
+class Group(msgspec.Struct, frozen=True):
+    """Requests of one call, with its parameters; ``params.n`` is spent: each sample is a request of its own. ``max_batch``: the
+    most that an engine without a scheduler of its own decodes at once."""
+
+    params: SamplingParams
+    requests: list[Request]
+    max_batch: int
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Tokens that a request got from the weights of one version, with their logprobs; and its status, once, with the last."""
+
+    key: int
+    token_ids: list[int]
+    logprobs: list[float]
+    version: int
+    status: Status | None = None
+    cause: Cause | None = None  # of status "failed"
+
+
+class Update(msgspec.Struct, frozen=True):
+    """An update of the weights to ``version`` will come from who listens at ``address``; see ``MemorySender.listen``."""
+
+    address: str
+    version: int
+    timeout: float
+
+
+Emit = Callable[[Sequence[Progress]], None]
+
+
+class Engine(Protocol):
+    """An engine in the process that serves it. Its calls come from one thread, but for ``update`` where ``is_read_in_update``."""
+
+    #: Whether its weights can be read while an update is under way, by another thread than that which receives it.
+    is_read_in_update: bool
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the next token will come from."""
+        ...
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step would do anything."""
+        ...
+
+    def submit(self, group: Group) -> None:
+        """Queue requests, or raise ``WorkerError`` and queue none."""
+        ...
+
+    def abort(self, keys: Sequence[int] | None, emit: Emit) -> None:
+        """End these requests, or all, and say so at once; those that have ended, or never were, are none of its business."""
+        ...
+
+    def step(self, emit: Emit, between: Callable[[], None]) -> None:
+        """Sample one token for each of some requests, or more. ``between`` is called after each, once it was emitted; anything of
+        this class but ``step`` may be called in it."""
+        ...
+
+    def update(self, update: Update) -> float:
+        """Receive an update; returns the seconds spent on loading. Requests that are under way go on with the new weights, from
+        what they have by then, computed anew."""
+        ...
+
+    def abandon(self, version: int) -> None:
+        """The update to ``version`` failed for the sender, whatever it was here."""
+        ...
+
+    def digests(self, names: Sequence[str] | None) -> dict[str, str]:
+        """Hexadecimal xxh3-128 of the bytes of tensors by the names of a checkpoint; of all that it knows without ``names``."""
+        ...
+
+    def read_tensor(self, name: str) -> torch.Tensor:
+        """A copy on the CPU. ``WorkerError`` for a name that it does not know."""
+        ...
+
+    def close(self) -> None: ...

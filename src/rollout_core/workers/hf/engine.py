@@ -1,0 +1,192 @@
+"""The engine of an HFWorker: a transformers model that takes updates and generates, a group of requests after the other."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import xxhash
+
+from rollout_core.bucketing.tensors import as_bytes
+from rollout_core.errors import WorkerError
+from rollout_core.transfer import DirectWeights, receive
+from rollout_core.transfer.carriers.memory import MemoryReceiver
+from rollout_core.transfer.causes import cause_of
+from rollout_core.workers.engine import Emit, Group, Progress, Request, Update
+from rollout_core.workers.hf.generate import check, decode_watched, ends_of, plain, seeded, settings_of
+
+
+def weight_digest(tensor: torch.Tensor) -> str:
+    """Hexadecimal xxh3-128 of a tensor's bytes."""
+    return xxhash.xxh3_128_hexdigest(as_bytes(tensor.detach()).cpu().numpy().data)
+
+
+@dataclass(eq=False, slots=True)
+class _Row:
+    """A request and what it has so far."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class _Queued:
+    """A group and those of its requests that have not ended; ``waiting`` are those that are not being decoded."""
+
+    group: Group
+    ends: set[int]  # ids that end a response
+    rows: dict[int, _Row]
+    waiting: deque[_Row]
+
+
+class HFEngine:
+    """A transformers causal language model from a folder; ``threads``: torch's, 0 for its own choice."""
+
+    is_read_in_update: Final = True
+
+    def __init__(self, model: str, *, dtype: str = "float32", device: str = "cpu", threads: int = 0) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        if threads:
+            torch.set_num_threads(threads)
+        if not Path(model).is_dir():  # transformers would take it for the name of a model to download
+            raise WorkerError(f"{model} is no folder; pass the folder that save_pretrained wrote")
+        try:
+            # Code from the folder is never run, and False rather than None keeps transformers from asking at the terminal.
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                model, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+            ).to(device)
+        except Exception as error:  # transformers raises many kinds; what the operator needs is the folder and the cause
+            raise WorkerError(f"the model in {model} could not be loaded: {type(error).__name__}: {error}") from error
+        self.model.requires_grad_(False).eval()
+        self.weights = DirectWeights(self.model)
+        self._queue: deque[_Queued] = deque()
+        self._running: _Queued | None = None
+        self._is_new = False  # whether the weights are other ones than those that the step under way began with
+
+    @property
+    def version(self) -> int:
+        return self.weights.version
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._queue) or self._running is not None
+
+    def submit(self, group: Group) -> None:
+        self._check_usable()
+        params, eos = group.params, self._eos_token_ids()
+        prompts: dict[int, list[int]] = {request.place: request.prompt for request in group.requests}
+        stops = {"eos_token_ids": eos, "stop_token_ids": params.stop_token_ids}
+        check(self.model, [prompts[place] for place in sorted(prompts)], params.response_length, stops)
+        rows = {request.key: _Row(request) for request in group.requests}
+        if rows:
+            self._queue.append(_Queued(group, ends_of(params, eos), rows, deque(rows.values())))
+
+    def abort(self, keys: Sequence[int] | None, emit: Emit) -> None:
+        groups = [*self._queue, *([self._running] if self._running is not None else [])]
+        for queued in groups:
+            found = list(queued.rows) if keys is None else [key for key in keys if key in queued.rows]
+            for key in found:
+                del queued.rows[key]
+            emit([Progress(key, [], [], self.version, "aborted") for key in found])
+        self._queue = deque(queued for queued in self._queue if queued.rows)
+
+    def step(self, emit: Emit, between: Callable[[], None]) -> None:
+        """A whole group: transformers' ``generate`` does not return before. Its rows are decoded in batches, in their order."""
+        queued = self._running = self._queue.popleft()
+        params = queued.group.params
+        try:
+            self._check_usable()
+            with plain(self.model), seeded(None if params.temperature == 0 else params.seed, self.model.device):
+                while queued.rows:
+                    self._decode(queued, emit, between)
+        except WorkerError as error:
+            cause = cause_of(error)
+            emit([Progress(key, [], [], self.version, "failed", cause) for key in queued.rows])
+        finally:
+            self._running = None
+
+    def update(self, update: Update) -> float:
+        with MemoryReceiver.connect(update.address, timeout=update.timeout) as carrier:
+            report = receive(carrier, self.weights, timeout=update.timeout)
+        self._is_new = True
+        return report.loading
+
+    def abandon(self, version: int) -> None:
+        """If any of it was loaded, the weights are of no use until an update completes; so too if it was committed, and the trainer
+        was interrupted before it heard so: to the trainer that update has failed."""
+        if self.version == version:
+            self.weights.abort(version)
+
+    def digests(self, names: Sequence[str] | None) -> dict[str, str]:
+        """Of every parameter and buffer; transformers' names are a checkpoint's."""
+        found = {name: weight_digest(tensor) for name, tensor in self.weights.tensors.items()}
+        return found if names is None else {name: found[name] for name in names if name in found}
+
+    def read_tensor(self, name: str) -> torch.Tensor:
+        if name not in self.weights.tensors:
+            raise WorkerError(f"the worker has no tensor {name!r}")
+        return self.weights.tensors[name].detach().cpu().clone()
+
+    def close(self) -> None:
+        self.weights.tensors.clear()
+        self._queue.clear()
+        self.model = None
+
+    def _decode(self, queued: _Queued, emit: Emit, between: Callable[[], None]) -> None:
+        """One batch, until all of it has ended, or other weights have come: what it has then waits in front of the others."""
+        params, ends = queued.group.params, queued.ends
+        batch: list[_Row] = []
+        while queued.waiting and len(batch) < queued.group.max_batch:
+            if batch and len(queued.waiting[0].tokens) != len(batch[0].tokens):
+                break  # transformers counts all of a batch's new tokens alike
+            row = queued.waiting.popleft()
+            if row.request.key in queued.rows:
+                batch.append(row)
+        if not batch:
+            return
+        self._is_new = False
+
+        def watch(tokens: list[int], logprobs: list[float]) -> list[bool]:
+            progress = []
+            for row, token, logprob in zip(batch, tokens, logprobs, strict=True):
+                key = row.request.key
+                if key in queued.rows:
+                    row.tokens.append(token)
+                    status = "stop" if token in ends else "length" if len(row.tokens) == params.response_length else None
+                    progress.append(Progress(key, [token], [logprob], self.version, status))  # type: ignore[arg-type]
+                    if status is not None:
+                        del queued.rows[key]
+            emit(progress)
+            between()
+            self._check_usable()
+            return [self._is_new or row.request.key not in queued.rows for row in batch]
+
+        left = params.response_length - len(batch[0].tokens)
+        settings = settings_of(params, ends, self._pad_token_id(), left)
+        prompts: list[Sequence[int]] = [[*row.request.prompt, *row.tokens] for row in batch]
+        decode_watched(self.model, prompts, settings, [row.request.place for row in batch], watch)
+        queued.waiting.extendleft(row for row in reversed(batch) if row.request.key in queued.rows)
+
+    def _check_usable(self) -> None:
+        if self.weights.unusable is not None:
+            raise WorkerError(f"the worker's weights are unusable: {self.weights.unusable}; call sync_weights again")
+
+    def _pad_token_id(self) -> int:
+        """Any id serves, as masks say what is padding; some configs have none, or -1."""
+        config = self.model.config.get_text_config()
+        return config.pad_token_id if config.pad_token_id in range(config.vocab_size) else 0
+
+    def _eos_token_ids(self) -> list[int]:
+        """From the model's generation config, or its config if that has none."""
+        for config in (getattr(self.model, "generation_config", None), self.model.config.get_text_config()):
+            eos = getattr(config, "eos_token_id", None)
+            if eos is not None:
+                return [eos] if isinstance(eos, int) else list(eos)
+        return []

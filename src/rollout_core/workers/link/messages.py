@@ -1,0 +1,109 @@
+"""What the process of an engine is told, and what it answers. Weights go through shared memory, not through these.
+
+Requests are numbered, and answered under the same number: an answer whose caller was interrupted while it waited is not taken for
+the answer to the next request. Progress comes unasked, and always before the answer to what was asked after it.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from rollout_core.transfer.protocol.messages import Cause
+from rollout_core.workers.engine import Group, Progress, Update
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True):
+    group: Group
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    """Keys of requests; None for all."""
+
+    keys: list[int] | None
+
+
+class Run(msgspec.Struct, tag=True, frozen=True):
+    """Go on for this many steps, and answer when they are done or there is nothing to do; None: without an end, answered at once;
+    0: pause."""
+
+    steps: int | None
+
+
+class Receive(msgspec.Struct, tag=True, frozen=True):
+    update: Update
+
+
+class Abandon(msgspec.Struct, tag=True, frozen=True):
+    """The update to this version will not be completed, or nobody heard that it was."""
+
+    version: int
+
+
+class ReadDigests(msgspec.Struct, tag=True, frozen=True):
+    names: list[str] | None
+
+
+class ReadTensor(msgspec.Struct, tag=True, frozen=True):
+    name: str
+
+
+class Ping(msgspec.Struct, tag=True, frozen=True):
+    """Is anybody there?"""
+
+
+class Close(msgspec.Struct, tag=True, frozen=True):
+    pass
+
+
+Asking: TypeAlias = Submit | Abort | Run | Receive | Abandon | ReadDigests | ReadTensor | Ping | Close
+
+
+class Asked(msgspec.Struct, frozen=True):
+    number: int
+    request: Asking
+
+
+class Done(msgspec.Struct, tag=True, frozen=True):
+    """The request was carried out."""
+
+
+class Received(msgspec.Struct, tag=True, frozen=True):
+    """The update is committed; seconds of it went into loading."""
+
+    loading: float
+
+
+class Digests(msgspec.Struct, tag=True, frozen=True):
+    """Hexadecimal xxh3-128 of each tensor's bytes, by name."""
+
+    digests: dict[str, str]
+
+
+class TensorBytes(msgspec.Struct, tag=True, frozen=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """The request was refused or went wrong."""
+
+    cause: Cause
+
+
+class Events(msgspec.Struct, tag=True, frozen=True):
+    """Answers nothing (its number is that of no request): what became of requests since the last."""
+
+    progress: list[Progress]
+
+
+Answer: TypeAlias = Done | Received | Digests | TensorBytes | Failed | Events
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """The start of the engine is answered too, as number 0."""
+
+    number: int
+    answer: Answer
