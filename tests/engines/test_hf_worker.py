@@ -26,7 +26,6 @@ from rollout_core.bucketing import plan_buckets, specs_of
 from rollout_core.errors import (
     CapacityError,
     DuplicateNameError,
-    IncompleteStreamError,
     IntegrityError,
     PlanMismatchError,
     TransferError,
@@ -34,7 +33,7 @@ from rollout_core.errors import (
 )
 from rollout_core.testing.oracles import bytes_of
 from rollout_core.workers import HFWorker, SamplingParams
-from rollout_core.workers import hf_link as hf_link_module
+from rollout_core.workers.link import hosts
 
 SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "max_position_embeddings": 64}
 TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -240,7 +239,7 @@ def within(seconds: float):
 
 
 def pid_of(worker) -> int:
-    return worker._link._process.pid
+    return worker._link.host.process.pid
 
 
 def is_there(pid: int) -> bool:
@@ -465,7 +464,7 @@ def test_any_pad_id_of_a_config_will_do(folders, originals, tmp_path, pad):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "pad_token_id": None}))
     with HFWorker(folder, process=False) as worker:
-        worker._link.model.config.pad_token_id = pad
+        worker._link.host.engine.model.config.pad_token_id = pad
         assert [len(c.token_ids) for c in worker.generate(PROMPTS, GREEDY)] == [STEPS] * 3
 
 
@@ -616,7 +615,7 @@ DAMAGE = {
     much_too_long: ((IntegrityError, TransferError), "its layout is|is larger than a slot"),
     elsewhere_and_flipped: (IntegrityError, "is damaged"),
     without_digest: (IntegrityError, "carries no digest"),
-    renumbered: (IncompleteStreamError, "is out of order|came after the end"),
+    renumbered: (TransferError, "was given in the place of bucket"),
     of_another_version: (IntegrityError, "is of version"),
     of_another_plan: (PlanMismatchError, "is of plan 0{32}"),
 }
@@ -674,7 +673,7 @@ def test_a_bucket_fed_twice_is_refused(place):
         held.append(replace(bucket, buffer=bucket.buffer.clone()))
         return held[1] if bucket.index == 2 else bucket
 
-    with within(5), pytest.raises(IncompleteStreamError, match="bucket 1 was fed already"):
+    with within(5), pytest.raises(TransferError, match="bucket 1 was given in the place of bucket 2"):
         place.worker.sync_weights(place.changed(3), capacity=CAPACITY, inject=twice)
     assert_unusable(place.worker, place.before)
 
@@ -1111,7 +1110,7 @@ def test_a_closed_worker_leaves_nothing(fresh, originals):
     with fresh()[0] as worker:
         pid = pid_of(worker)
         worker.sync_weights(originals["qwen2 tied"])
-        code = worker._link._process
+        code = worker._link.host.process
     assert not is_there(pid)
     assert code.returncode == 0, "it ended by itself, and in order"
     for call in REQUESTS.values():
@@ -1130,7 +1129,7 @@ thread.join()
 worker = made[0]
 time.sleep(1)  # the thread that started it is gone, and the worker is not
 tokens = worker.generate([[1, 2]], SamplingParams(response_length=2))[0].token_ids
-pid = worker._link._process.pid
+pid = worker._link.host.process.pid
 if sys.argv[2] == "fork":
     holder = os.fork()
     if holder == 0:  # holds the socket open
@@ -1227,7 +1226,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_process_that_does_not_start_is_reported(monkeypatch, nothing_left, program):
     text, message = PROGRAMS[program]
-    monkeypatch.setattr(hf_link_module, "_PROGRAM", text)
+    monkeypatch.setattr(hosts, "_PROGRAM", text)
     with within(4), pytest.raises(TransferError, match=message) as raised:
         HFWorker("anywhere", start_timeout=0.5 if program == "silent" else 20)
     del raised

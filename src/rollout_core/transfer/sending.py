@@ -244,7 +244,9 @@ class _Sending:
         if bucket is None:
             return None
         if self._tap is not None:
-            bucket = self._tap(bucket)
+            packed, bucket = bucket, self._tap(bucket)
+            if bucket.index != packed.index:
+                raise TransferError(f"bucket {bucket.index} was given in the place of bucket {packed.index}")
             if bucket.nbytes > self._slot.numel():
                 raise TransferError(f"bucket {bucket.index} has {bucket.nbytes} bytes, and none of its plan is larger than a slot")
         if bucket.nbytes and bucket.buffer.data_ptr() != self._slot.data_ptr():  # a stream's, packed ahead, or a tap's own

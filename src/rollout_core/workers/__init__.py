@@ -5,19 +5,24 @@ Imports no engine until a worker is made.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import TYPE_CHECKING, Any, Final
 
 from rollout_core.workers.contract import Completion, RolloutBatch, SamplingParams, to_batch
 
 if TYPE_CHECKING:
-    from rollout_core.workers.hf import HFWorker, SyncReport
+    from rollout_core.workers.hf.worker import HFWorker
+    from rollout_core.workers.worker import SyncReport
 
 __all__ = ["Completion", "HFWorker", "RolloutBatch", "SamplingParams", "SyncReport", "to_batch"]
 
+_PLACES: Final = {
+    "HFWorker": "rollout_core.workers.hf.worker",
+    "SyncReport": "rollout_core.workers.worker",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("HFWorker", "SyncReport"):
-        from rollout_core.workers import hf
-
-        return getattr(hf, name)
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

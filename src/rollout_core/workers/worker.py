@@ -1,77 +1,93 @@
-"""HFWorker: a rollout worker on transformers, the reference that other engines are held against."""
+"""Worker: what a trainer calls, whatever the engine is. Weights in buckets, requests that can be followed, ended and resumed."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, Final, Self
 
 import msgspec
 import torch
 import xxhash
 
-from rollout_core.bucketing import Bucket, BucketPlan, Packer, plan_buckets, specs_of
+from rollout_core.bucketing import Bucket, BucketPlan, plan_buckets, specs_of
+from rollout_core.bucketing.dtypes import DTYPES
 from rollout_core.bucketing.placement import Order, Oversize
 from rollout_core.bucketing.sources import Source
-from rollout_core.errors import WorkerError
+from rollout_core.errors import RolloutCoreError, TransferError, WorkerError
+from rollout_core.transfer import SendReport, send
+from rollout_core.transfer.carriers.memory import MemorySender
 from rollout_core.workers.contract import Completion, SamplingParams
-from rollout_core.workers.hf_link import Link, LocalLink, ProcessLink
+from rollout_core.workers.engine import Group, Request, Update
+from rollout_core.workers.link.link import Link
+from rollout_core.workers.link.messages import (
+    Abandon,
+    Abort,
+    Digests,
+    Ping,
+    ReadDigests,
+    ReadTensor,
+    Receive,
+    Received,
+    Run,
+    Submit,
+    TensorBytes,
+)
+from rollout_core.workers.link.hosts import Spec
+from rollout_core.workers.rollouts import Rollout, Rollouts, raise_failed
+
+#: Seconds in which a process that ends has ended, once its end of a carrier is closed.
+_LAST_WORDS: Final = 1.0
 
 
 class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What one ``sync_weights`` did: the new weight version, buckets and tensor bytes sent, wall seconds, and the digest of all
-    weights as read back from the worker (32 hexadecimal digits, see ``HFWorker.weights_digest``; None without readback)."""
+    """What one ``sync_weights`` did: the new weight version, buckets and tensor bytes sent, wall seconds (of these ``packing``,
+    ``loading`` in the engine, which go on side by side, and ``reading`` back), and the digest of all weights as read back from the
+    worker (32 hexadecimal digits, see ``Worker.weights_digest``; None without readback)."""
 
     version: int
     buckets: int
     nbytes: int
     seconds: float
+    packing: float
+    loading: float
+    reading: float
     digest: str | None
 
 
-class HFWorker:
-    """A transformers causal language model that takes weights in buckets and generates.
+class Worker:
+    """A rollout worker: an engine with a model's weights, which are replaced in buckets, and which generates.
 
-    ``model_dir`` is a folder as ``save_pretrained`` writes it. ``dtype`` is a torch dtype's name. With ``process`` the model lives
-    in a process of its own and weights reach it through shared memory; without, in this one. ``timeout`` bounds each answer of that
-    process in seconds, ``start_timeout`` its start; ``threads`` is its number of torch threads (0: torch's own choice).
+    ``timeout`` bounds each answer of the engine in seconds, ``start_timeout`` its start. Any thread may call. Requests of several
+    calls are under way side by side; an update of the weights waits for no request: those under way go on with the new weights,
+    from what they have by then, and each token says which weights it came from (clause W5).
 
-    Calls from several threads are carried out one after the other. ``close`` does not wait for another thread's call: where the
-    model has a process of its own, that ends, and the call with an error.
+    ``close`` does not wait for another thread's call: where the engine has a process of its own, that ends, and the call with an
+    error.
     """
 
-    def __init__(
-        self,
-        model_dir: str,
-        *,
-        dtype: str = "float32",
-        device: str = "cpu",
-        process: bool = True,
-        threads: int = 0,
-        start_timeout: float = 300.0,
-        timeout: float = 300.0,
-    ) -> None:
-        model_dir = str(model_dir)
-        named = getattr(torch, dtype, None) if isinstance(dtype, str) else None
-        if not isinstance(named, torch.dtype) or not named.is_floating_point:
-            raise WorkerError(f"dtype is {dtype!r}; it is the name of a floating-point torch dtype, for example 'float32'")
-        self._lock = threading.RLock()
+    def __init__(self, spec: Spec, *, process: bool = True, start_timeout: float = 300.0, timeout: float = 300.0) -> None:
+        self._lock = threading.RLock()  # of the weights
         self._version = 0
-        self._link: Link | None = None
-        if process:
-            self._link = ProcessLink(
-                model_dir, dtype=dtype, device=device, threads=threads, start_timeout=start_timeout, timeout=timeout
-            )
-        else:
-            self._link = LocalLink(model_dir, dtype=dtype, device=device)
+        self._names = itertools.count()  # of requests that were given no id
+        self._rollouts = Rollouts()
+        self._link: Link | None = Link(
+            spec, process=process, start_timeout=start_timeout, timeout=timeout, hear=self._rollouts.hear
+        )
 
     @property
     def version(self) -> int:
         """The weight version that the worker generates with; 0 for the folder's own weights."""
         return self._version
+
+    # Weights
 
     def sync_weights(
         self,
@@ -100,24 +116,34 @@ class HFWorker:
             start = time.perf_counter()
             plan = plan_buckets(specs_of(source), capacity, oversize=oversize, order=order)
             version = self._version + 1
+            sent = SentDigests(plan) if readback else None
+
+            def tap(bucket: Bucket) -> Bucket:
+                if sent is not None:
+                    sent.add(bucket)
+                return bucket if inject is None else inject(bucket)
+
             try:
-                found = self._transfer(link, plan, source, version, readback, inject)
-                link.commit()
+                report, loading = self._send(link, plan, source, version, tap)
+                reading = time.perf_counter()
+                found = None if sent is None else self._read_back(link, sent)
+                reading = time.perf_counter() - reading
                 self._version = version
             except BaseException:
                 # Interrupted at the very end, either side may have counted on; to the caller this update has failed.
                 self._version = version - 1
-                link.abandon(version)
+                self._abandon(link, version)
                 raise
-            digest = None if found is None else combined_digest(found)
-            seconds = time.perf_counter() - start
-            return SyncReport(version=version, buckets=len(plan.buckets), nbytes=plan.nbytes, seconds=seconds, digest=digest)
-
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, max_batch: int = 64) -> list[Completion]:
-        """``params.n`` completions for each prompt of token ids, grouped by prompt; ``to_batch`` pads them (clause W3)."""
-        _check_request(prompts, params, max_batch)
-        with self._lock:
-            return self._alive().generate(prompts, params, max_batch)
+            return SyncReport(
+                version=version,
+                buckets=report.buckets,
+                nbytes=plan.nbytes,
+                seconds=time.perf_counter() - start,
+                packing=report.packing,
+                loading=loading,
+                reading=reading,
+                digest=None if found is None else combined_digest(found),
+            )
 
     def weights_digest(self) -> str:
         """32 hexadecimal digits over the name and bytes of every parameter and buffer that the worker has now."""
@@ -126,29 +152,107 @@ class HFWorker:
     def tensor_digests(self) -> dict[str, str]:
         """Hexadecimal xxh3-128 of the bytes of every parameter and buffer, by name, as the worker has them now."""
         with self._lock:
-            return self._alive().digests()
+            return _digests(self._alive(), None)
 
     def read_tensor(self, name: str) -> torch.Tensor:
         """One of the worker's parameters or buffers, as a copy on the CPU."""
         if not isinstance(name, str):
             raise WorkerError(f"{name!r} is no name of a tensor: pass a str")
         with self._lock:
-            return self._alive().read_tensor(name)
+            answer = self._alive().ask(ReadTensor(name), TensorBytes)
+        assert isinstance(answer, TensorBytes)
+        dtype = DTYPES[answer.dtype]
+        if not answer.data:
+            return torch.empty(answer.shape, dtype=dtype)
+        return torch.frombuffer(bytearray(answer.data), dtype=torch.uint8).view(dtype).view(answer.shape)
+
+    # Requests
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        request_ids: Sequence[str] | None = None,
+        max_batch: int = 64,
+    ) -> list[Completion]:
+        """``params.n`` completions for each prompt of token ids, grouped by prompt; ``to_batch`` pads them (clause W3).
+
+        Waits for all of them; ``abort``, from another thread, ends some. Raises ``WorkerError`` for a request that is refused, and
+        then none was made, or that failed; ``TransferError`` if the engine ended or did not answer.
+        """
+        link, rollouts = self._start(prompts, params, request_ids, max_batch)
+        futures = _futures(rollouts, params)
+        try:
+            self._wait(link, futures)
+        except BaseException:
+            with suppress(RolloutCoreError):  # the error that led here says more
+                self._abort(link, rollouts)
+            raise
+        completions = [future.result() for future in futures]
+        raise_failed(completions, link.lost)
+        return completions
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        request_ids: Sequence[str] | None = None,
+        max_batch: int = 64,
+    ) -> list[Future[Completion]]:
+        """``generate`` without waiting: the future of each completion, in the same order.
+
+        Every future gets a completion, whatever becomes of the request or the engine: its status says how it ended (clause W4), and
+        its tokens are what there was by then. ``request_ids``: one for each prompt, by which ``abort`` finds it; its n samples
+        share it. Raises ``WorkerError`` for a request that is refused; none of the call was made then.
+        """
+        return _futures(self._start(prompts, params, request_ids, max_batch)[1], params)
+
+    def abort(self, request_ids: Sequence[str] | None = None) -> list[str]:
+        """End these requests, or all that are under way. Returns the ids of those that this ended; each has its completion by then.
+
+        An id that is unknown, or of a request that has ended, ends nothing and is not returned.
+        """
+        link = self._alive()
+        if isinstance(request_ids, str):
+            raise WorkerError(f"request_ids is {request_ids!r}: pass a list of ids, or None for all")
+        return self._abort(link, self._rollouts.find(request_ids))
+
+    def pause(self) -> None:
+        """Sample no further token until ``resume``; when this returns, none is under way. A second call is harmless."""
+        self._alive().ask(Run(0))
+
+    def resume(self) -> None:
+        """Go on where ``pause`` stopped. Harmless when nothing is paused."""
+        self._alive().ask(Run(None))
+
+    def step(self, steps: int = 1) -> None:
+        """Go on for this many steps of the engine, and pause: at most ``steps`` tokens for each request. For tests, which want to
+        stop at a given place."""
+        if type(steps) is not int or steps < 1:
+            raise WorkerError(f"steps is {steps!r}: pass a whole number of at least 1")
+        self._alive().ask(Run(steps))
+        self._alive().ask(Run(0))
+
+    # Its end
 
     def close(self) -> None:
         """End the worker. A second call is harmless."""
         link, self._link = self._link, None
         if link is None:
             return
-        if not self._lock.acquire(blocking=False):  # another thread waits for an answer, and may for long
+        is_free = self._lock.acquire(blocking=False)
+        if not is_free or self._rollouts.find(None):  # another thread waits for an answer, and may for long
             link.kill()
-            self._lock.acquire()
+            if not is_free:
+                self._lock.acquire()
         try:
             link.close()
         finally:
             self._lock.release()
 
-    def __enter__(self) -> HFWorker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -159,26 +263,69 @@ class HFWorker:
             raise WorkerError("the worker is closed")
         return self._link
 
-    @staticmethod
-    def _transfer(
-        link: Link,
-        plan: BucketPlan,
-        source: Source,
-        version: int,
-        readback: bool,
-        inject: Callable[[Bucket], Bucket] | None,
-    ) -> dict[str, str] | None:
-        """Send all buckets of an update. Returns the digests of what the worker has then, found right; None without readback."""
-        link.begin(plan, version)
-        sent = SentDigests(plan)
-        for bucket in Packer(plan, allocate=link.allocator()).pack(source, version=version):
-            if readback:
-                sent.add(bucket)
-            link.load(bucket if inject is None else inject(bucket))
-            del bucket
-        if not readback:
-            return None
-        found = link.digests()
+    def _ids(self, count: int, given: Sequence[str] | None) -> list[str]:
+        if given is None:
+            return [f"request-{next(self._names)}" for _ in range(count)]
+        ids = list(given)
+        if isinstance(given, str) or len(ids) != count or not all(isinstance(one, str) and one for one in ids):
+            raise WorkerError(f"request_ids is {given!r}: pass one str for each of {count} prompts")
+        if len(set(ids)) < len(ids):
+            twice = next(one for one in ids if ids.count(one) > 1)
+            raise WorkerError(f"request id {twice!r} is given twice: pass each prompt one of its own")
+        return ids
+
+    def _start(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, request_ids: Sequence[str] | None, max_batch: int
+    ) -> tuple[Link, list[Rollout]]:
+        check_request(prompts, params, max_batch)
+        link = self._alive()
+        ids = self._ids(len(prompts), request_ids)
+        # Greedy samples of a prompt are the same: the engine makes one.
+        samples = 1 if params.temperature == 0 else params.n
+        rollouts = self._rollouts.add([(ids[place], place, sample) for place in range(len(prompts)) for sample in range(samples)])
+        requests = [Request(one.key, list(prompts[one.prompt_index]), one.prompt_index, one.sample_index) for one in rollouts]
+        try:
+            link.ask(Submit(Group(params, requests, max_batch)))
+        except BaseException:
+            self._rollouts.drop(rollouts)
+            raise
+        return link, rollouts
+
+    def _abort(self, link: Link, rollouts: list[Rollout]) -> list[str]:
+        if rollouts:
+            link.ask(Abort([rollout.key for rollout in rollouts]))
+        ended = [rollout for rollout in rollouts if rollout.future.result(link.timeout).status == "aborted"]
+        return list(dict.fromkeys(rollout.request_id for rollout in ended))
+
+    def _send(
+        self, link: Link, plan: BucketPlan, source: Source, version: int, tap: Callable[[Bucket], Bucket]
+    ) -> tuple[SendReport, float]:
+        """Send all buckets of an update, which the engine receives beside; also the seconds that it took to load them."""
+        address = secrets.token_hex(16)
+        received = link.post(Receive(Update(address, version, link.timeout)))
+
+        def check() -> None:
+            if received.done():
+                link.result(received, Received)
+
+        with MemorySender.listen(address, timeout=link.timeout, check=check) as carrier:
+            try:
+                report = send(plan, source, carrier, version=version, timeout=link.timeout, tap=tap)
+            except TransferError:
+                link.check(_LAST_WORDS if received.done() else 0.0)
+                raise
+        answer = link.result(received, Received)
+        assert isinstance(answer, Received)
+        return report, answer.loading
+
+    def _abandon(self, link: Link, version: int) -> None:
+        """Best effort: the update failed, perhaps because the engine did, and the error that led here says more."""
+        with suppress(RolloutCoreError):
+            link.ask(Abandon(version))
+
+    def _read_back(self, link: Link, sent: SentDigests) -> dict[str, str]:
+        """The digests of what the worker has, found right."""
+        found = _digests(link, None)
         wrong = [name for name, digest in sent.digests.items() if found.get(name) != digest]
         if wrong:
             raise WorkerError(
@@ -187,8 +334,41 @@ class HFWorker:
             )
         return found
 
+    def _wait(self, link: Link, futures: Sequence[Future[Completion]]) -> None:
+        """Until all are done. An engine that says nothing for long is asked whether it is there."""
+        left = set(futures)
+        while left:
+            told = self._rollouts.told
+            done, left = wait(left, link.timeout / 2, FIRST_COMPLETED)
+            if not done and self._rollouts.told == told:
+                link.result(link.post(Ping()), timeout=link.timeout / 2, silent=link.timeout / 2)
 
-def _check_request(prompts: Sequence[Sequence[int]], params: SamplingParams, max_batch: int) -> None:
+
+def _digests(link: Link, names: Sequence[str] | None) -> dict[str, str]:
+    answer = link.ask(ReadDigests(None if names is None else list(names)), Digests)
+    assert isinstance(answer, Digests)
+    return answer.digests
+
+
+def _futures(rollouts: Sequence[Rollout], params: SamplingParams) -> list[Future[Completion]]:
+    """One for each sample of each prompt."""
+    futures = [rollout.future for rollout in rollouts]
+    return futures if params.temperature != 0 else [copy for future in futures for copy in _copies(future, params.n)]
+
+
+def _copies(future: Future[Completion], samples: int) -> list[Future[Completion]]:
+    """A future for each sample of a prompt, of which one was made."""
+    copies: list[Future[Completion]] = [Future() for _ in range(samples)]
+
+    def settle(made: Future[Completion]) -> None:
+        for sample, copy in enumerate(copies):
+            copy.set_result(msgspec.structs.replace(made.result(), sample_index=sample))
+
+    future.add_done_callback(settle)
+    return copies
+
+
+def check_request(prompts: Sequence[Sequence[int]], params: SamplingParams, max_batch: int) -> None:
     """Raise ``WorkerError`` for what is no request at all; whether the model can carry it out, the model's side says."""
     if type(params) is not SamplingParams:
         raise WorkerError(f"params is a {type(params).__name__}: pass SamplingParams(response_length=...)")

@@ -92,8 +92,13 @@ class ThreadHost:
     def __init__(self, spec: Spec, theirs: socket.socket) -> None:
         from rollout_core.workers.link.process import serve
 
-        self._thread = threading.Thread(target=serve, args=(theirs.detach(), spec.place, spec.options), daemon=True)
+        self.engine: Any = None  # once it is made
+        arguments = (theirs.detach(), spec.place, spec.options, self._made)
+        self._thread = threading.Thread(target=serve, args=arguments, name="rollout-core-engine", daemon=True)
         self._thread.start()
+
+    def _made(self, engine: Any) -> None:
+        self.engine = engine
 
     def wait(self, seconds: float) -> bool:
         self._thread.join(seconds)

@@ -71,12 +71,16 @@ class Link:
         """Send a request and wait for its answer. Raises what the engine raised."""
         return self.result(self.post(request), kind, self.timeout)
 
-    def result(self, answer: Future[Answer], kind: type[Answer] = Done, timeout: float | None = None) -> Answer:
+    def result(
+        self, answer: Future[Answer], kind: type[Answer] = Done, timeout: float | None = None, silent: float = 0.0
+    ) -> Answer:
+        """Wait for an answer, ``timeout`` seconds if not this link's own, after which the engine is given up; ``silent``: seconds
+        that it has said nothing before."""
         timeout = self.timeout if timeout is None else timeout
         try:
             return _expect(kind, answer.result(timeout))
         except TimeoutError:
-            raise self._pump.give_up(self._pump.silence(timeout)) from None
+            raise self._pump.give_up(self._pump.silence(silent + timeout)) from None
 
     def check(self, seconds: float) -> None:
         """Raise ``TransferError`` if the engine has ended, or does within that time."""
@@ -97,6 +101,7 @@ class Link:
             if not self.host.wait(min(GRACE, self.timeout)):
                 self.host.kill()
         self.host.wait(GRACE)
+        self._pump.join(1.0)  # whoever waits hears how it ended
         self._pump.stop()
         self._pump.join(GRACE)
         self._forget.detach()

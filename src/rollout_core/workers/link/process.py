@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rollout_core.transfer.causes import cause_of
@@ -24,13 +24,15 @@ def main() -> None:
     serve(arguments.channel, arguments.engine, json.loads(arguments.options))
 
 
-def serve(descriptor: int, place: str, options: Mapping[str, Any]) -> None:
-    """Make an engine (``place``: ``module:class``) and serve it until its worker is gone, or wants no more."""
+def serve(descriptor: int, place: str, options: Mapping[str, Any], made: Callable[[Engine], None] | None = None) -> None:
+    """Make an engine (``place``: ``module:class``) and serve it until its worker is gone, or wants no more. ``made`` is shown it."""
     channel: Channel[Asked] = Channel(descriptor, Asked)
     engine: Engine | None = None
     try:
         try:
             engine = make_engine(place, options)
+            if made is not None:
+                made(engine)
         except Exception as error:
             channel.send(Answered(0, Failed(cause_of(error))))
             return

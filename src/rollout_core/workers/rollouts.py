@@ -1,0 +1,109 @@
+"""Requests that are under way: what each has so far, and the completion that it ends with, once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from rollout_core.errors import TransferError, WorkerError
+from rollout_core.workers.contract import Completion, Status
+from rollout_core.workers.engine import Progress
+
+
+@dataclass(eq=False, slots=True)
+class Rollout:
+    """One sample of one prompt."""
+
+    key: int
+    request_id: str
+    prompt_index: int
+    sample_index: int
+    future: Future[Completion] = field(default_factory=Future)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    def completion(self, status: Status, version: int, error: str = "") -> Completion:
+        return Completion(
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            status=status,
+            weight_version=self.versions[-1] if self.versions else version,
+            prompt_index=self.prompt_index,
+            sample_index=self.sample_index,
+            token_versions=tuple(self.versions),
+            request_id=self.request_id,
+            error=error,
+        )
+
+
+class Rollouts:
+    """All that are under way in one engine. Any thread may ask; progress comes from one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[int, Rollout] = {}
+        self._last = 0
+        self._version = 0  # of the newest progress, for who is lost without any
+        self.told = 0  # how often the engine has said anything
+        self.why_lost: str | None = None  # why nothing comes any more
+
+    def add(self, wanted: Sequence[tuple[str, int, int]]) -> list[Rollout]:
+        """New ones, each of a request id, a prompt's index and a sample's. ``WorkerError`` for an id that is under way."""
+        with self._lock:
+            under_way = {rollout.request_id for rollout in self._open.values()}
+            for request_id, _, _ in wanted:
+                if request_id in under_way:
+                    raise WorkerError(f"request {request_id!r} is under way; give each request an id of its own, or none")
+            made = [Rollout(self._last + 1 + place, *one) for place, one in enumerate(wanted)]
+            self._last += len(made)
+            self._open.update((rollout.key, rollout) for rollout in made)
+        return made
+
+    def drop(self, rollouts: Iterable[Rollout]) -> None:
+        """These were refused, and never under way."""
+        with self._lock:
+            for rollout in rollouts:
+                self._open.pop(rollout.key, None)
+
+    def find(self, request_ids: Iterable[str] | None) -> list[Rollout]:
+        """Those of these ids that are under way; all of them for None."""
+        wanted = None if request_ids is None else set(request_ids)
+        with self._lock:
+            return [rollout for rollout in self._open.values() if wanted is None or rollout.request_id in wanted]
+
+    def hear(self, progress: Sequence[Progress] | None) -> None:
+        """Take in what the engine says. None: it says nothing any more; what is under way has failed."""
+        self.told += 1
+        if progress is None:
+            with self._lock:
+                left, self._open = list(self._open.values()), {}
+            for rollout in left:
+                _settle(rollout, rollout.completion("failed", self._version, self.why_lost or "the worker is gone"))
+            return
+        for one in progress:
+            rollout = self._open.get(one.key)
+            if rollout is None:  # it was dropped
+                continue
+            self._version = one.version
+            rollout.token_ids += one.token_ids
+            rollout.logprobs += one.logprobs
+            rollout.versions += [one.version] * len(one.token_ids)
+            if one.status is not None:
+                with self._lock:
+                    self._open.pop(one.key, None)
+                _settle(rollout, rollout.completion(one.status, one.version, one.cause.message if one.cause else ""))
+
+
+def _settle(rollout: Rollout, completion: Completion) -> None:
+    if rollout.future.set_running_or_notify_cancel():
+        rollout.future.set_result(completion)
+
+
+def raise_failed(completions: Iterable[Completion], lost: str | None) -> None:
+    """Raise the error of the first that failed: ``TransferError`` if its engine is gone."""
+    for completion in completions:
+        if completion.status == "failed":
+            raise TransferError(lost) if lost is not None else WorkerError(completion.error)
