@@ -55,7 +55,7 @@ class Rollouts:
         with self._lock:
             under_way = {rollout.request_id for rollout in self._open.values()}
             for request_id, _, _ in wanted:
-                if request_id in under_way:
+                if request_id and request_id in under_way:
                     raise WorkerError(f"request {request_id!r} is under way; give each request an id of its own, or none")
             made = [Rollout(self._last + 1 + place, *one) for place, one in enumerate(wanted)]
             self._last += len(made)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import secrets
 import threading
 import time
@@ -76,7 +75,6 @@ class Worker:
     def __init__(self, spec: Spec, *, process: bool = True, start_timeout: float = 300.0, timeout: float = 300.0) -> None:
         self._lock = threading.RLock()  # of the weights
         self._version = 0
-        self._names = itertools.count()  # of requests that were given no id
         self._rollouts = Rollouts()
         self._link: Link | None = Link(
             spec, process=process, start_timeout=start_timeout, timeout=timeout, hear=self._rollouts.hear
@@ -205,14 +203,15 @@ class Worker:
 
         Every future gets a completion, whatever becomes of the request or the engine: its status says how it ended (clause W4), and
         its tokens are what there was by then. ``request_ids``: one for each prompt, by which ``abort`` finds it; its n samples
-        share it. Raises ``WorkerError`` for a request that is refused; none of the call was made then.
+        share it; without, only all are aborted. Raises ``WorkerError`` for a request that is refused; none of the call was made then.
         """
         return _futures(self._start(prompts, params, request_ids, max_batch)[1], params)
 
     def abort(self, request_ids: Sequence[str] | None = None) -> list[str]:
         """End these requests, or all that are under way. Returns the ids of those that this ended; each has its completion by then.
 
-        An id that is unknown, or of a request that has ended, ends nothing and is not returned.
+        An id that is unknown, or of a request that has ended, ends nothing and is not returned; "" stands for requests that were
+        given no id.
         """
         link = self._alive()
         if isinstance(request_ids, str):
@@ -265,7 +264,7 @@ class Worker:
 
     def _ids(self, count: int, given: Sequence[str] | None) -> list[str]:
         if given is None:
-            return [f"request-{next(self._names)}" for _ in range(count)]
+            return [""] * count
         ids = list(given)
         if isinstance(given, str) or len(ids) != count or not all(isinstance(one, str) and one for one in ids):
             raise WorkerError(f"request_ids is {given!r}: pass one str for each of {count} prompts")
