@@ -24,6 +24,8 @@ from rollout_core.preflight import checks, models
 from rollout_core.preflight.checks import CHECKS, Check, CheckFailed, Context
 from rollout_core.preflight.command import table_of, verdict_of
 from rollout_core.preflight.runner import Outcome, Report, run_checks
+from rollout_core.transfer import receive
+from rollout_core.transfer.carriers.memory import MemoryReceiver
 from rollout_core.workers import HFWorker, hf_generate
 from support.tensors import from_bytes
 
@@ -72,7 +74,11 @@ class Local(HFWorker):
         pass
 
     def tensor(self, name):
-        return self._link._weights.tensors[name]
+        return self.engine.weights.tensors[name]
+
+    @property
+    def engine(self):
+        return self._link.host.engine
 
 
 class Sound(Local):
@@ -104,8 +110,8 @@ class SendsAStateDict(Local):
 
 class CastsThroughBfloat16(Local):
     def spoil(self):
-        for name in self.tensor_digests():
-            self.tensor(name).copy_(self.tensor(name).bfloat16().float())
+        for tensor in self.engine.weights.tensors.values():
+            tensor.copy_(tensor.bfloat16().float())
 
 
 class OneBitIn(Local):
@@ -120,13 +126,14 @@ class CastsAndReadsBack(CastsThroughBfloat16):
 
     def __init__(self, path):
         super().__init__(path)
-        load = self._link.load
+        update = self.engine.update
 
-        def spoiled(bucket):
-            load(bucket)
+        def spoiled(offered):
+            loading = update(offered)
             self.spoil()
+            return loading
 
-        self._link.load = spoiled
+        self.engine.update = spoiled
 
 
 class StaleDigests(Local):
@@ -164,13 +171,12 @@ class CountsFailures(Local):
 class SkipsVerification(Local):
     def __init__(self, path):
         super().__init__(path)
-        begin = self._link.begin
 
-        def trusting(plan, version):
-            begin(plan, version)
-            self._link._unpacker._verify = False
+        def trusting(offered):
+            with MemoryReceiver.connect(offered.address, timeout=5) as carrier:
+                return receive(carrier, self.engine.weights, verify=False).loading
 
-        self._link.begin = trusting
+        self.engine.update = trusting
 
 
 class SkipsVerificationAndReadsBack(SkipsVerification):
@@ -179,13 +185,13 @@ class SkipsVerificationAndReadsBack(SkipsVerification):
 
 class ForgetsThatItIsBroken(Local):
     def generate(self, prompts, params, **options):
-        self._link._weights.unusable = None
+        self.engine.weights.unusable = None
         return super().generate(prompts, params, **options)
 
 
 class RefusesForAnotherReason(Local):
     def generate(self, prompts, params, **options):
-        if self._link._weights.unusable:
+        if self.engine.weights.unusable:
             raise WorkerError("come back later")
         return super().generate(prompts, params, **options)
 
@@ -208,14 +214,14 @@ class SwallowsTheError(Local):
 
 class GeneratesFromOldWeights(Local):
     def spoil_start(self):
-        self.old = copy.deepcopy(self._link.model)
+        self.old = copy.deepcopy(self.engine.model)
 
     def generate(self, prompts, params, **options):
-        new, self._link.model = self._link.model, self.old
+        new, self.engine.model = self.engine.model, self.old
         try:
             return super().generate(prompts, params, **options)
         finally:
-            self._link.model = new
+            self.engine.model = new
 
 
 class Completes(Local):
@@ -719,7 +725,7 @@ def test_a_real_run_passes_well_within_a_minute(tmp_path):
 
 
 def test_a_failing_run_exits_with_1_and_shows_why(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("rollout_core.workers.hf.HFWorker", lambda path, threads: CannotGenerate(path))
+    monkeypatch.setattr("rollout_core.workers.hf.worker.HFWorker", lambda path, threads: CannotGenerate(path))
     done = invoke("--model", folder, "--json", tmp_path / "report.json", "--capacity", "300KiB")
     assert done.exit_code == 1, done.output
     content = assert_report(tmp_path / "report.json")
@@ -768,7 +774,7 @@ def test_a_disk_that_fails_exits_with_2(monkeypatch):
 
 
 def test_a_capacity_too_small_for_the_model_is_a_check_that_fails(folder, monkeypatch):
-    monkeypatch.setattr("rollout_core.workers.hf.HFWorker", lambda path, threads: Sound(path))
+    monkeypatch.setattr("rollout_core.workers.hf.worker.HFWorker", lambda path, threads: Sound(path))
     done = invoke("--model", folder, "--capacity", "2", columns="80")
     assert done.exit_code == 1
     assert "1 of 9 checks do not hold, 8 could not be judged" in done.output

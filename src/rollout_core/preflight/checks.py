@@ -17,10 +17,10 @@ from rollout_core.errors import IntegrityError, RolloutCoreError, WorkerError
 from rollout_core.preflight.models import eos_token_ids, greedy_reference, load_trainer, perturb
 from rollout_core.transfer.targets import named_weights
 from rollout_core.workers.contract import Completion, SamplingParams, to_batch
-from rollout_core.workers.hf import HFWorker
-from rollout_core.workers.hf_model import weight_digest
+from rollout_core.workers.digests import weight_digest
+from rollout_core.workers.worker import Worker
 
-MakeWorker = Callable[[Path], HFWorker]
+MakeWorker = Callable[[Path], Worker]
 
 
 class CheckFailed(Exception):
@@ -37,12 +37,12 @@ class Context:
     response_length: int = 12
     perturbation: float = 0.05
     trainer: Any = None
-    worker: HFWorker | None = None
+    worker: Worker | None = None
     prompts: list[list[int]] = field(default_factory=list)
     first_tokens: list[tuple[int, ...]] = field(default_factory=list)  # the worker's, greedy, before the first sync
     existing: set[str] = field(default_factory=set)  # what ``_resources`` gave before the worker started
 
-    def running(self) -> HFWorker:
+    def running(self) -> Worker:
         if self.worker is None:
             raise CheckFailed("the worker does not run")
         return self.worker
@@ -256,7 +256,7 @@ def damage_is_refused(context: Context) -> str:
     try:
         worker.sync_weights(context.trainer, capacity=context.capacity, inject=flip)
     except IntegrityError as error:
-        refusal = str(error).split(":")[0]
+        refusal = str(error).removeprefix("the receiver: ").split(":")[0]
     except WorkerError as error:
         raise CheckFailed(f"a flipped bit in bucket {flipped} got past the bucket's digest: {error}") from error
     else:
@@ -267,7 +267,7 @@ def damage_is_refused(context: Context) -> str:
     return f"{refusal!r}; recovered as version {report.version}"
 
 
-def _same_version(worker: HFWorker, version: int) -> None:
+def _same_version(worker: Worker, version: int) -> None:
     _expect(worker.version == version, f"the version went from {version} to {worker.version} in an update that failed")
 
 

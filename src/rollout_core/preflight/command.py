@@ -32,7 +32,7 @@ def preflight(model: Path | None, *, capacity: int, json_file: Path | None, cons
             from rollout_core.preflight import models
             from rollout_core.preflight.checks import CHECKS, Check, Context
             from rollout_core.preflight.runner import Outcome, run_checks
-            from rollout_core.workers.hf import HFWorker
+            from rollout_core.workers.hf.worker import HFWorker
 
             logging.disable_progress_bar()
             folder = model

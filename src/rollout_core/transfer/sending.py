@@ -54,8 +54,8 @@ def send(
     ``timeout``: seconds from a receiver's last sign of life to the end of the update with an error. Three quarters of it have to be
     longer than any side takes over one step: a bucket, the source's own work included, or with ``StagedWeights`` the commit.
     ``deadline``: seconds after which an update that is not complete is given up; to end it in order takes a quarter of ``timeout``
-    at most. ``observe`` is told of every step. ``tap`` is called with every bucket, packed and sealed, and returns what is sent: the
-    bucket again, for who only wants to look, or another in its place, which is how a test has one damaged.
+    at most. ``observe`` is told of every step. ``tap`` is called with every bucket, packed and sealed, and returns what is sent:
+    the bucket again, for who only wants to look, or another in its place, which is how a test has one damaged.
 
     If this raises, no receiver has committed the update, unless the message says that one has, or may have. The carrier can be used
     for the next update if nobody was lost; else it is closed, and says so.

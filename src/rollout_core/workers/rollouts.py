@@ -84,9 +84,9 @@ class Rollouts:
                 _settle(rollout, rollout.completion("failed", self._version, self.why_lost or "the worker is gone"))
             return
         for one in progress:
-            rollout = self._open.get(one.key)
-            if rollout is None:  # it was dropped
+            if one.key not in self._open:  # it was dropped
                 continue
+            rollout = self._open[one.key]
             self._version = one.version
             rollout.token_ids += one.token_ids
             rollout.logprobs += one.logprobs

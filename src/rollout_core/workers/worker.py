@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import msgspec
 import torch
-import xxhash
 
 from rollout_core.bucketing import Bucket, BucketPlan, plan_buckets, specs_of
 from rollout_core.bucketing.dtypes import DTYPES
@@ -24,7 +22,9 @@ from rollout_core.errors import RolloutCoreError, TransferError, WorkerError
 from rollout_core.transfer import SendReport, send
 from rollout_core.transfer.carriers.memory import MemorySender
 from rollout_core.workers.contract import Completion, SamplingParams
+from rollout_core.workers.digests import SentDigests, combined_digest
 from rollout_core.workers.engine import Group, Request, Update
+from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.link.link import Link
 from rollout_core.workers.link.messages import (
     Abandon,
@@ -39,7 +39,6 @@ from rollout_core.workers.link.messages import (
     Submit,
     TensorBytes,
 )
-from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.rollouts import Rollout, Rollouts, raise_failed
 
 #: Seconds in which a process that ends has ended, once its end of a carrier is closed.
@@ -203,7 +202,7 @@ class Worker:
 
         Every future gets a completion, whatever becomes of the request or the engine: its status says how it ended (clause W4), and
         its tokens are what there was by then. ``request_ids``: one for each prompt, by which ``abort`` finds it; its n samples
-        share it; without, only all are aborted. Raises ``WorkerError`` for a request that is refused; none of the call was made then.
+        share it; without, only all are aborted. Raises ``WorkerError`` for a request that is refused; then none was made.
         """
         return _futures(self._start(prompts, params, request_ids, max_batch)[1], params)
 
@@ -379,30 +378,3 @@ def check_request(prompts: Sequence[Sequence[int]], params: SamplingParams, max_
                 raise WorkerError(
                     f"prompt {index} position {position} is {token!r}, no token id: pass plain ints, as tolist() gives"
                 )
-
-
-class SentDigests:
-    """The digest of each tensor, taken from the buckets as they are sent."""
-
-    def __init__(self, plan: BucketPlan) -> None:
-        self._plan = plan
-        self._states: dict[str, Any] = {}
-        self.digests: dict[str, str] = {}
-
-    def add(self, bucket: Bucket) -> None:
-        for slot in self._plan.buckets[bucket.index].slots:
-            state = self._states.setdefault(slot.name, xxhash.xxh3_128())
-            state.update(bucket.buffer[slot.offset : slot.end].cpu().numpy().data)
-            if slot.is_tail:
-                digest = self._states.pop(slot.name).hexdigest()
-                for name in (slot.name, *self._plan.tied.get(slot.name, ())):
-                    self.digests[name] = digest
-
-
-def combined_digest(digests: Mapping[str, str]) -> str:
-    """32 hexadecimal digits over names and digests, whatever their order; names are told apart by their lengths."""
-    state = hashlib.blake2b(digest_size=16)
-    for name in sorted(digests):
-        raw = name.encode("utf-8", "surrogatepass")
-        state.update(len(raw).to_bytes(8, "little") + raw + bytes.fromhex(digests[name]))
-    return state.hexdigest()

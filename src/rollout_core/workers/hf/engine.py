@@ -9,20 +9,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import xxhash
 
-from rollout_core.bucketing.tensors import as_bytes
 from rollout_core.errors import WorkerError
 from rollout_core.transfer import DirectWeights, receive
 from rollout_core.transfer.carriers.memory import MemoryReceiver
 from rollout_core.transfer.causes import cause_of
+from rollout_core.workers.digests import weight_digest
 from rollout_core.workers.engine import Emit, Group, Progress, Request, Update
 from rollout_core.workers.hf.generate import check, decode_watched, ends_of, plain, seeded, settings_of
-
-
-def weight_digest(tensor: torch.Tensor) -> str:
-    """Hexadecimal xxh3-128 of a tensor's bytes."""
-    return xxhash.xxh3_128_hexdigest(as_bytes(tensor.detach()).cpu().numpy().data)
 
 
 @dataclass(eq=False, slots=True)

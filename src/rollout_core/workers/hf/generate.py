@@ -15,7 +15,6 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from rollout_core.errors import WorkerError
 from rollout_core.workers.contract import Completion, SamplingParams
 
-
 #: Called after each step with every row's token and its logprob, those of rows that have ended included; returns whether each row
 #: ends here.
 Watch: TypeAlias = Callable[[list[int], list[float]], list[bool]]

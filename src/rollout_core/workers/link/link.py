@@ -110,9 +110,7 @@ class Link:
 class _Pump:
     """The one thread that touches the channel. Others hand it messages, and wait for futures."""
 
-    def __init__(
-        self, channel: Channel[Answered], host: Host, hear: Callable[[Sequence[Progress] | None], None]
-    ) -> None:
+    def __init__(self, channel: Channel[Answered], host: Host, hear: Callable[[Sequence[Progress] | None], None]) -> None:
         self.lost: str | None = None
         self._channel = channel
         self._host = host

@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def serve(descriptor: int, place: str, options: Mapping[str, Any], made: Callable[[Engine], None] | None = None) -> None:
-    """Make an engine (``place``: ``module:class``) and serve it until its worker is gone, or wants no more. ``made`` is shown it."""
+    """Make an engine (``place``: ``module:class``) and serve it until its worker is gone or wants no more; ``made`` sees it."""
     channel: Channel[Asked] = Channel(descriptor, Asked)
     engine: Engine | None = None
     try:
