@@ -268,6 +268,12 @@ def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def persistent_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """``named_weights`` without the buffers that a state dict leaves out, which a model computes from its config."""
+    computed = _non_persistent(model)
+    return {name: tensor for name, tensor in named_weights(model).items() if name not in computed}
+
+
 def _named(weights: Weights) -> dict[str, torch.Tensor]:
     return named_weights(weights) if isinstance(weights, torch.nn.Module) else dict(weights)
 

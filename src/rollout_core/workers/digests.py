@@ -13,23 +13,33 @@ from rollout_core.bucketing import Bucket, BucketPlan
 from rollout_core.bucketing.tensors import as_bytes
 
 
-def weight_digest(tensor: torch.Tensor) -> str:
-    """Hexadecimal xxh3-128 of a tensor's bytes."""
-    return xxhash.xxh3_128_hexdigest(as_bytes(tensor.detach()).cpu().numpy().data)
+def weight_digest(tensor: torch.Tensor, *, values: bool = False) -> str:
+    """Hexadecimal xxh3-128 of a tensor's bytes; with ``values`` of its values, which -0.0 and 0.0 have in common."""
+    tensor = tensor.detach()
+    return xxhash.xxh3_128_hexdigest(as_bytes(without_signs(tensor) if values else tensor).cpu().numpy().data)
+
+
+def without_signs(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with 0.0 for -0.0."""
+    return tensor + 0.0 if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor
 
 
 class SentDigests:
-    """The digest of each tensor, taken from the buckets as they are sent."""
+    """The digest of each tensor, taken from the buckets as they are sent; see ``weight_digest``."""
 
-    def __init__(self, plan: BucketPlan) -> None:
+    def __init__(self, plan: BucketPlan, *, values: bool = False) -> None:
         self._plan = plan
+        self._values = values
         self._states: dict[str, Any] = {}
         self.digests: dict[str, str] = {}
 
     def add(self, bucket: Bucket) -> None:
         for slot in self._plan.buckets[bucket.index].slots:
             state = self._states.setdefault(slot.name, xxhash.xxh3_128())
-            state.update(bucket.buffer[slot.offset : slot.end].cpu().numpy().data)
+            piece = bucket.buffer[slot.offset : slot.end]
+            if self._values:
+                piece = as_bytes(without_signs(piece.view(slot.spec.dtype)))
+            state.update(piece.cpu().numpy().data)
             if slot.is_tail:
                 digest = self._states.pop(slot.name).hexdigest()
                 for name in (slot.name, *self._plan.tied.get(slot.name, ())):

@@ -12,6 +12,7 @@ from typing import Protocol
 import msgspec
 import torch
 
+from rollout_core.bucketing import TensorSpec
 from rollout_core.transfer.protocol.messages import Cause
 from rollout_core.workers.contract import SamplingParams, Status
 
@@ -92,6 +93,10 @@ class Engine(Protocol):
 
     def abandon(self, version: int) -> None:
         """The update to ``version`` failed for the sender, whatever it was here."""
+        ...
+
+    def specs(self) -> Sequence[TensorSpec] | None:
+        """What an update has to bring, by the names of a checkpoint; None if ``update`` itself refuses what is not the model's."""
         ...
 
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from types import TracebackType
@@ -14,12 +14,13 @@ from typing import Final, Self
 import msgspec
 import torch
 
-from rollout_core.bucketing import Bucket, BucketPlan, plan_buckets, specs_of
+from rollout_core.bucketing import Bucket, BucketPlan, TensorSpec, plan_buckets, specs_of
 from rollout_core.bucketing.dtypes import DTYPES
 from rollout_core.bucketing.placement import Order, Oversize
 from rollout_core.bucketing.sources import Source
-from rollout_core.errors import RolloutCoreError, TransferError, WorkerError
+from rollout_core.errors import PlanMismatchError, RolloutCoreError, TransferError, WorkerError
 from rollout_core.transfer import SendReport, send
+from rollout_core.transfer.targets import persistent_weights
 from rollout_core.transfer.carriers.memory import MemorySender
 from rollout_core.workers.contract import Completion, SamplingParams
 from rollout_core.workers.digests import SentDigests, combined_digest
@@ -32,10 +33,12 @@ from rollout_core.workers.link.messages import (
     Digests,
     Ping,
     ReadDigests,
+    ReadSpecs,
     ReadTensor,
     Receive,
     Received,
     Run,
+    Specs,
     Submit,
     TensorBytes,
 )
@@ -71,9 +74,15 @@ class Worker:
     error.
     """
 
+    #: Whether weights are read back as values: -0.0 counts as 0.0.
+    reads_values = False
+    #: Whether an update has to have the buffers that a model computes from its config. Where not, the engine has its own of them.
+    takes_computed = True
+
     def __init__(self, spec: Spec, *, process: bool = True, start_timeout: float = 300.0, timeout: float = 300.0) -> None:
         self._lock = threading.RLock()  # of the weights
         self._version = 0
+        self._specs: dict[str, TensorSpec] | None = None  # that an update has to have; empty: the engine looks itself
         self._rollouts = Rollouts()
         self._link: Link | None = Link(
             spec, process=process, start_timeout=start_timeout, timeout=timeout, hear=self._rollouts.hear
@@ -111,9 +120,12 @@ class Worker:
         with self._lock:
             link = self._alive()
             start = time.perf_counter()
+            if not self.takes_computed and isinstance(source, torch.nn.Module):
+                source = persistent_weights(source)
             plan = plan_buckets(specs_of(source), capacity, oversize=oversize, order=order)
+            self._check_specs(link, plan)
             version = self._version + 1
-            sent = SentDigests(plan) if readback else None
+            sent = SentDigests(plan, values=self.reads_values) if readback else None
 
             def tap(bucket: Bucket) -> Bucket:
                 if sent is not None:
@@ -321,6 +333,16 @@ class Worker:
         with suppress(RolloutCoreError):
             link.ask(Abandon(version))
 
+    def _check_specs(self, link: Link, plan: BucketPlan) -> None:
+        """Raise ``PlanMismatchError`` if these are not the engine's tensors, where that does not say so itself."""
+        if self._specs is None:
+            answer = link.ask(ReadSpecs(), Specs)
+            assert isinstance(answer, Specs)
+            listed = answer.specs or []
+            self._specs = {name: TensorSpec(name, DTYPES[dtype], shape) for name, dtype, shape in listed}
+        if self._specs:
+            check_specs(plan, self._specs)
+
     def _read_back(self, link: Link, sent: SentDigests) -> dict[str, str]:
         """The digests of what the worker has, found right."""
         found = _digests(link, None)
@@ -364,6 +386,23 @@ def _copies(future: Future[Completion], samples: int) -> list[Future[Completion]
 
     future.add_done_callback(settle)
     return copies
+
+
+def check_specs(plan: BucketPlan, wanted: Mapping[str, TensorSpec]) -> None:
+    """Raise ``PlanMismatchError`` naming the first tensor of a plan that is not among these, or that it leaves out. A tied tensor is
+    there under any of its names."""
+    for spec in plan.specs:
+        mine = wanted.get(spec.name)
+        if mine is None:
+            raise PlanMismatchError(f"the update has a tensor {spec.name!r} ({spec}), and the model has none of that name")
+        if (mine.dtype, mine.shape) != (spec.dtype, spec.shape):
+            raise PlanMismatchError(f"tensor {spec.name!r} is {spec} in the update and {mine} in the model")
+    sent = {spec.name for spec in plan.specs}
+    missing = next((name for name in wanted if name not in sent), None)
+    if missing is not None and not (missing.endswith("lm_head.weight") and "model.embed_tokens.weight" in sent):
+        raise PlanMismatchError(
+            f"the model's tensor {missing!r} is not in the update; send every parameter and persistent buffer"
+        )
 
 
 def check_request(prompts: Sequence[Sequence[int]], params: SamplingParams, max_batch: int) -> None:

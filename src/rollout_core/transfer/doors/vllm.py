@@ -81,6 +81,7 @@ class RolloutCoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ig
         self._info = InitInfo()
         self._carrier: ReceiverEnd | None = None
         self._finished = False
+        self.loading = 0.0  # seconds of the last update
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         if init_info.carrier not in RECEIVERS:
@@ -105,7 +106,7 @@ class RolloutCoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ig
             raise TransferError("call init_weight_transfer_engine before update_weights")
         self.target.expected = update_info.version
         try:
-            receive(self._carrier, self.target, timeout=self._info.timeout)
+            self.loading = receive(self._carrier, self.target, timeout=self._info.timeout).loading
         except Exception as error:
             # In the text, not in a note: vLLM hands on an error of another process as its text.
             if self.target.unusable is not None:

@@ -118,6 +118,9 @@ class HFEngine:
         if self.version == version:
             self.weights.abort(version)
 
+    def specs(self) -> None:
+        """The target compares an update's plan with the model."""
+
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:
         """Of every parameter and buffer; transformers' names are a checkpoint's."""
         found = {name: weight_digest(tensor) for name, tensor in self.weights.tensors.items()}

@@ -41,6 +41,10 @@ class Abandon(msgspec.Struct, tag=True, frozen=True):
     version: int
 
 
+class ReadSpecs(msgspec.Struct, tag=True, frozen=True):
+    """What does an update have to bring?"""
+
+
 class ReadDigests(msgspec.Struct, tag=True, frozen=True):
     names: list[str] | None
 
@@ -57,7 +61,7 @@ class Close(msgspec.Struct, tag=True, frozen=True):
     pass
 
 
-Asking: TypeAlias = Submit | Abort | Run | Receive | Abandon | ReadDigests | ReadTensor | Ping | Close
+Asking: TypeAlias = Submit | Abort | Run | Receive | Abandon | ReadSpecs | ReadDigests | ReadTensor | Ping | Close
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -73,6 +77,12 @@ class Received(msgspec.Struct, tag=True, frozen=True):
     """The update is committed; seconds of it went into loading."""
 
     loading: float
+
+
+class Specs(msgspec.Struct, tag=True, frozen=True):
+    """Name, dtype by its name on the wire, and shape of each tensor; None: the engine looks at an update itself."""
+
+    specs: list[tuple[str, str, tuple[int, ...]]] | None
 
 
 class Digests(msgspec.Struct, tag=True, frozen=True):
@@ -99,7 +109,7 @@ class Events(msgspec.Struct, tag=True, frozen=True):
     progress: list[Progress]
 
 
-Answer: TypeAlias = Done | Received | Digests | TensorBytes | Failed | Events
+Answer: TypeAlias = Done | Received | Specs | Digests | TensorBytes | Failed | Events
 
 
 class Answered(msgspec.Struct, frozen=True):

@@ -28,10 +28,12 @@ from rollout_core.workers.link.messages import (
     Failed,
     Ping,
     ReadDigests,
+    ReadSpecs,
     ReadTensor,
     Receive,
     Received,
     Run,
+    Specs,
     Submit,
     TensorBytes,
 )
@@ -135,6 +137,10 @@ class Serving:
             case Abandon():
                 engine.abandon(request.version)
                 return Done()
+            case ReadSpecs():
+                specs = engine.specs()
+                listed = None if specs is None else [(spec.name, WIRE_NAMES[spec.dtype], spec.shape) for spec in specs]
+                return Specs(listed)
             case ReadDigests():
                 return Digests(engine.digests(request.names))
             case ReadTensor():

@@ -1,0 +1,213 @@
+"""The engine of a VLLMWorker: vLLM's ``LLM`` in this process, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import torch
+
+from rollout_core.bucketing import TensorSpec, specs_of
+from rollout_core.errors import TransferError, WorkerError
+from rollout_core.transfer.causes import cause_of
+from rollout_core.transfer.protocol.messages import Cause
+from rollout_core.workers.contract import SamplingParams, Status
+from rollout_core.workers.engine import Emit, Group, Progress, Request, Update
+from rollout_core.workers.model_dir import config_of, eos_token_ids
+
+_EXTENSION: Final = "rollout_core.workers.vllm.extension.RolloutExtension"
+_EMBEDDING: Final = "embed_tokens.weight"
+_HEAD: Final = "lm_head.weight"
+_STATUSES: Final[dict[str, Status]] = {"stop": "stop", "length": "length", "abort": "aborted"}
+
+
+class VLLMEngine:
+    """``model`` is a folder, ``options`` go to ``LLM`` as they are. ``mend``: work around what is known to be wrong in vLLM; without,
+    for who wants to see it."""
+
+    is_read_in_update: Final = False
+
+    def __init__(self, model: str, *, options: Mapping[str, Any], mend: bool = True) -> None:
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        folder = Path(model)
+        config = config_of(folder)  # if there is none, vLLM would take it for the name of a model to download
+        self._eos = eos_token_ids(folder)
+        self._vocabulary = int(config["vocab_size"])
+        self._is_tied = bool(config.get("tie_word_embeddings", False))
+        self._specs = {spec.name: spec for spec in specs_of(folder)}
+        try:
+            self._llm: Any = LLM(
+                **{
+                    "model": model,
+                    "skip_tokenizer_init": True,
+                    "generation_config": "vllm",  # not the folder's: a penalty in it would bend what a trainer believes in
+                    "worker_extension_cls": _EXTENSION,
+                    "weight_transfer_config": WeightTransferConfig(backend="rollout_core"),
+                    **options,
+                }
+            )
+        except Exception as error:  # of many kinds; what the operator needs is the folder and the cause
+            raise WorkerError(f"vLLM did not start with the model in {model}: {type(error).__name__}: {error}") from error
+        self._engine: Any = self._llm.llm_engine
+        self._limit = int(self._llm.model_config.max_model_len)
+        self._mend = mend
+        self._version = 0
+        self._unusable: str | None = None
+        self._names: dict[int, str] = {}  # of the requests under way, as vLLM calls them
+        self._keys: dict[str, int] = {}
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._names)
+
+    def submit(self, group: Group) -> None:
+        self._check_usable()
+        for request in group.requests:
+            self._check(request, group.params)
+        for request in group.requests:
+            params = self._params(group.params, request)
+            name = self._engine.add_request(str(request.key), {"prompt_token_ids": request.prompt}, params)
+            self._names[request.key], self._keys[str(request.key)] = name, request.key
+
+    def abort(self, keys: Sequence[int] | None, emit: Emit) -> None:
+        found = list(self._names) if keys is None else [key for key in keys if key in self._names]
+        if found:
+            self._engine.abort_request([self._names[key] for key in found], internal=True)
+            emit([self._ended(key, "aborted") for key in found])
+
+    def step(self, emit: Emit, between: Callable[[], None]) -> None:
+        progress: list[Progress] = []
+        for output in self._engine.step():
+            key = self._keys.get(output.request_id)
+            if key is not None:
+                progress += self._progress(key, output.outputs[0])
+        emit(progress)
+        between()
+
+    def update(self, update: Update) -> float:
+        llm, before = self._llm, self._version
+        llm.init_weight_transfer_engine({"init_info": {"address": update.address, "timeout": update.timeout}})
+        llm.start_weight_update()
+        try:
+            llm.update_weights({"update_info": {"version": update.version}})
+            llm.finish_weight_update(weight_version=str(update.version))
+            if self._mend:
+                llm.collective_rpc("rollout_core_mend")
+            # What was computed with the old weights: requests under way are computed anew, and no other may build on them.
+            self._engine.reset_encoder_cache()
+            if not self._engine.reset_prefix_cache(reset_running_requests=True):
+                raise TransferError("vLLM did not reset its prefix cache, and would go on from what the old weights computed")
+            self._version = update.version
+        except Exception:
+            self._version = before
+            raise
+        finally:
+            self._unusable = self._why_unusable()
+        return float(max(llm.collective_rpc("rollout_core_loading")))
+
+    def abandon(self, version: int) -> None:
+        if self._version == version:
+            self._version = version - 1
+            self._llm.collective_rpc("rollout_core_abandon", args=(version,))
+            self._unusable = self._why_unusable()
+
+    def digests(self, names: Sequence[str] | None) -> dict[str, str]:
+        wanted = self._checkpoint_names() if names is None else list(names)
+        answers: list[dict[str, str]] = self._llm.collective_rpc("rollout_core_digests", args=(wanted,))
+        return answers[0]
+
+    def read_tensor(self, name: str) -> torch.Tensor:
+        if name not in self._checkpoint_names():
+            raise WorkerError(f"the worker has no tensor {name!r}")
+        tensor: torch.Tensor = self._llm.collective_rpc("rollout_core_read", args=(name,))[0]
+        return tensor
+
+    def close(self) -> None:
+        self._engine.engine_core.shutdown()
+
+    def specs(self) -> list[TensorSpec]:
+        """What an update has to bring: the tensors of the folder, in the dtype that the engine has them in."""
+        dtype = self._llm.model_config.dtype
+        found = [
+            TensorSpec(spec.name, dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape) for spec in self._specs.values()
+        ]
+        tied = {_EMBEDDING: spec for spec in found if spec.name.endswith(_EMBEDDING)}
+        if self._is_tied and _HEAD not in self._specs and tied:
+            found.append(TensorSpec(_HEAD, tied[_EMBEDDING].dtype, tied[_EMBEDDING].shape))
+        return found
+
+    def _params(self, params: SamplingParams, request: Request) -> Any:
+        from vllm import SamplingParams as Their
+        from vllm.sampling_params import RequestOutputKind
+
+        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self._eos))
+        return Their(
+            max_tokens=params.response_length,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            # As vLLM does for its own n: samples of one prompt have seeds of their own.
+            seed=None if params.seed is None else params.seed + request.sample,
+            stop_token_ids=sorted(ends),
+            ignore_eos=True,  # said by stop_token_ids: without a tokenizer vLLM knows no EOS
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    def _check(self, request: Request, params: SamplingParams) -> None:
+        """Raise ``WorkerError`` for what vLLM would refuse in words of its own, or cut short, or fail on."""
+        length, place = len(request.prompt), request.place
+        if not length:
+            raise WorkerError(f"prompt {place} is empty: give each prompt at least one token, such as BOS")
+        for position, token in enumerate(request.prompt):
+            if not 0 <= token < self._vocabulary:
+                raise WorkerError(
+                    f"prompt {place} position {position} is {token!r}, not one of the model's {self._vocabulary} ids: "
+                    "check that tokenizer and model belong together"
+                )
+        for token in params.stop_token_ids:
+            if not 0 <= token < self._vocabulary:
+                raise WorkerError(
+                    f"stop_token_ids {token!r} is outside the model's {self._vocabulary} ids: pass the tokenizer's own"
+                )
+        if length + params.response_length > self._limit:
+            raise WorkerError(
+                f"prompt {place} has {length} tokens and with response_length {params.response_length} passes the "
+                f"model's {self._limit} positions: shorten the prompt or the response"
+            )
+
+    def _progress(self, key: int, output: Any) -> list[Progress]:
+        tokens = list(output.token_ids)
+        logprobs = [float(table[token].logprob) for token, table in zip(tokens, output.logprobs or (), strict=True)]
+        if any(math.isnan(logprob) for logprob in logprobs):
+            cause = cause_of(WorkerError("the model gave NaN logits: check the weights it was last given"))
+            self._engine.abort_request([self._names[key]], internal=True)
+            return [self._ended(key, "failed", cause)]
+        if output.finish_reason is None:
+            return [Progress(key, tokens, logprobs, self._version)]
+        ended = self._ended(key, _STATUSES.get(output.finish_reason, "failed"))
+        return [msgspec.structs.replace(ended, token_ids=tokens, logprobs=logprobs)]
+
+    def _ended(self, key: int, status: Status, cause: Cause | None = None) -> Progress:
+        del self._names[key], self._keys[str(key)]
+        return Progress(key, [], [], self._version, status, cause)
+
+    def _checkpoint_names(self) -> list[str]:
+        return [spec.name for spec in self.specs()]
+
+    def _why_unusable(self) -> str | None:
+        return next((why for why in self._llm.collective_rpc("rollout_core_unusable") if why is not None), None)
+
+    def _check_usable(self) -> None:
+        if self._unusable is not None:
+            raise WorkerError(f"the worker's weights are unusable: {self._unusable}; call sync_weights again")

@@ -1,0 +1,64 @@
+"""What of ours runs in each of vLLM's workers, by ``worker_extension_cls``; importing it registers the door."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rollout_core.errors import WorkerError
+from rollout_core.transfer.doors.vllm import WorkerExtension
+from rollout_core.workers.digests import weight_digest
+from rollout_core.workers.vllm.readback import read_weight
+
+
+class RolloutExtension(WorkerExtension):
+    """For ``worker_extension_cls``. Its methods become the worker's, for ``collective_rpc``."""
+
+    def rollout_core_digests(self, names: Sequence[str]) -> dict[str, str]:
+        """Digests of the values of tensors, by the names of a checkpoint; of those that this worker has."""
+        found: dict[str, str] = {}
+        with torch.no_grad():
+            for name in names:
+                try:
+                    found[name] = weight_digest(read_weight(self._rollout_core_model(), name), values=True)
+                except WorkerError:
+                    continue
+        return found
+
+    def rollout_core_read(self, name: str) -> torch.Tensor:
+        with torch.no_grad():
+            return read_weight(self._rollout_core_model(), name)
+
+    def rollout_core_unusable(self) -> str | None:
+        """Why the weights are of no use, if they are not."""
+        return self._rollout_core_target().unusable  # type: ignore[no-any-return]
+
+    def rollout_core_loading(self) -> float:
+        """Seconds of the last update that went into digests and loading."""
+        return float(self.weight_transfer_engine.loading)  # type: ignore[attr-defined]
+
+    def rollout_core_abandon(self, version: int) -> None:
+        """The update to ``version`` was committed here, and has failed for its sender."""
+        self._rollout_core_target().abort(version)
+
+    def rollout_core_mend(self) -> None:
+        """Pack the output layer again where it is the embeddings, too.
+
+        vLLM's layerwise reload (0.32, CPU) ends with ``process_weights_after_loading`` of each layer, which of tied embeddings
+        is called for the embeddings' method only: the packed copy that logits are computed with stays that of the old weights,
+        after vLLM's own ``reload_weights`` as well. ``read_weight`` of ``lm_head.weight`` shows it.
+        """
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        for module in self._rollout_core_model().modules():
+            if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+    def _rollout_core_target(self) -> Any:
+        return self.weight_transfer_engine.target  # type: ignore[attr-defined]
+
+    def _rollout_core_model(self) -> Any:
+        return self.model_runner.get_model()  # type: ignore[attr-defined]

@@ -1,0 +1,57 @@
+"""Weights of a live vLLM model by the names of its checkpoint (clause W2): out of fused layers, and out of what a CPU has packed.
+
+vLLM fuses ``q_proj``, ``k_proj`` and ``v_proj`` into ``qkv_proj``, and ``gate_proj`` and ``up_proj`` into ``gate_up_proj``; the model's
+``packed_modules_mapping`` says so. On a CPU a linear layer's weight is packed for oneDNN and then removed
+(``dispatch_cpu_unquantized_gemm``): what is left is a function that multiplies by it. That, given the identity, is the weight as the
+engine uses it, value for value: products with 0 and 1 and sums with 0 are exact, only the sign of a zero is lost, and a NaN or an
+infinity fills its row with NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rollout_core.errors import WorkerError
+
+
+def read_weight(model: Any, name: str) -> torch.Tensor:
+    """A copy of the tensor that a checkpoint calls ``name``. ``WorkerError`` if this model has nothing of that name."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    mapped = name if mapper is None else next(iter(mapper.apply_list([name])), name)
+    path, _, leaf = mapped.rpartition(".")
+    module, part = _module_of(model, path)
+    tensor = None if module is None else getattr(module, leaf, None)
+    if module is None or not isinstance(tensor, torch.Tensor):
+        raise WorkerError(f"the worker has no tensor {name!r}")
+    # An output layer that is the embeddings too has both a weight and what was packed of it, and multiplies by the latter.
+    is_output = path.rpartition(".")[2] == "lm_head"
+    if leaf == "weight" and hasattr(module, "cpu_linear") and (tensor.numel() == 0 or is_output):
+        tensor = _multiplied_out(module, tensor.dtype)
+    if part is not None:
+        sizes = list(module.output_partition_sizes)
+        tensor = tensor.split(sizes, dim=0)[part]
+    elif hasattr(module, "org_vocab_size"):
+        tensor = tensor[: module.org_vocab_size]  # the rest pads it
+    return tensor.detach().cpu().clone()
+
+
+def _module_of(model: Any, path: str) -> tuple[Any, int | None]:
+    """The module at this path, or the fused one that has it as a part, and which."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if path in modules:
+        return modules[path], None
+    parent, _, last = path.rpartition(".")
+    for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
+        place = f"{parent}.{fused}" if parent else fused
+        if last in parts and place in modules:
+            return modules[place], list(parts).index(last)
+    return None, None
+
+
+def _multiplied_out(module: Any, dtype: torch.dtype) -> torch.Tensor:
+    width = getattr(module, "input_size_per_partition", None) or module.embedding_dim
+    identity = torch.eye(width, dtype=dtype)
+    product: torch.Tensor = module.cpu_linear(identity, getattr(module, "weight", None), None)
+    return product.t().contiguous()

@@ -1,0 +1,55 @@
+"""VLLMWorker: a rollout worker on vLLM, in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from rollout_core.workers.link.hosts import Spec
+from rollout_core.workers.worker import Worker
+
+#: What vLLM is started with, unless the caller's own environment says otherwise.
+_ENVIRONMENT: Final = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # stepped where it is served
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+_CPU_ENVIRONMENT: Final = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+class VLLMWorker(Worker):
+    """vLLM's ``LLM``, stepped in a process of its own.
+
+    ``model_dir`` is a folder as ``save_pretrained`` writes it; ``dtype`` a torch dtype's name. ``max_model_len``: most tokens of a
+    prompt and its response, the model's positions if None. ``engine_options`` go to ``LLM`` as they are, before any of ours.
+    ``timeout`` bounds each answer in seconds, ``start_timeout`` the start. The weights are received into the live model: an update
+    that fails after its first bucket leaves weights that the worker refuses to use. ``mend``: work around what is known to be
+    wrong in vLLM; see ``rollout_core.workers.vllm.extension``.
+    """
+
+    reads_values = True  # a CPU's packed weights; see readback.py
+    takes_computed = False
+
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        max_model_len: int | None = None,
+        engine_options: Mapping[str, Any] | None = None,
+        mend: bool = True,
+        start_timeout: float = 300.0,
+        timeout: float = 300.0,
+    ) -> None:
+        options: dict[str, Any] = {"dtype": dtype, "enforce_eager": True}
+        if max_model_len is not None:
+            options["max_model_len"] = max_model_len
+        options |= engine_options or {}
+        environment = _ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {})
+        spec = Spec(
+            "rollout_core.workers.vllm.engine:VLLMEngine",
+            {"model": str(model_dir), "options": options, "mend": mend},
+            environment,
+        )
+        super().__init__(spec, start_timeout=start_timeout, timeout=timeout)
