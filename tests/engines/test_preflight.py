@@ -26,7 +26,7 @@ from rollout_core.preflight.command import table_of, verdict_of
 from rollout_core.preflight.runner import Outcome, Report, run_checks
 from rollout_core.transfer import receive
 from rollout_core.transfer.carriers.memory import MemoryReceiver
-from rollout_core.workers import HFWorker, hf_generate
+from rollout_core.workers import HFWorker
 from support.tensors import from_bytes
 
 PLAN, START, EQUAL, ARRIVE, GREEDY, SHAPES, FLIP, HALF, LEFT = (check.id for check in CHECKS)
@@ -459,26 +459,27 @@ def test_a_fault_fails_its_checks_and_no_other(folder, worker):
             left.socket.close()
 
 
-def right_padded(model, prompts, settings, recorder):
+def right_padded(model, prompts, settings, recorder, criteria):
     """transformers is given the padding after each prompt."""
     width = max(map(len, prompts))
     ids = [list(prompt) + [settings.pad_token_id] * (width - len(prompt)) for prompt in prompts]
     mask = [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
-    return decoded(model, ids, mask, width, settings, recorder)
+    return decoded(model, ids, mask, width, settings, recorder, criteria)
 
 
-def padding_attended_to(model, prompts, settings, recorder):
+def padding_attended_to(model, prompts, settings, recorder, criteria):
     width = max(map(len, prompts))
     ids = [[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    return decoded(model, ids, [[1] * width] * len(prompts), width, settings, recorder)
+    return decoded(model, ids, [[1] * width] * len(prompts), width, settings, recorder, criteria)
 
 
-def decoded(model, ids, mask, width, settings, recorder):
+def decoded(model, ids, mask, width, settings, recorder, criteria):
     output = model.generate(
         input_ids=torch.tensor(ids),
         attention_mask=torch.tensor(mask),
         generation_config=settings,
         logits_processor=transformers.LogitsProcessorList([recorder]),
+        stopping_criteria=criteria,
     )
     recorder.settle(output)
     return output[:, width:].tolist()
@@ -487,7 +488,7 @@ def decoded(model, ids, mask, width, settings, recorder):
 @pytest.mark.parametrize("decode", [right_padded, padding_attended_to], ids=lambda function: function.__name__)
 @pytest.mark.filterwarnings("ignore:.*right-padding.*")
 def test_wrong_padding_is_found_by_the_tokens(folder, monkeypatch, decode):
-    monkeypatch.setattr(hf_generate, "_decode", decode)
+    monkeypatch.setattr("rollout_core.workers.hf.generate.decode", decode)
     outcomes = run(folder, Sound)
     assert results(outcomes, "fail") == {GREEDY}
     assert re.search(r"prompt [01] \(\d tokens\): response token", outcomes[GREEDY].figure)

@@ -20,8 +20,8 @@ from rollout_core.bucketing.placement import Order, Oversize
 from rollout_core.bucketing.sources import Source
 from rollout_core.errors import PlanMismatchError, RolloutCoreError, TransferError, WorkerError
 from rollout_core.transfer import SendReport, send
-from rollout_core.transfer.targets import persistent_weights
 from rollout_core.transfer.carriers.memory import MemorySender
+from rollout_core.transfer.targets import persistent_weights
 from rollout_core.workers.contract import Completion, SamplingParams
 from rollout_core.workers.digests import SentDigests, combined_digest
 from rollout_core.workers.engine import Group, Request, Update
@@ -400,9 +400,7 @@ def check_specs(plan: BucketPlan, wanted: Mapping[str, TensorSpec]) -> None:
     sent = {spec.name for spec in plan.specs}
     missing = next((name for name in wanted if name not in sent), None)
     if missing is not None and not (missing.endswith("lm_head.weight") and "model.embed_tokens.weight" in sent):
-        raise PlanMismatchError(
-            f"the model's tensor {missing!r} is not in the update; send every parameter and persistent buffer"
-        )
+        raise PlanMismatchError(f"the model's tensor {missing!r} is not in the update; send every parameter and persistent buffer")
 
 
 def check_request(prompts: Sequence[Sequence[int]], params: SamplingParams, max_batch: int) -> None:

@@ -138,7 +138,8 @@ class VLLMEngine:
         """What an update has to bring: the tensors of the folder, in the dtype that the engine has them in."""
         dtype = self._llm.model_config.dtype
         found = [
-            TensorSpec(spec.name, dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape) for spec in self._specs.values()
+            TensorSpec(spec.name, dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape)
+            for spec in self._specs.values()
         ]
         tied = {_EMBEDDING: spec for spec in found if spec.name.endswith(_EMBEDDING)}
         if self._is_tied and _HEAD not in self._specs and tied:

@@ -1,6 +1,6 @@
 """Weights of a live vLLM model by the names of its checkpoint (clause W2): out of fused layers, and out of what a CPU has packed.
 
-vLLM fuses ``q_proj``, ``k_proj`` and ``v_proj`` into ``qkv_proj``, and ``gate_proj`` and ``up_proj`` into ``gate_up_proj``; the model's
+vLLM fuses ``q_proj``, ``k_proj`` and ``v_proj`` into ``qkv_proj``, and ``gate_proj`` and ``up_proj`` into ``gate_up_proj``; a model's
 ``packed_modules_mapping`` says so. On a CPU a linear layer's weight is packed for oneDNN and then removed
 (``dispatch_cpu_unquantized_gemm``): what is left is a function that multiplies by it. That, given the identity, is the weight as the
 engine uses it, value for value: products with 0 and 1 and sums with 0 are exact, only the sign of a zero is lost, and a NaN or an
@@ -9,18 +9,20 @@ infinity fills its row with NaN.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
 
 from rollout_core.errors import WorkerError
 
+#: Where a model does not say it.
+_FUSED: Final = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
 
 def read_weight(model: Any, name: str) -> torch.Tensor:
     """A copy of the tensor that a checkpoint calls ``name``. ``WorkerError`` if this model has nothing of that name."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    mapped = name if mapper is None else next(iter(mapper.apply_list([name])), name)
-    path, _, leaf = mapped.rpartition(".")
+    path, _, leaf = _mapped(model, name).rpartition(".")
     module, part = _module_of(model, path)
     tensor = None if module is None else getattr(module, leaf, None)
     if module is None or not isinstance(tensor, torch.Tensor):
@@ -37,13 +39,23 @@ def read_weight(model: Any, name: str) -> torch.Tensor:
     return tensor.detach().cpu().clone()
 
 
+def _mapped(model: Any, name: str) -> str:
+    """The name in vLLM's model of what a checkpoint has under this one, as if nothing were fused."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return name
+    if hasattr(mapper, "orig_to_new_stacked"):  # newer mappers name the fused layer
+        mapper = replace(mapper, orig_to_new_stacked={})
+    return str(next(iter(mapper.apply_list([name])), name))
+
+
 def _module_of(model: Any, path: str) -> tuple[Any, int | None]:
     """The module at this path, or the fused one that has it as a part, and which."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if path in modules:
         return modules[path], None
     parent, _, last = path.rpartition(".")
-    for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
+    for fused, parts in {**_FUSED, **getattr(model, "packed_modules_mapping", {})}.items():
         place = f"{parent}.{fused}" if parent else fused
         if last in parts and place in modules:
             return modules[place], list(parts).index(last)
