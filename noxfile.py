@@ -124,10 +124,21 @@ def _install_processors(session: nox.Session) -> None:
 
 
 @nox.session
-def engines(session: nox.Session) -> None:
+def engines_hf(session: nox.Session) -> None:
     """The worker contract and preflight on real transformers models, CPU."""
     install(session, "test", extras="[hf,cli,testing]")
-    session.run("pytest", "tests/engines", *session.posargs, env=QUIET)
+    places = ("tests/engines/contract", "tests/engines/hf")
+    session.run("pytest", *places, *PARALLEL, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "hf"})
+
+
+@nox.session
+def engines_vllm(session: nox.Session) -> None:
+    """The worker contract on a real vLLM, CPU; and the doors of vLLM, SGLang and verl, which need no more than that."""
+    session.install(TORCH)
+    session.install("--no-deps", "-r", "tests/doors/requirements.txt")
+    install(session, "test", extras="[testing]")
+    places = ("tests/engines/contract", "tests/engines/vllm", "tests/doors")
+    session.run("pytest", *places, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "vllm"})
 
 
 @nox.session
@@ -138,15 +149,6 @@ def faults(session: nox.Session) -> None:
         session.run("python", "tests/faults/run.py", *session.posargs, env=QUIET)
     else:
         session.run("pytest", "tests/faults", env=QUIET)
-
-
-@nox.session
-def doors(session: nox.Session) -> None:
-    """The engines' own doors: a vLLM engine on the CPU, and SGLang's and verl's own classes."""
-    session.install(TORCH)
-    session.install("--no-deps", "-r", "tests/doors/requirements.txt")
-    install(session, "test", extras="[testing]")
-    session.run("pytest", "tests/doors", *session.posargs, env=QUIET)
 
 
 @nox.session

@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE / ".nox" / "tools"
-TESTS = ("lint", "typing", "unit", "kit", "wheel", "processors", "engines", "faults", "doors")
+TESTS = ("lint", "typing", "unit", "kit", "wheel", "processors", "engines_hf", "engines_vllm", "faults")
 
 
 def main(arguments: list[str]) -> int:

@@ -213,6 +213,8 @@ def _check_places(context: Context, completions: list[Completion], samples: int)
             completion.weight_version == version,
             f"{completion.place}: its tokens are of weight version {completion.weight_version}, and the worker says {version}",
         )
+        others = set(completion.versions) - {version}
+        _expect(not others, f"{completion.place}: tokens of weight versions {sorted(others)}, and the worker says {version}")
 
 
 def _row(batch: Any, row: int) -> dict[str, list[int]]:

@@ -389,8 +389,8 @@ def _copies(future: Future[Completion], samples: int) -> list[Future[Completion]
 
 
 def check_specs(plan: BucketPlan, wanted: Mapping[str, TensorSpec]) -> None:
-    """Raise ``PlanMismatchError`` naming the first tensor of a plan that is not among these, or that it leaves out. A tied tensor is
-    there under any of its names."""
+    """Raise ``PlanMismatchError`` naming the first tensor of a plan that is not among these, or that it leaves out. A tied tensor
+    is there under any of its names."""
     for spec in plan.specs:
         mine = wanted.get(spec.name)
         if mine is None:

@@ -19,14 +19,14 @@ from rollout_core.workers.engine import Emit, Group, Progress, Request, Update
 from rollout_core.workers.model_dir import config_of, eos_token_ids
 
 _EXTENSION: Final = "rollout_core.workers.vllm.extension.RolloutExtension"
-_EMBEDDING: Final = "embed_tokens.weight"
+_EMBEDDING: Final = "model.embed_tokens.weight"
 _HEAD: Final = "lm_head.weight"
 _STATUSES: Final[dict[str, Status]] = {"stop": "stop", "length": "length", "abort": "aborted"}
 
 
 class VLLMEngine:
-    """``model`` is a folder, ``options`` go to ``LLM`` as they are. ``mend``: work around what is known to be wrong in vLLM; without,
-    for who wants to see it."""
+    """``model`` is a folder, ``options`` go to ``LLM`` as they are. ``mend``: work around what is known to be wrong in vLLM, unless
+    somebody wants to see it."""
 
     is_read_in_update: Final = False
 
@@ -39,7 +39,7 @@ class VLLMEngine:
         self._eos = eos_token_ids(folder)
         self._vocabulary = int(config["vocab_size"])
         self._is_tied = bool(config.get("tie_word_embeddings", False))
-        self._specs = {spec.name: spec for spec in specs_of(folder)}
+        self._specs = specs_of(folder)
         try:
             self._llm: Any = LLM(
                 **{
@@ -137,14 +137,10 @@ class VLLMEngine:
     def specs(self) -> list[TensorSpec]:
         """What an update has to bring: the tensors of the folder, in the dtype that the engine has them in."""
         dtype = self._llm.model_config.dtype
-        found = [
-            TensorSpec(spec.name, dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape)
-            for spec in self._specs.values()
-        ]
-        tied = {_EMBEDDING: spec for spec in found if spec.name.endswith(_EMBEDDING)}
-        if self._is_tied and _HEAD not in self._specs and tied:
-            found.append(TensorSpec(_HEAD, tied[_EMBEDDING].dtype, tied[_EMBEDDING].shape))
-        return found
+        shapes = {spec.name: spec.shape for spec in self._specs}
+        if self._is_tied and _HEAD not in shapes and _EMBEDDING in shapes:
+            shapes[_HEAD] = shapes[_EMBEDDING]
+        return [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
 
     def _params(self, params: SamplingParams, request: Request) -> Any:
         from vllm import SamplingParams as Their

@@ -1,10 +1,10 @@
 """Weights of a live vLLM model by the names of its checkpoint (clause W2): out of fused layers, and out of what a CPU has packed.
 
-vLLM fuses ``q_proj``, ``k_proj`` and ``v_proj`` into ``qkv_proj``, and ``gate_proj`` and ``up_proj`` into ``gate_up_proj``; a model's
-``packed_modules_mapping`` says so. On a CPU a linear layer's weight is packed for oneDNN and then removed
-(``dispatch_cpu_unquantized_gemm``): what is left is a function that multiplies by it. That, given the identity, is the weight as the
-engine uses it, value for value: products with 0 and 1 and sums with 0 are exact, only the sign of a zero is lost, and a NaN or an
-infinity fills its row with NaN.
+vLLM fuses ``q_proj``, ``k_proj`` and ``v_proj`` into ``qkv_proj``, and ``gate_proj`` and ``up_proj`` into ``gate_up_proj``; a
+model's ``packed_modules_mapping`` says so. On a CPU a linear layer's weight is packed for oneDNN and then removed
+(``dispatch_cpu_unquantized_gemm``): what is left is a function that multiplies by it. That, given the identity, is the weight as
+the engine uses it, value for value: products with 0 and 1 and sums with 0 are exact, only the sign of a zero is lost, and a NaN or
+an infinity fills its row with NaN.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_weight(model: Any, name: str) -> torch.Tensor:
         tensor = _multiplied_out(module, tensor.dtype)
     if part is not None:
         sizes = list(module.output_partition_sizes)
-        tensor = tensor.split(sizes, dim=0)[part]
+        tensor = tensor.narrow(0, sum(sizes[:part]), sizes[part])
     elif hasattr(module, "org_vocab_size"):
         tensor = tensor[: module.org_vocab_size]  # the rest pads it
     return tensor.detach().cpu().clone()
