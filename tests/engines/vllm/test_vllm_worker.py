@@ -1,13 +1,11 @@
 """What is vLLM's own: its known fault, its options, its refusals."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
 
 from rollout_core.errors import WorkerError
-from rollout_core.workers import SamplingParams, VLLMWorker
+from rollout_core.workers import VLLMWorker
 
 OPTIONS = {"max_model_len": 64, "engine_options": {"kv_cache_memory_bytes": 32 << 20}, "timeout": 60}
 HEAD = "lm_head.weight"
@@ -39,37 +37,23 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mend", [False, True])
-def test_a_tied_head_that_is_packed_is_found_and_mended(folder, monkeypatch, mend):
-    """vLLM's own fault: where its CPU path packs the output layer, its reload leaves that of tied embeddings as it was. Whether
-    oneDNN packs depends on the machine, so here it is packed in any case. W2 names the tensor, and the worker does not count on."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    options = {**OPTIONS, "engine_options": {**OPTIONS["engine_options"], "worker_extension_cls": "packing.PackingExtension"}}
-    with VLLMWorker(folder, mend=mend, **options) as worker:
-        worker.tensor_digests()  # packs
-        if mend:
-            assert worker.sync_weights(tied_model(1)).version == 1
-            assert torch.equal(worker.read_tensor(HEAD), tied_model(1).lm_head.weight)
-            return
-        with pytest.raises(WorkerError, match=f"1 of 27 tensors read back .* first '{HEAD}'"):
-            worker.sync_weights(tied_model(1))
-        assert worker.version == 0
-        assert torch.equal(worker.read_tensor(HEAD), tied_model(0).lm_head.weight), "the old one"
-        assert torch.equal(worker.read_tensor("model.embed_tokens.weight"), tied_model(1).lm_head.weight), "the new one"
-        with pytest.raises(WorkerError, match="weights are unusable"):
-            worker.generate([[1]], SamplingParams(response_length=1))
+def refusal_of(worker, model):
+    try:
+        worker.sync_weights(model)
+    except WorkerError as error:
+        return str(error)
+    return None
 
 
 def test_as_vllm_leaves_it_a_tied_head_is_right_or_refused(folder):
-    """On this machine, without the mend."""
+    """Without the mend: whether vLLM's reload leaves a packed copy of the old weights depends on the machine. W2 reads what logits
+    are computed with, so that an update after which it is the old one is no update."""
     with VLLMWorker(folder, mend=False, **OPTIONS) as worker:
-        try:
-            worker.sync_weights(tied_model(1))
-        except WorkerError as error:
-            assert f"first '{HEAD}'" in str(error)
-            assert torch.equal(worker.read_tensor(HEAD), tied_model(0).lm_head.weight)
-        else:
-            assert torch.equal(worker.read_tensor(HEAD), tied_model(1).lm_head.weight)
+        refusal = refusal_of(worker, tied_model(1))
+        found = worker.read_tensor(HEAD)
+        assert torch.equal(found, tied_model(1 if refusal is None else 0).lm_head.weight)
+        assert refusal is None or f"first '{HEAD}'" in refusal
+        assert worker.version == (1 if refusal is None else 0)
 
 
 @pytest.mark.parametrize("case", ["no folder", "no weights", "an unknown option"])
@@ -79,7 +63,7 @@ def test_an_engine_that_does_not_start_says_why(folder, tmp_path, case):
         place, message = tmp_path / "nowhere", "has no config.json"
     elif case == "no weights":
         (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-        place, message = tmp_path, "model|weights"
+        place, message = tmp_path, "no safetensors file"
     else:
         place, message = folder, "vLLM did not start .*wat"
         options["engine_options"] = {"wat": 1}

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from rollout_core.bucketing import TensorSpec, specs_of
-from rollout_core.errors import TransferError, WorkerError
+from rollout_core.errors import RolloutCoreError, TransferError, WorkerError
 from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.protocol.messages import Cause
 from rollout_core.workers.contract import SamplingParams, Status
@@ -39,7 +39,10 @@ class VLLMEngine:
         self._eos = eos_token_ids(folder)
         self._vocabulary = int(config["vocab_size"])
         self._is_tied = bool(config.get("tie_word_embeddings", False))
-        self._specs = specs_of(folder)
+        try:
+            self._specs = specs_of(folder)
+        except RolloutCoreError as error:
+            raise WorkerError(f"the weights in {model} cannot be read: {error}") from error
         try:
             self._llm: Any = LLM(
                 **{
