@@ -105,6 +105,14 @@ def test_the_contract_written_out():
     }
 
 
+def test_each_token_keeps_its_weight_version():
+    """One completion over two updates, one of a single version, and one without a token."""
+    rows = [completion(0, 0, 5, 6, 7, token_versions=(1, 1, 3), weight_version=3), completion(1, 0, 8, weight_version=2)]
+    batch = to_batch([[1], [2], [3]], [*rows, completion(2, 0)], response_length=4, pad_token_id=0)
+    assert batch.weight_versions.tolist() == [[1, 1, 3, -1], [2, -1, -1, -1], [-1, -1, -1, -1]]
+    assert batch.weight_versions.dtype == torch.int64
+
+
 def test_no_prompts_give_an_empty_batch():
     batch = to_batch([], [], response_length=2, pad_token_id=0)
     assert batch.prompts.shape == (0, 0)
@@ -207,6 +215,11 @@ def test_sampling_params_default_to_greedy_and_travel_as_json():
         ({"logprobs": (-1.0, None)}, r"prompt 3 sample 2: logprobs\[1\] is None"),
         ({"status": "eos"}, "prompt 3 sample 2: status is 'eos': use one of stop, length, aborted, failed"),
         ({"weight_version": -1}, "prompt 3 sample 2: weight_version is -1"),
+        ({"token_versions": (1,)}, "prompt 3 sample 2: token_versions must be a tuple of one version for each of 2 tokens"),
+        ({"token_versions": [0, 0]}, "prompt 3 sample 2: token_versions must be a tuple"),
+        ({"token_versions": (2, 1), "weight_version": 1}, "prompt 3 sample 2: token_versions .* that never fall"),
+        ({"token_versions": (-1, 1), "weight_version": 1}, "prompt 3 sample 2: token_versions .* whole numbers"),
+        ({"token_versions": (1, 2), "weight_version": 3}, "prompt 3 sample 2: weight_version is 3, and the last token's is 2"),
         ({"prompt_index": -1}, "prompt_index is -1"),
         ({"sample_index": False}, "sample_index is False"),
     ],

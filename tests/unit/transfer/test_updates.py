@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from rollout_core.bucketing import plan_buckets, specs_of
-from rollout_core.errors import CapacityError, PlanMismatchError, RolloutCoreError, TransferError
+from rollout_core.errors import CapacityError, IntegrityError, PlanMismatchError, RolloutCoreError, TransferError
 from rollout_core.transfer import CollectedWeights, DirectWeights, StagedWeights, receive, send, send_stream
 from rollout_core.transfer.carriers import unix
 from rollout_core.transfer.carriers.local import local_carrier
@@ -369,3 +370,96 @@ def test_t2_a_listener_with_a_full_queue_is_not_waited_for():
         with pytest.raises(TransferError, match=f"no sender listens at '{name}' within 0.3 s"):
             unix.connect(name, 0.3)
         assert time.monotonic() - start < 5
+
+
+def tapped(tap):
+    """What becomes of an update whose buckets go through ``tap``: the report or error at each end, and the weights that arrived."""
+    source = {name: torch.arange(1000) + place for place, name in enumerate(("first", "second", "third"))}
+    mine = {name: torch.zeros_like(tensor) for name, tensor in source.items()}
+    end, (other,) = local_carrier()
+    ends = []
+
+    def serve():
+        with suppress(RolloutCoreError):
+            ends.append(receive(other, DirectWeights(mine), timeout=20))
+
+    worker = threading.Thread(target=serve)
+    worker.start()
+    try:
+        ends.append(send(plan_buckets(specs_of(source), 4096), source, end, timeout=20, tap=tap))
+    except (RolloutCoreError, ZeroDivisionError) as error:
+        ends.append(error)
+    worker.join(30)
+    end.close()
+    other.close()
+    return ends, all(torch.equal(mine[name], source[name]) for name in source)
+
+
+def test_a_tap_sees_every_bucket_and_changes_nothing():
+    seen = []
+    ends, arrived = tapped(lambda bucket: seen.append((bucket.index, bucket.digest is not None)) or bucket)
+    assert arrived
+    assert len(ends) == 2
+    assert seen == [(index, True) for index in range(len(seen))]
+    assert len(seen) == ends[0].buckets > 2
+
+
+def test_what_a_tap_gives_instead_is_what_is_sent():
+    def elsewhere(bucket):
+        moved = replace(bucket, buffer=bucket.buffer.clone())
+        bucket.buffer.zero_()
+        return moved
+
+    assert tapped(elsewhere)[1]
+
+    def flipped(bucket):
+        bucket.buffer[0] ^= 1
+        return bucket
+
+    (error,), arrived = tapped(flipped)
+    assert isinstance(error, IntegrityError)
+    assert not arrived
+
+
+@pytest.mark.parametrize(
+    ("tap", "kind", "words"),
+    [
+        (lambda bucket: replace(bucket, index=bucket.index + 1), TransferError, "bucket 1 was given in the place of bucket 0"),
+        (
+            lambda bucket: replace(bucket, buffer=torch.zeros(5000, dtype=torch.uint8)),
+            TransferError,
+            "bucket 0 has 5000 bytes, and none of its plan is larger than a slot",
+        ),
+        (lambda bucket: 1 // 0, ZeroDivisionError, "division"),
+    ],
+)
+def test_a_tap_that_gives_no_bucket_of_the_plan_ends_the_update(tap, kind, words):
+    (error,), arrived = tapped(tap)
+    assert isinstance(error, kind)
+    assert words in str(error)
+    assert not arrived
+
+
+def test_what_is_no_plan_is_refused_at_once():
+    source = weights()
+    end, (other,) = local_carrier()
+    with pytest.raises(PlanMismatchError, match="plan is a list; pass what plan_buckets"):
+        send(specs_of(source), source, end)
+    end.close()
+    other.close()
+
+
+def test_a_listener_asks_whether_waiting_still_makes_sense():
+    calls = []
+
+    def check():
+        calls.append(None)
+        if len(calls) == 3:
+            raise ZeroDivisionError
+
+    start = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        MemorySender.listen("nobody comes here", timeout=20, check=check)
+    assert time.monotonic() - start < 5
+    with pytest.raises(TransferError, match="0 of 1 receivers connected to 'nobody comes here' within 0.2 s"):
+        MemorySender.listen("nobody comes here", timeout=0.2, check=lambda: None)
