@@ -46,6 +46,9 @@ from rollout_core.workers.rollouts import Rollout, Rollouts, raise_failed
 
 #: Seconds in which a process that ends has ended, once its end of a carrier is closed.
 _LAST_WORDS: Final = 1.0
+#: The tensors that tied models have as one, and of which an update may name the first alone, as checkpoints do.
+_EMBEDDING: Final = "model.embed_tokens.weight"
+_HEAD: Final = "lm_head.weight"
 
 
 class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -345,12 +348,14 @@ class Worker:
 
     def _read_back(self, link: Link, sent: SentDigests) -> dict[str, str]:
         """The digests of what the worker has, found right."""
-        found = _digests(link, None)
-        wrong = [name for name, digest in sent.digests.items() if found.get(name) != digest]
+        found, wanted = _digests(link, None), dict(sent.digests)
+        if _HEAD in found and _HEAD not in wanted and _EMBEDDING in wanted:
+            wanted[_HEAD] = wanted[_EMBEDDING]  # tied, or it would have had to be sent
+        wrong = [name for name, digest in wanted.items() if found.get(name) != digest]
         if wrong:
             raise WorkerError(
-                f"{len(wrong)} of {len(sent.digests)} tensors read back from the worker are not what was sent, first {wrong[0]!r}: "
-                f"sent {sent.digests[wrong[0]]}, found {found.get(wrong[0])}; the worker's weights are not the trainer's"
+                f"{len(wrong)} of {len(wanted)} tensors read back from the worker are not what was sent, first {wrong[0]!r}: "
+                f"sent {wanted[wrong[0]]}, found {found.get(wrong[0])}; the worker's weights are not the trainer's"
             )
         return found
 
@@ -399,7 +404,7 @@ def check_specs(plan: BucketPlan, wanted: Mapping[str, TensorSpec]) -> None:
             raise PlanMismatchError(f"tensor {spec.name!r} is {spec} in the update and {mine} in the model")
     sent = {spec.name for spec in plan.specs}
     missing = next((name for name in wanted if name not in sent), None)
-    if missing is not None and not (missing.endswith("lm_head.weight") and "model.embed_tokens.weight" in sent):
+    if missing is not None and not (missing == _HEAD and _EMBEDDING in sent):
         raise PlanMismatchError(f"the model's tensor {missing!r} is not in the update; send every parameter and persistent buffer")
 
 

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from rollout_core.errors import WorkerError
-from rollout_core.workers import VLLMWorker
+from rollout_core.workers import SamplingParams, VLLMWorker
 
 OPTIONS = {"max_model_len": 64, "engine_options": {"kv_cache_memory_bytes": 32 << 20}, "timeout": 60}
 HEAD = "lm_head.weight"
@@ -37,23 +37,22 @@ def folder(tmp_path_factory):
     return folder
 
 
-def refusal_of(worker, model):
-    try:
-        worker.sync_weights(model)
-    except WorkerError as error:
-        return str(error)
-    return None
-
-
-def test_as_vllm_leaves_it_a_tied_head_is_right_or_refused(folder):
-    """Without the mend: whether vLLM's reload leaves a packed copy of the old weights depends on the machine. W2 reads what logits
-    are computed with, so that an update after which it is the old one is no update."""
-    with VLLMWorker(folder, mend=False, **OPTIONS) as worker:
-        refusal = refusal_of(worker, tied_model(1))
-        found = worker.read_tensor(HEAD)
-        assert torch.equal(found, tied_model(1 if refusal is None else 0).lm_head.weight)
-        assert refusal is None or f"first '{HEAD}'" in refusal
-        assert worker.version == (1 if refusal is None else 0)
+@pytest.mark.parametrize("mend", [False, True])
+def test_the_head_of_a_tied_model_whose_update_names_the_embeddings_alone(folder, mend):
+    """As checkpoints of tied models do. vLLM's reload then leaves what it had packed of the head as it was: without the mend W2
+    names the tensor, and the worker does not count on."""
+    weights = {name: tensor for name, tensor in tied_model(1).state_dict().items() if name != HEAD}
+    with VLLMWorker(folder, mend=mend, **OPTIONS) as worker:
+        if mend:
+            assert worker.sync_weights(weights).version == 1
+        else:
+            with pytest.raises(WorkerError, match=f"1 of 27 tensors read back .* first '{HEAD}'"):
+                worker.sync_weights(weights)
+            assert worker.version == 0
+            with pytest.raises(WorkerError, match="weights are unusable"):
+                worker.generate([[1]], SamplingParams(response_length=1))
+        assert torch.equal(worker.read_tensor(HEAD), tied_model(1 if mend else 0).lm_head.weight)
+        assert torch.equal(worker.read_tensor("model.embed_tokens.weight"), tied_model(1).lm_head.weight)
 
 
 @pytest.mark.parametrize("case", ["no folder", "no weights", "an unknown option"])

@@ -143,6 +143,7 @@ class _Model:
         self._before = 0
         self._held: list[Pair] = []
         self._loaded: set[str] = set()
+        self._tied: list[set[str]] = []  # names that are one parameter
 
     def begin(self, plan: BucketPlan | None, version: int) -> None:
         if self.expected not in (None, version):
@@ -183,12 +184,14 @@ class _Model:
         self.unusable = "the weights are unusable: an update is under way"
         if not self._reloading:
             self._reloading = True
+            self._tied = _shared(self._model)  # the reload takes them apart
             initialize_layerwise_reload(self._model)
         self._loaded |= self._model.load_weights(pairs) or set()  # type: ignore[operator]
 
     def _complete(self) -> None:
         """Raises ``IncompleteStreamError`` if a parameter has not come: vLLM would leave it as it was, and say nothing."""
-        missing = {name for name, _ in self._model.named_parameters()} - self._loaded
+        came = self._loaded.union(*(names for names in self._tied if names & self._loaded))
+        missing = {name for name, _ in self._model.named_parameters()} - came
         optional = (self.partial and not self._damaged) or self._config.quantization is not None
         if self._loaded and missing and not optional:
             raise IncompleteStreamError(
@@ -203,6 +206,14 @@ class _Model:
         if self._reloading:
             self._reloading = False
             finalize_layerwise_reload(self._model, self._config)
+
+
+def _shared(model: torch.nn.Module) -> list[set[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return [found for found in names.values() if len(found) > 1]
 
 
 class WorkerExtension:

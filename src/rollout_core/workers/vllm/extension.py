@@ -46,9 +46,9 @@ class RolloutExtension(WorkerExtension):
     def rollout_core_mend(self) -> None:
         """Pack the output layer again where it is the embeddings, too.
 
-        vLLM's layerwise reload (0.32, CPU) ends with ``process_weights_after_loading`` of each layer, which of tied embeddings
-        is called for the embeddings' method only: the packed copy that logits are computed with stays that of the old weights,
-        after vLLM's own ``reload_weights`` as well. ``read_weight`` of ``lm_head.weight`` shows it.
+        vLLM ties them by giving ``ParallelLMHead`` the embeddings' parameter. Its reload (0.32, ``layerwise.py``, also under
+        ``reload_weights``) packs a layer again when something was loaded into it; into a tied head nothing is, unless the update
+        names it as well. What a CPU has packed of it then stays that of the old weights: ``read_weight`` of it shows that.
         """
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
