@@ -31,7 +31,7 @@ app.command("bench")(bench_command)
 
 @app.command("preflight")
 def preflight_command(
-    worker: Annotated[str, typer.Option(help="The kind of worker to check; this version has hf.")] = "hf",
+    worker: Annotated[str, typer.Option(help="The kind of worker to check: hf or vllm.")] = "hf",
     model: Annotated[Path | None, typer.Option(help="A folder with config.json and weights; none: a small model is made.")] = None,
     capacity: Annotated[str, typer.Option(help="Bucket capacity, for example 64MiB.")] = "1MiB",
     json: Annotated[Path | None, typer.Option(help="Also write the report here, for machines.")] = None,
@@ -40,13 +40,14 @@ def preflight_command(
 
     Exits with 0 only if every check holds, 1 if one does not, 2 if it could not begin.
     """
+    from rollout_core.preflight.command import KINDS, preflight
     from rollout_core.preflight.plan_report import parse_size  # brings torch
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160  # in a file or pipe nothing has to fit 80 columns
-    if worker != "hf":
-        _refuse(f"--worker is {worker!r}; this version has one kind of worker: hf")
+    if worker not in KINDS:
+        _refuse(f"--worker is {worker!r}; this version has {', '.join(KINDS)}")
     if model is not None and not (model / "config.json").is_file():
         _refuse(f"--model: {model} has no config.json; pass a folder as save_pretrained writes it")
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
@@ -58,9 +59,7 @@ def preflight_command(
     if nbytes == 0:
         _refuse("--capacity is 0; give a number of bytes, for example 64MiB")
     try:
-        from rollout_core.preflight.command import preflight
-
-        held = preflight(model, capacity=nbytes, json_file=json, console=console)
+        held = preflight(model, worker=worker, capacity=nbytes, json_file=json, console=console)
     except ImportError as error:
         _refuse(f"{error}; pip install 'rollout-core[cli,hf]'")
     except OSError as error:

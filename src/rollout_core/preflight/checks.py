@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ import torch
 from rollout_core.bucketing import Bucket, BucketPlan, plan_buckets, specs_of
 from rollout_core.errors import IntegrityError, RolloutCoreError, WorkerError
 from rollout_core.preflight.models import eos_token_ids, greedy_reference, load_trainer, perturb
-from rollout_core.transfer.targets import named_weights
+from rollout_core.transfer.targets import named_weights, persistent_weights
 from rollout_core.workers.contract import Completion, SamplingParams, to_batch
 from rollout_core.workers.digests import weight_digest
 from rollout_core.workers.worker import Worker
@@ -41,6 +42,10 @@ class Context:
     prompts: list[list[int]] = field(default_factory=list)
     first_tokens: list[tuple[int, ...]] = field(default_factory=list)  # the worker's, greedy, before the first sync
     existing: set[str] = field(default_factory=set)  # what ``_resources`` gave before the worker started
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trainer's tensors that an update brings."""
+        return named_weights(self.trainer) if self.running().takes_computed else persistent_weights(self.trainer)
 
     def running(self) -> Worker:
         if self.worker is None:
@@ -91,7 +96,7 @@ def weights_arrive(context: Context) -> str:
     version, before = worker.version, worker.tensor_digests()
     with suppress(Exception):  # a worker that cannot generate fails the checks of that
         context.first_tokens = [completion.token_ids for completion in _greedy(context)]
-    changed = perturb(context.trainer, context.perturbation)
+    changed = perturb(context.trainer, context.perturbation, computed=worker.takes_computed)
     report = worker.sync_weights(context.trainer, capacity=context.capacity)
     after = worker.tensor_digests()
     figure = _compare(context, after)
@@ -110,16 +115,18 @@ def _greedy(context: Context) -> list[Completion]:
 
 def _compare(context: Context, found: dict[str, str]) -> str:
     """Hold the worker's digests against the trainer's tensors; the first that differs is fetched and shown."""
-    weights = named_weights(context.trainer)
+    weights, values = context.weights(), context.running().reads_values
     missing = [name for name in weights if name not in found]
     _expect(not missing, f"the worker has no tensor {missing[:1]} ({len(missing)} missing)")
-    wrong = [name for name, tensor in weights.items() if weight_digest(tensor) != found[name]]
+    wrong = [name for name, tensor in weights.items() if weight_digest(tensor, values=values) != found[name]]
     if wrong:
         raise CheckFailed(
             f"{len(wrong)} of {len(weights)} tensors differ, first " + _difference(context, wrong[0], weights[wrong[0]])
         )
     parameters = sum(1 for _ in context.trainer.named_parameters(remove_duplicate=False))
-    return f"{parameters} parameters and {len(weights) - parameters} buffers equal"
+    computed = len(named_weights(context.trainer)) - len(weights)
+    own = f", {computed} are the engine's own" if computed else ""
+    return f"{parameters} parameters and {len(weights) - parameters} buffers equal{own}"
 
 
 def _difference(context: Context, name: str, expected: torch.Tensor) -> str:
@@ -243,6 +250,67 @@ def _check_row(
     _expect(row["position_ids"] == positions, f"{where}: positions {row['position_ids']}, expected {positions}")
 
 
+def aborts_end(context: Context) -> str:
+    """Requests that are aborted in the queue and while they decode end once, with a prefix; others go on, and a prefix can be."""
+    worker, length = context.running(), context.response_length
+    params = SamplingParams(response_length=length, ignore_eos=True)
+    ids = [f"preflight-{place}" for place in range(len(context.prompts))]
+    full = [greedy_reference(context.trainer, prompt, length, set())[0] for prompt in context.prompts]
+    worker.pause()
+    try:
+        futures = worker.submit(context.prompts, params, request_ids=ids)
+        queued = worker.abort([ids[0], "preflight-unknown"])
+        _expect(queued == ids[:1], f"aborting {ids[0]!r} in the queue, and an unknown id, ended {queued}")
+        worker.step(length // 3)
+        decoding = worker.abort(ids[:2])
+        _expect(decoding == ids[1:2], f"aborting {ids[1]!r} while it decodes, and {ids[0]!r} again, ended {decoding}")
+        ended = [future.done() for future in futures]
+        _expect(ended[:2] == [True, True] and not any(ended[2:]), f"after two aborts these requests have ended: {ended}")
+    finally:
+        worker.resume()
+    for future, expected, place in zip(futures, full, range(len(full)), strict=True):
+        done = future.result(worker.timeout)
+        status = "aborted" if place < 2 else "length"
+        _expect(done.status == status, f"{done.place}: status {done.status}, expected {status}")
+        found = list(done.token_ids)
+        _expect(found == expected[: len(found)], f"{done.place}: {found} is no prefix of {expected}")
+        _expect((len(found) == length) == (place > 1), f"{done.place}: {len(found)} tokens, and its status is {status}")
+    prefix = list(futures[1].result().token_ids)
+    _expect(0 < len(prefix) <= length // 3, f"{len(prefix)} tokens came in {length // 3} steps")
+    rest = SamplingParams(response_length=length - len(prefix), ignore_eos=True)
+    (resumed,) = worker.submit([context.prompts[1] + prefix], rest)
+    found = prefix + list(resumed.result(worker.timeout).token_ids)
+    _expect(found == full[1], f"resumed from {len(prefix)} tokens it is {found}, uninterrupted {full[1]}")
+    return f"2 of {len(ids)} requests ended, 0 and {len(prefix)} tokens; resumed to the same {length}"
+
+
+def weights_change_under_requests(context: Context) -> str:
+    """Pause, swap, resume: each token is of the weights whose version it carries, and none of the old ones comes after the swap."""
+    worker, length = context.running(), context.response_length
+    before = copy.deepcopy(context.trainer)
+    worker.pause()
+    try:
+        futures = worker.submit(context.prompts, SamplingParams(response_length=length, ignore_eos=True))
+        worker.step(length // 3)
+        perturb(context.trainer, context.perturbation, seed=1, computed=worker.takes_computed)
+        old, new = worker.version, worker.sync_weights(context.trainer, capacity=context.capacity).version
+    finally:
+        worker.resume()
+    kept = 0
+    for prompt, future in zip(context.prompts, futures, strict=True):
+        done = future.result(worker.timeout)
+        tokens, count = list(done.token_ids), done.versions.count(old)
+        kept += count
+        _expect(done.status == "length", f"{done.place}: status {done.status} after the weights changed ({done.error})")
+        expected = (old,) * count + (new,) * (length - count)
+        _expect(done.versions == expected and count <= length // 3, f"{done.place}: versions {done.versions} of {length} tokens")
+        first = greedy_reference(before, prompt, count, set())[0]
+        _expect(tokens[:count] == first, f"{done.place}: {tokens[:count]} before the change, expected {first}")
+        then = greedy_reference(context.trainer, prompt + tokens[:count], length - count, set())[0]
+        _expect(tokens[count:] == then, f"{done.place}: {tokens[count:]} after the change, expected {then}")
+    return f"{kept} tokens of version {old}, {length * len(futures) - kept} of version {new}, each as its model says"
+
+
 def damage_is_refused(context: Context) -> str:
     """One flipped bit: the worker refuses the bucket, keeps its version, does not generate, and takes the next good update."""
     worker = context.running()
@@ -297,7 +365,7 @@ def half_an_update_is_no_update(context: Context) -> str:
     """A source that fails halfway: its error comes out unchanged, and half-loaded weights are never sampled from."""
     worker = context.running()
     version = worker.version
-    weights = named_weights(context.trainer)
+    weights = context.weights()
     specs = specs_of(weights)
     capacity = max(16, plan_buckets(specs, context.capacity).nbytes // 4)
     plan = plan_buckets(specs, capacity)
@@ -374,6 +442,8 @@ CHECKS: Final = (
     Check("changed weights arrive", "B1 W2", weights_arrive, "worker starts"),
     Check("greedy tokens equal", "W1 W5", greedy_equals, "changed weights arrive"),
     Check("batch shapes", "W3", batch_holds, "worker starts"),
+    Check("aborts end", "W4", aborts_end, "changed weights arrive"),
+    Check("weights change under requests", "W5", weights_change_under_requests, "changed weights arrive"),
     Check("a flipped bit is refused", "B13 T5", damage_is_refused, "changed weights arrive"),
     Check("half an update is refused", "B16 T5", half_an_update_is_no_update, "changed weights arrive"),
     Check("nothing is left behind", "T3", nothing_is_left, "worker starts"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -15,14 +16,20 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from rollout_core.preflight.runner import Report
+    from rollout_core.workers.worker import Worker
 
 _COLOURS: Final = {"pass": "green", "fail": "bold red", "skip": "yellow"}
 #: Columns of a terminal in which a figure has room beside the rest.
 _WIDE: Final = 110
 
 
-def preflight(model: Path | None, *, capacity: int, json_file: Path | None, console: Console) -> bool:
-    """Run every check on the model in a folder (a small one is made if None), print the table, write JSON. True if all hold."""
+#: The kinds of worker, with the shape of a small model's attention that their kernels take.
+KINDS: Final = {"hf": {"heads": 6, "head_dim": 20}, "vllm": {"heads": 4, "head_dim": 32}}
+
+
+def preflight(model: Path | None, *, worker: str, capacity: int, json_file: Path | None, console: Console) -> bool:
+    """Run every check on a worker of one of ``KINDS`` and the model in a folder (a small one is made if None), print the table,
+    write JSON. True if all hold."""
     with tempfile.TemporaryDirectory(prefix="rollout-core-") as scratch:
         with _progress(console) as bar:
             task = bar.add_task("loading torch and transformers", total=None)
@@ -32,13 +39,12 @@ def preflight(model: Path | None, *, capacity: int, json_file: Path | None, cons
             from rollout_core.preflight import models
             from rollout_core.preflight.checks import CHECKS, Check, Context
             from rollout_core.preflight.runner import Outcome, run_checks
-            from rollout_core.workers.hf.worker import HFWorker
 
             logging.disable_progress_bar()
             folder = model
             if folder is None:
                 folder = Path(scratch) / "model"
-                models.make_small_model(folder)
+                models.make_small_model(folder, **KINDS[worker])
             bar.update(task, total=len(CHECKS))
 
             def show(check: Check, outcome: Outcome | None) -> None:
@@ -48,9 +54,9 @@ def preflight(model: Path | None, *, capacity: int, json_file: Path | None, cons
             if model is None:  # so small that threads would only wait for each other
                 threads = 1
                 torch.set_num_threads(1)
-            context = Context(folder, lambda path: HFWorker(str(path), threads=threads), capacity)
+            context = Context(folder, partial(_make_worker, worker, threads=threads), capacity)
             words = str(model) if model else "small random Qwen2"
-            report = run_checks(context, worker="hf", model=words, progress=show)
+            report = run_checks(context, worker=worker, model=words, progress=show)
         console.print(table_of(report, console.width))
         for outcome in report.checks:
             if outcome.trace:
@@ -59,6 +65,16 @@ def preflight(model: Path | None, *, capacity: int, json_file: Path | None, cons
         if json_file is not None:
             json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     return report.ok
+
+
+def _make_worker(kind: str, folder: Path, *, threads: int) -> Worker:
+    if kind == "vllm":
+        from rollout_core.workers.vllm.worker import VLLMWorker
+
+        return VLLMWorker(str(folder), environment={"OMP_NUM_THREADS": str(threads)})
+    from rollout_core.workers.hf.worker import HFWorker
+
+    return HFWorker(str(folder), threads=threads)
 
 
 def verdict_of(report: Report) -> str:

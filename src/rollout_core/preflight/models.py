@@ -8,20 +8,20 @@ from typing import Any
 import torch
 
 from rollout_core.errors import WorkerError
-from rollout_core.transfer.targets import named_weights
+from rollout_core.transfer.targets import named_weights, persistent_weights
 
 
-def make_small_model(folder: Path) -> None:
+def make_small_model(folder: Path, *, heads: int = 6, head_dim: int = 20) -> None:
     """Write a random Qwen2 of about 0.4 million float32 parameters: tied embeddings, biases, odd sizes, and a vocabulary so small
-    that its four EOS ids are met."""
+    that its four EOS ids are met. ``heads`` of ``head_dim`` (engines have kernels for some sizes only) make the hidden size."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         vocab_size=251,
-        hidden_size=120,
+        hidden_size=heads * head_dim,
         intermediate_size=250,
         num_hidden_layers=3,
-        num_attention_heads=6,
+        num_attention_heads=heads,
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
@@ -49,14 +49,15 @@ def load_trainer(folder: Path) -> Any:
     return model.eval()
 
 
-def perturb(model: torch.nn.Module, scale: float, seed: int = 0) -> list[str]:
+def perturb(model: torch.nn.Module, scale: float, seed: int = 0, *, computed: bool = True) -> list[str]:
     """Change every floating-point parameter and buffer by noise of ``scale`` times its root mean square (taken as 0.01 at least),
-    as a training step would. Returns the names of what was changed; a tied tensor is changed once."""
+    as a training step would; ``computed``: also buffers that a state dict leaves out. Returns the names of what was changed; a
+    tied tensor is changed once."""
     generator = torch.Generator().manual_seed(seed)
     changed: list[str] = []
     seen: set[int] = set()
     with torch.no_grad():
-        for name, tensor in named_weights(model).items():
+        for name, tensor in (named_weights(model) if computed else persistent_weights(model)).items():
             if not tensor.is_floating_point() or not tensor.numel():
                 continue
             if tensor.data_ptr() not in seen:

@@ -96,6 +96,11 @@ class Worker:
         """The weight version that the worker generates with; 0 for the folder's own weights."""
         return self._version
 
+    @property
+    def timeout(self) -> float:
+        """Seconds that an answer of the engine may take."""
+        return self._alive().timeout
+
     # Weights
 
     def sync_weights(

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ from rollout_core.transfer.carriers.memory import MemoryReceiver
 from rollout_core.workers import HFWorker
 from support.tensors import from_bytes
 
-PLAN, START, EQUAL, ARRIVE, GREEDY, SHAPES, FLIP, HALF, LEFT = (check.id for check in CHECKS)
+PLAN, START, EQUAL, ARRIVE, GREEDY, SHAPES, ABORTS, CHANGE, FLIP, HALF, LEFT = (check.id for check in CHECKS)
 NORM, INV_FREQ, EMBEDDING = "model.norm.weight", "model.rotary_emb.inv_freq", "model.embed_tokens.weight"
 CAPACITY = 1 << 20
 
@@ -174,7 +175,9 @@ class SkipsVerification(Local):
 
         def trusting(offered):
             with MemoryReceiver.connect(offered.address, timeout=5) as carrier:
-                return receive(carrier, self.engine.weights, verify=False).loading
+                loading = receive(carrier, self.engine.weights, verify=False).loading
+            self.engine._is_new = True
+            return loading
 
         self.engine.update = trusting
 
@@ -327,6 +330,76 @@ class CannotGenerate(Local):
         raise ZeroDivisionError("planted")
 
 
+class AbortSaysSoAndDoesNothing(Local):
+    def abort(self, request_ids=None):
+        return [one for one in request_ids or () if one.startswith("preflight-") and "unknown" not in one]
+
+
+class AbortForgetsToSayWhich(Local):
+    def abort(self, request_ids=None):
+        super().abort(request_ids)
+        return list(request_ids or ())
+
+
+class AbortEndsAll(Local):
+    def abort(self, request_ids=None):
+        return super().abort(request_ids) and super().abort() and list(request_ids)[:1]
+
+
+class Submits(Local):
+    """A worker whose submitted requests end otherwise than the engine says."""
+
+    def submit(self, *arguments, **options):
+        return [self.other(future) for future in super().submit(*arguments, **options)]
+
+    def other(self, future):
+        made = Future()
+        future.add_done_callback(lambda done: made.set_result(self.tamper(done.result())))
+        return made
+
+
+class MixesStatuses(Submits):
+    def tamper(self, done):
+        return msgspec.structs.replace(done, status="stop" if done.status == "aborted" else done.status)
+
+
+class AbortLosesTheTokens(Submits):
+    def tamper(self, done):
+        lost = {"token_ids": (), "logprobs": (), "token_versions": ()}
+        return msgspec.structs.replace(done, **lost) if done.status == "aborted" else done
+
+
+class AbortMakesUpATokenMore(Submits):
+    def tamper(self, done):
+        if done.status != "aborted":
+            return done
+        more = {"token_ids": (*done.token_ids, 5), "logprobs": (*done.logprobs, -1.0)}
+        return msgspec.structs.replace(done, **more, token_versions=None)
+
+
+class GivesAllTokensTheNewVersion(Submits):
+    def tamper(self, done):
+        return msgspec.structs.replace(done, token_versions=None)
+
+
+class GoesOnFromWhatOldWeightsComputed(Local):
+    def spoil_start(self):
+        update = self.engine.update
+
+        def kept(offered):
+            loading = update(offered)
+            self.engine._is_new = False
+            return loading
+
+        self.engine.update = kept
+
+
+class EndsRequestsInAnUpdate(Local):
+    def sync_weights(self, source, **options):
+        self.abort()
+        return super().sync_weights(source, **options)
+
+
 class LeavesAProcess(Local):
     def spoil_start(self):
         self.process = subprocess.Popen(["sleep", "30"])
@@ -354,7 +427,7 @@ class DoesNotClose(Local):
         raise ZeroDivisionError("planted in close")
 
 
-SKIPPED = {GREEDY, FLIP, HALF}  # what cannot be judged unless changed weights arrive
+SKIPPED = {GREEDY, ABORTS, CHANGE, FLIP, HALF}  # what cannot be judged unless changed weights arrive
 PROMPT_0 = r"prompt 0 \(1 tokens\): response token \d+ is \d+ from the worker and \d+ from the trainer's model"
 #: For each fault the checks that fail, with their words, and those that could not be judged then.
 FAULTS = {
@@ -383,7 +456,7 @@ FAULTS = {
         },
         SKIPPED,
     ),
-    CountsFailures: ({FLIP: "version went from 1 to 2 in an update that failed", HALF: r"version went from \d to \d in an"}, set()),
+    CountsFailures: ({FLIP: "version went from 2 to 3 in an update that failed", HALF: r"version went from \d to \d in an"}, set()),
     SkipsVerification: ({FLIP: r"a flipped bit in bucket \[0\] was not noticed"}, set()),
     SkipsVerificationAndReadsBack: ({FLIP: r"bucket \[0\] got past the bucket's digest: 1 of 41 tensors .* first 'model"}, set()),
     ForgetsThatItIsBroken: ({HALF: r"generated with \d of 5 buckets of an update loaded"}, set()),
@@ -421,6 +494,15 @@ FAULTS = {
         {GREEDY: "ZeroDivisionError: planted", SHAPES: "ZeroDivisionError: planted", HALF: "ZeroDivisionError"},
         set(),
     ),
+    AbortSaysSoAndDoesNothing: ({ABORTS: r"while it decodes, .* ended \['preflight-0', 'preflight-1'\]"}, set()),
+    AbortForgetsToSayWhich: ({ABORTS: r"in the queue, and an unknown id, ended \['preflight-0', 'preflight-unknown'\]"}, set()),
+    AbortEndsAll: ({ABORTS: r"while it decodes, .* again, ended \[\]|these requests have ended"}, set()),
+    MixesStatuses: ({ABORTS: "prompt 0 sample 0: status stop, expected aborted"}, set()),
+    AbortLosesTheTokens: ({ABORTS: "0 tokens came in 4 steps"}, set()),
+    AbortMakesUpATokenMore: ({ABORTS: r"prompt \d sample 0: \[.*5\] is no prefix of"}, set()),
+    GivesAllTokensTheNewVersion: ({CHANGE: r"prompt 0 sample 0: \[\] before|: \[.*\] after the change, expected"}, set()),
+    GoesOnFromWhatOldWeightsComputed: ({CHANGE: r"prompt \d sample 0: \[.*\] after the change, expected"}, set()),
+    EndsRequestsInAnUpdate: ({CHANGE: "prompt 0 sample 0: status aborted after the weights changed"}, set()),
     LeavesAProcess: ({LEFT: r"left behind: process \d+ \(sleep 30, state [RS]\)"}, set()),
     LeavesAZombie: ({LEFT: r"left behind: process \d+ \(ended, not waited for, state Z\)"}, set()),
     LeavesSharedMemory: ({LEFT: r"left behind: file descriptor \d+ \(/memfd:left-behind \(deleted\)\)"}, set()),
@@ -490,7 +572,7 @@ def decoded(model, ids, mask, width, settings, recorder, criteria):
 def test_wrong_padding_is_found_by_the_tokens(folder, monkeypatch, decode):
     monkeypatch.setattr("rollout_core.workers.hf.generate.decode", decode)
     outcomes = run(folder, Sound)
-    assert results(outcomes, "fail") == {GREEDY}
+    assert results(outcomes, "fail") == {GREEDY, ABORTS, CHANGE}
     assert re.search(r"prompt [01] \(\d tokens\): response token", outcomes[GREEDY].figure)
 
 
@@ -719,7 +801,7 @@ def test_a_real_run_passes_well_within_a_minute(tmp_path):
     content = assert_report(tmp_path / "report.json")
     assert [(outcome["id"], outcome["clause"]) for outcome in content["checks"]] == [(check.id, check.clause) for check in CHECKS]
     assert {outcome["result"] for outcome in content["checks"]} == {"pass"}
-    assert re.search(r"all 9 checks hold in \d+\.\d s", done.output)
+    assert re.search(r"all 11 checks hold in \d+\.\d s", done.output)
     assert max(map(len, done.output.splitlines())) <= 80
     for outcome in content["checks"]:
         assert f"{outcome['id']} " in done.output
@@ -731,7 +813,7 @@ def test_a_failing_run_exits_with_1_and_shows_why(folder, tmp_path, monkeypatch)
     assert done.exit_code == 1, done.output
     content = assert_report(tmp_path / "report.json")
     assert content["model"] == str(folder)
-    assert "3 of 9 checks do not hold in" in done.output
+    assert "3 of 11 checks do not hold in" in done.output
     assert "ZeroDivisionError: planted" in done.output
     assert "Traceback" in done.output
     assert max(map(len, done.output.splitlines())) > 80, "in a pipe nothing has to fit 80 columns"
@@ -740,7 +822,7 @@ def test_a_failing_run_exits_with_1_and_shows_why(folder, tmp_path, monkeypatch)
 REFUSALS = {
     "no config": (["--model", "{tmp}"], "has no config.json; pass a folder"),
     "no folder": (["--model", "{tmp}/nowhere"], "has no config.json"),
-    "worker": (["--worker", "[bold]wat"], r"--worker is '[bold]wat'; this version has one kind of worker: hf"),
+    "worker": (["--worker", "[bold]wat"], r"--worker is '[bold]wat'; this version has hf, vllm"),
     "unit": (["--capacity", "3parsecs"], "--capacity: size '3parsecs' has the unknown unit"),
     "no number": (["--capacity", "much"], "--capacity: size 'much' is no number"),
     "negative": (["--capacity=-1"], "--capacity: size '-1' is negative"),
@@ -765,7 +847,7 @@ def test_an_option_that_is_not_there_exits_with_2():
 
 
 def test_a_disk_that_fails_exits_with_2(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(models, "make_small_model", fail)
@@ -778,7 +860,7 @@ def test_a_capacity_too_small_for_the_model_is_a_check_that_fails(folder, monkey
     monkeypatch.setattr("rollout_core.workers.hf.worker.HFWorker", lambda path, threads: Sound(path))
     done = invoke("--model", folder, "--capacity", "2", columns="80")
     assert done.exit_code == 1
-    assert "1 of 9 checks do not hold, 8 could not be judged" in done.output
+    assert "1 of 11 checks do not hold, 10 could not be judged" in done.output
 
 
 # The table

@@ -14,6 +14,7 @@ _ENVIRONMENT: Final = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
+_CPU_CACHE: Final = 256 << 20  # bytes; vLLM itself takes half of the machine's memory
 _CPU_ENVIRONMENT: Final = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -21,7 +22,8 @@ class VLLMWorker(Worker):
     """vLLM's ``LLM``, stepped in a process of its own.
 
     ``model_dir`` is a folder as ``save_pretrained`` writes it; ``dtype`` a torch dtype's name. ``max_model_len``: most tokens of a
-    prompt and its response, the model's positions if None. ``engine_options`` go to ``LLM`` as they are, before any of ours.
+    prompt and its response, the model's positions if None. ``engine_options`` go to ``LLM`` as they are, before any of ours;
+    ``environment`` is that of the process, beside this one's.
     ``timeout`` bounds each answer in seconds, ``start_timeout`` the start. The weights are received into the live model: an update
     that fails after its first bucket leaves weights that the worker refuses to use. ``mend``: work around what is known to be
     wrong in vLLM; see ``rollout_core.workers.vllm.extension``.
@@ -38,6 +40,7 @@ class VLLMWorker(Worker):
         device: str = "cpu",
         max_model_len: int | None = None,
         engine_options: Mapping[str, Any] | None = None,
+        environment: Mapping[str, str] | None = None,
         mend: bool = True,
         start_timeout: float = 300.0,
         timeout: float = 300.0,
@@ -46,10 +49,11 @@ class VLLMWorker(Worker):
         if max_model_len is not None:
             options["max_model_len"] = max_model_len
         options |= engine_options or {}
-        environment = _ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {})
+        if device == "cpu" and not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & options.keys():
+            options["kv_cache_memory_bytes"] = _CPU_CACHE
         spec = Spec(
             "rollout_core.workers.vllm.engine:VLLMEngine",
             {"model": str(model_dir), "options": options, "mend": mend},
-            environment,
+            {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if device == "cpu" else {}), **(environment or {})},
         )
         super().__init__(spec, start_timeout=start_timeout, timeout=timeout)
