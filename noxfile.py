@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -142,6 +143,28 @@ def engines_vllm(session: nox.Session) -> None:
     install(session, "test", extras="[testing]")
     places = ("tests/engines/contract", "tests/engines/vllm", "tests/doors")
     session.run("pytest", *places, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "vllm"})
+
+
+@nox.session
+def engines_sglang(session: nox.Session) -> None:
+    """The worker contract on a real SGLang, CPU."""
+    session.install(TORCH)
+    session.install("--no-deps", "-r", "tests/engines/sglang/requirements.txt")
+    _stand_in(session, "triton", "sgl_kernel")
+    install(session, "test", extras="[testing]")
+    places = ("tests/engines/contract", "tests/engines/sglang")
+    session.run("pytest", *places, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "sglang"})
+
+
+def _stand_in(session: nox.Session, *packages: str) -> None:
+    """Into the session's environment, where an engine's own processes find them: torchvision's preparation for a torch without
+    CUDA, and packages that stand in for what only a GPU has."""
+    found = session.run("python", "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])", silent=True)
+    folder = Path(str(found).strip())
+    shutil.copy("tests/support/torchvision_cpu.py", folder / "torchvision_cpu.py")
+    (folder / "torchvision_cpu.pth").write_text("import torchvision_cpu; torchvision_cpu.prepare()\n")
+    for package in packages:
+        shutil.copytree(Path("tests/engines/stand_ins") / package, folder / package, dirs_exist_ok=True)
 
 
 @nox.session
