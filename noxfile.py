@@ -159,8 +159,7 @@ def engines_sglang(session: nox.Session) -> None:
 def _stand_in(session: nox.Session, *packages: str) -> None:
     """Into the session's environment, where an engine's own processes find them: torchvision's preparation for a torch without
     CUDA, and packages that stand in for what only a GPU has."""
-    found = session.run("python", "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])", silent=True)
-    folder = Path(str(found).strip())
+    (folder,) = Path(session.virtualenv.location).glob("lib/python*/site-packages")
     shutil.copy("tests/support/torchvision_cpu.py", folder / "torchvision_cpu.py")
     (folder / "torchvision_cpu.pth").write_text("import torchvision_cpu; torchvision_cpu.prepare()\n")
     for package in packages:
