@@ -17,13 +17,27 @@ from rollout_core.transfer.protocol.messages import Cause
 from rollout_core.workers.contract import SamplingParams, Status
 
 
+class MediaItem(msgspec.Struct, frozen=True):
+    """A picture of a prompt. ``identity``, 64 hexadecimal digits, is of its content and of the processor with its settings: what an
+    engine may keep it under. ``data``: the picture, as ``workers.media`` encodes it; None where the engine is believed to have it."""
+
+    kind: str  # "image"
+    identity: str
+    data: bytes | None = None
+
+
 class Request(msgspec.Struct, frozen=True):
-    """One sample of one prompt. ``place`` is the prompt's index in its call and ``sample`` the sample's, for errors and seeds."""
+    """One sample of one prompt. ``place`` is the prompt's index in its call and ``sample`` the sample's, for errors and seeds.
+
+    ``media``: what stands at the placeholders of ``prompt``, one each, in their order. ``input_ids``: the prompt with each of them
+    at full length, as the engine has to expand it (clause W8); empty without media."""
 
     key: int
     prompt: list[int]
     place: int
     sample: int
+    media: list[MediaItem] = []
+    input_ids: list[int] = []
 
 
 class Group(msgspec.Struct, frozen=True):
@@ -36,7 +50,10 @@ class Group(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """Tokens that a request got from the weights of one version, with their logprobs; and its status, once, with the last."""
+    """Tokens that a request got from the weights of one version, with their logprobs; and its status, once, with the last.
+
+    ``missing``: identities of media that came without data and that the engine does not have. It has forgotten the request then,
+    and takes it again, under the same key, with data."""
 
     key: int
     token_ids: list[int]
@@ -44,6 +61,7 @@ class Progress(msgspec.Struct, frozen=True):
     version: int
     status: Status | None = None
     cause: Cause | None = None  # of status "failed"
+    missing: list[str] = []
 
 
 class Update(msgspec.Struct, frozen=True):
