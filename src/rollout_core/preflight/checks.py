@@ -15,7 +15,7 @@ import torch
 
 from rollout_core.bucketing import Bucket, BucketPlan, plan_buckets, specs_of
 from rollout_core.errors import IntegrityError, RolloutCoreError, WorkerError
-from rollout_core.preflight.models import eos_token_ids, greedy_reference, load_trainer, perturb
+from rollout_core.preflight import models
 from rollout_core.transfer.targets import named_weights, persistent_weights
 from rollout_core.workers.contract import Completion, SamplingParams, to_batch
 from rollout_core.workers.digests import weight_digest
@@ -42,6 +42,7 @@ class Context:
     prompts: list[list[int]] = field(default_factory=list)
     first_tokens: list[tuple[int, ...]] = field(default_factory=list)  # the worker's, greedy, before the first sync
     existing: set[str] = field(default_factory=set)  # what ``_resources`` gave before the worker started
+    models: Any = models  # where the functions that know the model are found
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trainer's tensors that an update brings."""
@@ -52,6 +53,14 @@ class Context:
             raise CheckFailed("the worker does not run")
         return self.worker
 
+    def stops(self) -> tuple[int, int, int]:
+        """For requests that are stopped on their way: how many tokens they want, after how many steps, and the most they have then.
+        An engine that samples on its own makes more before it stops."""
+        steps = self.response_length // 3
+        if self.running().steps_exactly:
+            return self.response_length, steps, steps
+        return 8 * self.response_length, steps, 8 * self.response_length
+
 
 def _expect(condition: bool, message: str) -> None:
     if not condition:
@@ -60,7 +69,7 @@ def _expect(condition: bool, message: str) -> None:
 
 def plan_agrees(context: Context) -> str:
     """The trainer's plan survives its manifest: what the worker will read is what the trainer planned."""
-    context.trainer = load_trainer(context.folder)
+    context.trainer = context.models.load_trainer(context.folder)
     plan = plan_buckets(specs_of(context.trainer), context.capacity)
     manifest = plan.to_bytes()
     BucketPlan.from_bytes(manifest).require_same(plan)
@@ -76,7 +85,7 @@ def worker_starts(context: Context) -> str:
     context.worker = context.make_worker(context.folder)
     config = context.trainer.config.get_text_config()
     limit = min(int(config.vocab_size), 1000)
-    eos = sorted(eos_token_ids(context.trainer))
+    eos = sorted(context.models.eos_token_ids(context.trainer))
     generator = torch.Generator().manual_seed(1)
     lengths = (1, 3, 9, 17)
     context.prompts = [torch.randint(3, limit, (n,), generator=generator).tolist() for n in lengths]
@@ -96,7 +105,7 @@ def weights_arrive(context: Context) -> str:
     version, before = worker.version, worker.tensor_digests()
     with suppress(Exception):  # a worker that cannot generate fails the checks of that
         context.first_tokens = [completion.token_ids for completion in _greedy(context)]
-    changed = perturb(context.trainer, context.perturbation, computed=worker.takes_computed)
+    changed = context.models.perturb(context.trainer, context.perturbation, computed=worker.takes_computed)
     report = worker.sync_weights(context.trainer, capacity=context.capacity)
     after = worker.tensor_digests()
     figure = _compare(context, after)
@@ -152,12 +161,12 @@ def _difference(context: Context, name: str, expected: torch.Tensor) -> str:
 
 def greedy_equals(context: Context) -> str:
     """The worker's greedy tokens are those of the trainer's model, one unpadded forward pass at a time."""
-    eos = eos_token_ids(context.trainer)
+    eos = context.models.eos_token_ids(context.trainer)
     completions = _greedy(context)
     _check_places(context, completions, 1)
     nearest = float("inf")
     for prompt, completion in zip(context.prompts, completions, strict=True):
-        expected, gap = greedy_reference(context.trainer, prompt, context.response_length, eos)
+        expected, gap = context.models.greedy_reference(context.trainer, prompt, context.response_length, eos)
         nearest = min(nearest, gap)
         found = list(completion.token_ids)
         if found != expected:
@@ -178,7 +187,7 @@ def greedy_equals(context: Context) -> str:
 
 def batch_holds(context: Context) -> str:
     """The batch contract on sampled output: several samples a prompt, two response lengths, and a stop id that is met."""
-    eos = eos_token_ids(context.trainer)
+    eos = context.models.eos_token_ids(context.trainer)
     samples, rows, ended = 4, 0, 0
     for length in (1, context.response_length):
         params = SamplingParams(response_length=length, n=samples, temperature=1.0, seed=7)
@@ -252,16 +261,17 @@ def _check_row(
 
 def aborts_end(context: Context) -> str:
     """Requests that are aborted in the queue and while they decode end once, with a prefix; others go on, and a prefix can be."""
-    worker, length = context.running(), context.response_length
+    worker = context.running()
+    length, steps, most = context.stops()
     params = SamplingParams(response_length=length, ignore_eos=True)
     ids = [f"preflight-{place}" for place in range(len(context.prompts))]
-    full = [greedy_reference(context.trainer, prompt, length, set())[0] for prompt in context.prompts]
+    full = [context.models.greedy_reference(context.trainer, prompt, length, set())[0] for prompt in context.prompts]
     worker.pause()
     try:
         futures = worker.submit(context.prompts, params, request_ids=ids)
         queued = worker.abort([ids[0], "preflight-unknown"])
         _expect(queued == ids[:1], f"aborting {ids[0]!r} in the queue, and an unknown id, ended {queued}")
-        worker.step(length // 3)
+        worker.step(steps)
         decoding = worker.abort(ids[:2])
         _expect(decoding == ids[1:2], f"aborting {ids[1]!r} while it decodes, and {ids[0]!r} again, ended {decoding}")
         ended = [future.done() for future in futures]
@@ -276,7 +286,7 @@ def aborts_end(context: Context) -> str:
         _expect(found == expected[: len(found)], f"{done.place}: {found} is no prefix of {expected}")
         _expect((len(found) == length) == (place > 1), f"{done.place}: {len(found)} tokens, and its status is {status}")
     prefix = list(futures[1].result().token_ids)
-    _expect(0 < len(prefix) <= length // 3, f"{len(prefix)} tokens came in {length // 3} steps")
+    _expect(0 < len(prefix) <= most, f"{len(prefix)} tokens came in {steps} steps")
     rest = SamplingParams(response_length=length - len(prefix), ignore_eos=True)
     (resumed,) = worker.submit([context.prompts[1] + prefix], rest)
     found = prefix + list(resumed.result(worker.timeout).token_ids)
@@ -286,13 +296,14 @@ def aborts_end(context: Context) -> str:
 
 def weights_change_under_requests(context: Context) -> str:
     """Pause, swap, resume: each token is of the weights whose version it carries, and none of the old ones comes after the swap."""
-    worker, length = context.running(), context.response_length
+    worker = context.running()
+    length, steps, most = context.stops()
     before = copy.deepcopy(context.trainer)
     worker.pause()
     try:
         futures = worker.submit(context.prompts, SamplingParams(response_length=length, ignore_eos=True))
-        worker.step(length // 3)
-        perturb(context.trainer, context.perturbation, seed=1, computed=worker.takes_computed)
+        worker.step(steps)
+        context.models.perturb(context.trainer, context.perturbation, seed=1, computed=worker.takes_computed)
         old, new = worker.version, worker.sync_weights(context.trainer, capacity=context.capacity).version
     finally:
         worker.resume()
@@ -303,10 +314,10 @@ def weights_change_under_requests(context: Context) -> str:
         kept += count
         _expect(done.status == "length", f"{done.place}: status {done.status} after the weights changed ({done.error})")
         expected = (old,) * count + (new,) * (length - count)
-        _expect(done.versions == expected and count <= length // 3, f"{done.place}: versions {done.versions} of {length} tokens")
-        first = greedy_reference(before, prompt, count, set())[0]
+        _expect(done.versions == expected and count <= most, f"{done.place}: versions {done.versions} of {length} tokens")
+        first = context.models.greedy_reference(before, prompt, count, set())[0]
         _expect(tokens[:count] == first, f"{done.place}: {tokens[:count]} before the change, expected {first}")
-        then = greedy_reference(context.trainer, prompt + tokens[:count], length - count, set())[0]
+        then = context.models.greedy_reference(context.trainer, prompt + tokens[:count], length - count, set())[0]
         _expect(tokens[count:] == then, f"{done.place}: {tokens[count:]} after the change, expected {then}")
     return f"{kept} tokens of version {old}, {length * len(futures) - kept} of version {new}, each as its model says"
 

@@ -31,12 +31,15 @@ from rollout_core.workers.link.messages import (
     Abandon,
     Abort,
     Digests,
+    Freed,
     Ping,
     ReadDigests,
     ReadSpecs,
     ReadTensor,
     Receive,
     Received,
+    ReleaseMemory,
+    ResumeMemory,
     Run,
     Specs,
     Submit,
@@ -77,10 +80,16 @@ class Worker:
     error.
     """
 
+    #: What it can do beside what every worker does. "seeds": a seed makes sampling repeatable; without it a request that has one is
+    #: refused. "memory": ``release_memory`` frees what the engine's weights take.
+    capabilities: frozenset[str] = frozenset({"seeds", "memory"})
     #: Whether weights are read back as values: -0.0 counts as 0.0.
     reads_values = False
     #: Whether an update has to have the buffers that a model computes from its config. Where not, the engine has its own of them.
     takes_computed = True
+    #: Whether ``step(n)`` makes n steps of the engine and no more. Where not, the engine samples on its own between calls: each request
+    #: that is under way gets at least one token, unless it ended, before the pause.
+    steps_exactly = True
 
     def __init__(self, spec: Spec, *, process: bool = True, start_timeout: float = 300.0, timeout: float = 300.0) -> None:
         self._lock = threading.RLock()  # of the weights
@@ -246,12 +255,31 @@ class Worker:
         self._alive().ask(Run(None))
 
     def step(self, steps: int = 1) -> None:
-        """Go on for this many steps of the engine, and pause: at most ``steps`` tokens for each request. For tests, which want to
-        stop at a given place."""
+        """Go on for this many steps of the engine, and pause: at most ``steps`` tokens for each request, where ``steps_exactly``. For
+        tests, which want to stop at a given place."""
         if type(steps) is not int or steps < 1:
             raise WorkerError(f"steps is {steps!r}: pass a whole number of at least 1")
         self._alive().ask(Run(steps))
         self._alive().ask(Run(0))
+
+    # Memory
+
+    def release_memory(self) -> int:
+        """Let go of the memory of weights and caches, for a trainer on the same device. Returns the bytes that this freed.
+
+        Requests that are under way keep what they have and wait; new ones are refused. Weights have to come again after
+        ``resume_memory``: until then nothing is sampled, and what waited goes on with the new weights. A second call is harmless,
+        and frees 0. ``WorkerError`` where the engine cannot (see ``capabilities``).
+        """
+        with self._lock:
+            answer = self._alive().ask(ReleaseMemory(), Freed)
+        assert isinstance(answer, Freed)
+        return answer.nbytes
+
+    def resume_memory(self) -> None:
+        """Take the memory again, for weights that ``sync_weights`` brings. A second call, or one without a release, is harmless."""
+        with self._lock:
+            self._alive().ask(ResumeMemory())
 
     # Its end
 
