@@ -6,8 +6,8 @@ numbers that are never used twice, and says of each what was sampled and, once, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, Protocol, runtime_checkable
 
 import msgspec
 import torch
@@ -74,6 +74,10 @@ class Update(msgspec.Struct, frozen=True):
 
 Emit = Callable[[Sequence[Progress]], None]
 
+#: Why nothing can be asked of an engine whose memory is released, and why not after that either until weights have come.
+RELEASED: Final = "the worker's memory is released: call resume_memory, and sync_weights"
+AWAITED: Final = "their memory was released, and none have come since"
+
 
 class Engine(Protocol):
     """An engine in the process that serves it. Its calls come from one thread, but for ``update`` where ``is_read_in_update``."""
@@ -125,4 +129,27 @@ class Engine(Protocol):
         """A copy on the CPU. ``WorkerError`` for a name that it does not know."""
         ...
 
+    def release_memory(self) -> int:
+        """Let go of what weights and caches take; returns the bytes that this freed, as measured. Requests that are under way wait
+        for new weights, with what they have. Harmless when it is released; ``WorkerError`` where it cannot be."""
+        ...
+
+    def resume_memory(self) -> None:
+        """Take the memory again, without weights: an update has to bring them. Harmless when it is not released."""
+        ...
+
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class SelfRunning(Protocol):
+    """What an ``Engine`` has, too, that samples without being asked for each step. Its ``step`` tells what came meanwhile, and it
+    ``is_busy`` when there is something to tell."""
+
+    def wait(self, descriptors: Iterable[int]) -> None:
+        """Until there is something to tell, or to read at one of these file descriptors."""
+        ...
+
+    def run(self, steps: int | None, emit: Emit) -> None:
+        """Go on without an end (None), or until each request got so many tokens or ended; 0: pause, with no token under way."""
+        ...

@@ -53,6 +53,14 @@ class ReadTensor(msgspec.Struct, tag=True, frozen=True):
     name: str
 
 
+class ReleaseMemory(msgspec.Struct, tag=True, frozen=True):
+    """Answered with what it freed."""
+
+
+class ResumeMemory(msgspec.Struct, tag=True, frozen=True):
+    pass
+
+
 class Ping(msgspec.Struct, tag=True, frozen=True):
     """Is anybody there?"""
 
@@ -61,7 +69,9 @@ class Close(msgspec.Struct, tag=True, frozen=True):
     pass
 
 
-Asking: TypeAlias = Submit | Abort | Run | Receive | Abandon | ReadSpecs | ReadDigests | ReadTensor | Ping | Close
+Asking: TypeAlias = (
+    Submit | Abort | Run | Receive | Abandon | ReadSpecs | ReadDigests | ReadTensor | ReleaseMemory | ResumeMemory | Ping | Close
+)
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -77,6 +87,10 @@ class Received(msgspec.Struct, tag=True, frozen=True):
     """The update is committed; seconds of it went into loading."""
 
     loading: float
+
+
+class Freed(msgspec.Struct, tag=True, frozen=True):
+    nbytes: int
 
 
 class Specs(msgspec.Struct, tag=True, frozen=True):
@@ -109,7 +123,7 @@ class Events(msgspec.Struct, tag=True, frozen=True):
     progress: list[Progress]
 
 
-Answer: TypeAlias = Done | Received | Specs | Digests | TensorBytes | Failed | Events
+Answer: TypeAlias = Done | Received | Freed | Specs | Digests | TensorBytes | Failed | Events
 
 
 class Answered(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ from rollout_core.bucketing.dtypes import WIRE_NAMES
 from rollout_core.bucketing.tensors import as_bytes
 from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.channel import Channel
-from rollout_core.workers.engine import Engine, Progress, Update
+from rollout_core.workers.engine import Engine, Progress, SelfRunning, Update
 from rollout_core.workers.link.messages import (
     Abandon,
     Abort,
@@ -26,12 +26,15 @@ from rollout_core.workers.link.messages import (
     Done,
     Events,
     Failed,
+    Freed,
     Ping,
     ReadDigests,
     ReadSpecs,
     ReadTensor,
     Receive,
     Received,
+    ReleaseMemory,
+    ResumeMemory,
     Run,
     Specs,
     Submit,
@@ -52,6 +55,7 @@ class Serving:
     def __init__(self, channel: Channel[Asked], engine: Engine) -> None:
         self._channel = channel
         self._engine = engine
+        self._alone = engine if isinstance(engine, SelfRunning) else None
         self._steps: int | None = None  # that may be made; None: any number
         self._running: int | None = None  # number of the request that waits for the last of them
         self._outbox: list[Progress] = []
@@ -74,7 +78,7 @@ class Serving:
     def _between(self) -> None:
         """Carry out what has been asked; returns when there is a step to make."""
         while True:
-            may_step = self._engine.is_busy and self._steps != 0 and self._updating is None
+            may_step = self._engine.is_busy and self._updating is None and (self._alone is not None or self._steps != 0)
             if not may_step:
                 self._tell()
                 if self._running is not None:
@@ -91,18 +95,22 @@ class Serving:
 
     def _wait(self) -> None:
         """Until something has come, or the update that is under way is at its end."""
+        if self._channel.has_message():
+            return
+        descriptors = [self._channel.fileno()] + ([] if self._updating is None else [self._updating.fileno()])
+        if self._alone is not None:
+            self._alone.wait(descriptors)
+            return
         poll = select.poll()
-        poll.register(self._channel.fileno(), select.POLLIN)
-        if self._updating is not None:
-            poll.register(self._updating.fileno(), select.POLLIN)
-        if not self._channel.has_message():
-            poll.poll()
+        for descriptor in descriptors:
+            poll.register(descriptor, select.POLLIN)
+        poll.poll()
 
     def _take(self, asked: Asked) -> None:
         if isinstance(asked.request, Receive) and self._engine.is_read_in_update:
             self._updating = _Updating(asked.number, self._engine, asked.request.update)
             return
-        if isinstance(asked.request, Run) and asked.request.steps:
+        if isinstance(asked.request, Run) and asked.request.steps and self._alone is None:
             self._steps, self._running = asked.request.steps, asked.number
             return
         try:
@@ -130,7 +138,15 @@ class Serving:
                 engine.abort(request.keys, self._emit)
                 return Done()
             case Run():
-                self._steps = request.steps
+                if self._alone is not None:
+                    self._alone.run(request.steps, self._emit)
+                else:
+                    self._steps = request.steps
+                return Done()
+            case ReleaseMemory():
+                return Freed(engine.release_memory())
+            case ResumeMemory():
+                engine.resume_memory()
                 return Done()
             case Receive():
                 return Received(engine.update(request.update))

@@ -1,0 +1,357 @@
+"""Engines that sample by themselves, and tell what they sampled in streams: AsyncLLM, SGLang's Engine, and both as servers.
+
+A request is in the air while the engine has it, and on the ground else. To pause, to change the weights or to abort is to call it
+back: the engine ends it, what came by then is kept, and to go on is to start it anew from there with what is left of its budget.
+So each token is of the weights that were there when it started, whatever an engine does to requests that it keeps (clause W5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from typing import Final, Literal, TypeVar
+
+from rollout_core.errors import RolloutCoreError, TransferError, WorkerError
+from rollout_core.transfer.causes import cause_of
+from rollout_core.workers.contract import SamplingParams, Status
+from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
+from rollout_core.workers.limits import Limits
+
+#: Seconds between two calls to an engine to end a request: one that it has not taken in yet it does not know.
+_AGAIN: Final = 0.05
+
+T = TypeVar("T")
+
+
+class MissingMedia(Exception):
+    """The engine does not have the data of these media, which came by identity alone."""
+
+    def __init__(self, identities: Sequence[str]) -> None:
+        super().__init__(f"the engine has no data of {', '.join(identities)}")
+        self.identities = list(identities)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens that followed the last piece's, with their logprobs (NaN where the engine has none); ``finish`` with the last."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish: Literal["stop", "length", "aborted"] | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """A request and what it has so far. ``name``: what the engine knows it by, another each time that it starts; ``most``: tokens
+    that it may bring this time; ``goal``: those that it has then."""
+
+    request: Request
+    params: SamplingParams
+    tokens: list[int] = field(default_factory=list)
+    name: str = ""
+    most: int = 0
+    goal: int = 0
+    starts: int = 0
+    task: asyncio.Task[None] | None = None  # while it is in the air
+    is_called_back: bool = False
+    has_ended: bool = False
+
+    @property
+    def left(self) -> int:
+        """Tokens of its budget that it has not got."""
+        return self.params.response_length - len(self.tokens)
+
+    @property
+    def prompt(self) -> list[int]:
+        """What the engine is given: the prompt, with placeholders as they were, and what came of it so far."""
+        return [*self.request.prompt, *self.tokens]
+
+    @property
+    def seed(self) -> int | None:
+        """Samples of one prompt have seeds of their own; so has each start, or the same chances would come again."""
+        seed = self.params.seed
+        return None if seed is None else (seed + self.request.sample + 0x9E3779B1 * len(self.tokens)) % 2**31
+
+
+class StreamingEngine(ABC):
+    """An ``Engine`` (see ``workers.engine``) over one that samples by itself. Its event loop runs in ``wait`` and while a call of
+    this class lasts; ``timeout``: seconds that the engine may take to end a request."""
+
+    is_read_in_update: Final = False
+
+    def __init__(self, *, loop: asyncio.AbstractEventLoop, limits: Limits, timeout: float) -> None:
+        self._loop = loop
+        self._limits = limits
+        self._timeout = timeout
+        self._version = 0
+        self._unusable: str | None = None
+        self._is_released = False
+        self._is_paused = False
+        self._flights: dict[int, Flight] = {}
+        self._news: list[Progress] = []
+        self._woken = asyncio.Event()
+        self._prefix = secrets.token_hex(4)  # a server may have other clients
+
+    # What an engine has to do
+
+    @abstractmethod
+    def _stream(self, flight: Flight) -> AsyncIterator[Piece]:
+        """Start a request, and give what comes of it. Raises ``MissingMedia``, or whatever goes wrong."""
+
+    @abstractmethod
+    async def _end(self, names: Sequence[str]) -> None:
+        """Have the engine end these requests, which then give their last piece. A name that it does not know is none of its
+        business."""
+
+    @abstractmethod
+    def _update(self, update: Update) -> float:
+        """Receive an update; nothing is in the air. Sets ``_unusable``; returns the seconds spent on loading."""
+
+    # Requests
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._news)
+
+    def submit(self, group: Group) -> None:
+        self._check_usable()
+        for request in group.requests:
+            self._limits.check(request, group.params)
+        flights = [Flight(request, group.params) for request in group.requests]
+        self._flights.update((flight.request.key, flight) for flight in flights)
+        if not self._is_paused:
+            self._start(flights)
+
+    def abort(self, keys: Sequence[int] | None, emit: Emit) -> None:
+        found = [flight for key, flight in self._flights.items() if keys is None or key in keys]
+        self._call_back(found)
+        for flight in found:
+            if not flight.has_ended:
+                self._ended(flight, "aborted")
+        self._tell(emit)
+
+    def step(self, emit: Emit, between: Callable[[], None]) -> None:
+        self._tell(emit)
+        between()
+
+    def run(self, steps: int | None, emit: Emit) -> None:
+        """Go on without an end (None), or until each request got so many tokens or ended; 0: pause."""
+        self._is_paused = steps is not None
+        if steps is None:
+            self._start(self._flights.values())
+        elif steps == 0:
+            self._call_back(self._flights.values())
+        else:
+            flights = list(self._flights.values())
+            self._start(flights, steps)
+            self._run(self._landed(flights))
+        self._tell(emit)
+
+    def wait(self, descriptors: Iterable[int]) -> None:
+        """Until there is something to tell, or to read at one of these."""
+        if not self._news:
+            self._run(self._until(list(descriptors)))
+
+    # Weights
+
+    def update(self, update: Update) -> float:
+        before = self._version
+        with self._on_the_ground():
+            try:
+                loading = self._update(update)
+                self._version = update.version
+            except Exception:
+                self._version = before
+                raise
+        return loading
+
+    def abandon(self, version: int) -> None:
+        """What was committed here has failed for its sender."""
+        if self._version == version:
+            self._version = version - 1
+            with self._on_the_ground():
+                self._unusable = f"the update to version {version} was not completed"
+
+    # Memory
+
+    def release_memory(self) -> int:
+        if self._is_released:
+            return 0
+        with self._on_the_ground():
+            freed = self._release()
+            self._is_released = True
+        return freed
+
+    def resume_memory(self) -> None:
+        if self._is_released:
+            self._resume()
+            self._is_released, self._unusable = False, AWAITED
+
+    def _release(self) -> int:
+        """Let go of the memory of weights and cache; returns the bytes that this freed."""
+        raise WorkerError("this engine cannot let go of its memory")
+
+    def _resume(self) -> None:
+        raise WorkerError("this engine cannot let go of its memory")
+
+    def close(self) -> None:
+        for flight in self._flights.values():
+            if flight.task is not None:
+                flight.task.cancel()
+
+    # For those who have such an engine
+
+    def _run(self, work: Awaitable[T]) -> T:
+        return self._loop.run_until_complete(work)
+
+    @contextmanager
+    def _on_the_ground(self) -> Iterator[None]:
+        """Within it nothing is in the air; after it everything is again that was. If the weights are of no use then, all have
+        failed, unless they are awaited (``resume_memory``)."""
+        self._call_back(self._flights.values())
+        try:
+            yield
+        finally:
+            if self._is_released:
+                pass
+            elif self._unusable is not None:
+                for flight in list(self._flights.values()):
+                    self._ended(flight, "failed", WorkerError(f"the worker's weights are unusable: {self._unusable}"))
+            elif not self._is_paused:
+                self._start(self._flights.values())
+
+    def _check_usable(self) -> None:
+        if self._is_released:
+            raise WorkerError(RELEASED)
+        if self._unusable is not None:
+            raise WorkerError(f"the worker's weights are unusable: {self._unusable}; call sync_weights again")
+
+    # Flights
+
+    def _start(self, flights: Iterable[Flight], most: int | None = None) -> None:
+        for flight in flights:
+            if flight.task is None and not flight.has_ended:
+                flight.starts += 1
+                flight.name = f"{self._prefix}-{flight.request.key}-{flight.starts}"
+                flight.most = flight.left if most is None else min(most, flight.left)
+                flight.goal = len(flight.tokens) + flight.most
+                flight.is_called_back = False
+                flight.task = self._loop.create_task(self._fly(flight))
+
+    async def _fly(self, flight: Flight) -> None:
+        finish: Literal["stop", "length", "aborted"] | None = None
+        try:
+            if not flight.is_called_back:  # before it began
+                async with aclosing(self._stream(flight)) as pieces:  # type: ignore[type-var]
+                    async for piece in pieces:
+                        self._take(flight, piece)
+                        finish = piece.finish
+            flight.task = None
+            if finish is None and not flight.is_called_back:
+                raise TransferError("the engine ended a request without a word")
+            self._land(flight, finish)
+        except MissingMedia as error:
+            self._forget(flight)
+            self._say(Progress(flight.request.key, [], [], self._version, missing=error.identities))
+        except Exception as error:
+            if not flight.has_ended:
+                known = isinstance(error, RolloutCoreError)
+                self._ended(flight, "failed", error if known else WorkerError(f"{type(error).__name__}: {error}"))
+        finally:
+            flight.task = None
+            self._woken.set()
+
+    def _take(self, flight: Flight, piece: Piece) -> None:
+        if any(math.isnan(logprob) for logprob in piece.logprobs):
+            raise WorkerError("the model gave NaN logits: check the weights it was last given")
+        if len(piece.token_ids) != len(piece.logprobs):
+            raise WorkerError(f"the engine gave {len(piece.logprobs)} logprobs for {len(piece.token_ids)} tokens")
+        if len(piece.token_ids) > flight.left:
+            raise WorkerError(f"the engine gave {len(piece.token_ids)} tokens where {flight.left} were left of the budget")
+        if piece.token_ids:
+            flight.tokens += piece.token_ids
+            self._say(Progress(flight.request.key, list(piece.token_ids), list(piece.logprobs), self._version))
+
+    def _land(self, flight: Flight, finish: str | None) -> None:
+        """It is on the ground, and goes on from there if it was called back, or was to bring a part only."""
+        if finish == "stop":
+            self._ended(flight, "stop")
+        elif flight.left == 0:
+            self._ended(flight, "length")
+        elif finish == "aborted" and not flight.is_called_back:
+            self._ended(flight, "aborted")  # by somebody else
+        elif finish == "length" and len(flight.tokens) < flight.goal:
+            raise WorkerError(f"the engine stopped a request at {len(flight.tokens)} tokens, before its length")
+
+    def _ended(self, flight: Flight, status: Status, error: Exception | None = None) -> None:
+        self._forget(flight)
+        self._say(Progress(flight.request.key, [], [], self._version, status, None if error is None else cause_of(error)))
+
+    def _forget(self, flight: Flight) -> None:
+        flight.has_ended = True
+        self._flights.pop(flight.request.key, None)
+
+    def _call_back(self, flights: Iterable[Flight]) -> None:
+        flights = [flight for flight in flights if flight.task is not None]
+        for flight in flights:
+            flight.is_called_back = True
+        if flights:
+            self._run(self._landed(flights, call=True))
+
+    async def _landed(self, flights: list[Flight], *, call: bool = False) -> None:
+        """Until none of these is in the air; ``call``: have the engine end them, within the timeout."""
+        end = self._loop.time() + self._timeout
+        while tasks := {flight.task: flight for flight in flights if flight.task is not None}:
+            if call:
+                late: Exception | None = TimeoutError() if self._loop.time() > end else None
+                try:
+                    await asyncio.wait_for(self._end([flight.name for flight in tasks.values()]), self._timeout)
+                except Exception as error:  # the engine is gone, or does not answer
+                    late = error
+                if late is not None:
+                    self._lose(list(tasks.values()), late)
+                    return
+            await asyncio.wait(tasks, timeout=_AGAIN if call else None)
+
+    def _lose(self, flights: list[Flight], error: Exception) -> None:
+        why = (
+            f"no end of it came within {self._timeout:g} s"
+            if isinstance(error, TimeoutError)
+            else f"{type(error).__name__}: {error}"
+        )
+        for flight in flights:
+            if flight.task is not None:
+                flight.task.cancel()
+                flight.task = None
+            if not flight.has_ended:
+                self._ended(flight, "failed", TransferError(f"the engine was told to end a request: {why}"))
+
+    # News
+
+    def _say(self, progress: Progress) -> None:
+        self._news.append(progress)
+        self._woken.set()
+
+    def _tell(self, emit: Emit) -> None:
+        news, self._news = self._news, []
+        if news:
+            emit(news)
+
+    async def _until(self, descriptors: list[int]) -> None:
+        self._woken.clear()
+        for descriptor in descriptors:
+            self._loop.add_reader(descriptor, self._woken.set)
+        try:
+            await self._woken.wait()
+        finally:
+            for descriptor in descriptors:
+                self._loop.remove_reader(descriptor)
