@@ -221,12 +221,10 @@ class StreamingEngine(ABC):
         try:
             yield
         finally:
-            if self._is_released:
-                pass
-            elif self._unusable is not None:
+            if self._unusable not in (None, AWAITED):
                 for flight in list(self._flights.values()):
                     self._ended(flight, "failed", WorkerError(f"the worker's weights are unusable: {self._unusable}"))
-            elif not self._is_paused:
+            if not self._is_paused:
                 self._start(self._flights.values())
 
     def _check_usable(self) -> None:
@@ -238,7 +236,7 @@ class StreamingEngine(ABC):
     # Flights
 
     def _start(self, flights: Iterable[Flight], most: int | None = None) -> None:
-        for flight in flights:
+        for flight in () if self._is_released or self._unusable is not None else flights:
             if flight.task is None and not flight.has_ended:
                 flight.starts += 1
                 flight.name = f"{self._prefix}-{flight.request.key}-{flight.starts}"

@@ -14,9 +14,11 @@ from rollout_core.errors import WorkerError
 from rollout_core.transfer import DirectWeights, receive
 from rollout_core.transfer.carriers.memory import MemoryReceiver
 from rollout_core.transfer.causes import cause_of
+from rollout_core.transfer.targets import persistent_weights
 from rollout_core.workers.digests import weight_digest
-from rollout_core.workers.engine import Emit, Group, Progress, Request, Update
+from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
 from rollout_core.workers.hf.generate import check, decode_watched, ends_of, plain, seeded, settings_of
+from rollout_core.workers.hf.memory import ReleasedWeights
 
 
 @dataclass(eq=False, slots=True)
@@ -62,6 +64,7 @@ class HFEngine:
         self.weights = DirectWeights(self.model)
         self._queue: deque[_Queued] = deque()
         self._running: _Queued | None = None
+        self._released: ReleasedWeights | None = None
         self._is_new = False  # whether the weights are other ones than those that the step under way began with
 
     @property
@@ -70,7 +73,7 @@ class HFEngine:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._queue) or self._running is not None
+        return not self._waits_for_weights and (bool(self._queue) or self._running is not None)
 
     def submit(self, group: Group) -> None:
         self._check_usable()
@@ -98,15 +101,19 @@ class HFEngine:
         try:
             self._check_usable()
             with plain(self.model), seeded(None if params.temperature == 0 else params.seed, self.model.device):
-                while queued.rows:
+                while queued.rows and not self._waits_for_weights:
                     self._decode(queued, emit, between)
         except WorkerError as error:
             cause = cause_of(error)
             emit([Progress(key, [], [], self.version, "failed", cause) for key in queued.rows])
+            queued.rows.clear()
         finally:
             self._running = None
+        if queued.rows:  # they wait for weights
+            self._queue.appendleft(queued)
 
     def update(self, update: Update) -> float:
+        self._check_resumed()
         with MemoryReceiver.connect(update.address, timeout=update.timeout) as carrier:
             report = receive(carrier, self.weights, timeout=update.timeout)
         self._is_new = True
@@ -123,13 +130,27 @@ class HFEngine:
 
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:
         """Of every parameter and buffer; transformers' names are a checkpoint's."""
+        self._check_resumed()
         found = {name: weight_digest(tensor) for name, tensor in self.weights.tensors.items()}
         return found if names is None else {name: found[name] for name in names if name in found}
 
     def read_tensor(self, name: str) -> torch.Tensor:
+        self._check_resumed()
         if name not in self.weights.tensors:
             raise WorkerError(f"the worker has no tensor {name!r}")
         return self.weights.tensors[name].detach().cpu().clone()
+
+    def release_memory(self) -> int:
+        if self._released is not None:
+            return 0
+        self._is_new = True  # what is being decoded waits
+        self._released = ReleasedWeights(persistent_weights(self.model).values())
+        return self._released.nbytes
+
+    def resume_memory(self) -> None:
+        if self._released is not None:
+            self._released.resume()
+            self._released, self.weights.unusable = None, AWAITED
 
     def close(self) -> None:
         self.weights.tensors.clear()
@@ -162,7 +183,8 @@ class HFEngine:
                         del queued.rows[key]
             emit(progress)
             between()
-            self._check_usable()
+            if not self._waits_for_weights:
+                self._check_usable()
             return [self._is_new or row.request.key not in queued.rows for row in batch]
 
         left = params.response_length - len(batch[0].tokens)
@@ -171,7 +193,16 @@ class HFEngine:
         decode_watched(self.model, prompts, settings, [row.request.place for row in batch], watch)
         queued.waiting.extendleft(row for row in reversed(batch) if row.request.key in queued.rows)
 
+    @property
+    def _waits_for_weights(self) -> bool:
+        return self._released is not None or self.weights.unusable is AWAITED
+
+    def _check_resumed(self) -> None:
+        if self._released is not None:
+            raise WorkerError(RELEASED)
+
     def _check_usable(self) -> None:
+        self._check_resumed()
         if self.weights.unusable is not None:
             raise WorkerError(f"the worker's weights are unusable: {self.weights.unusable}; call sync_weights again")
 
