@@ -30,7 +30,9 @@ class Request(msgspec.Struct, frozen=True):
     """One sample of one prompt. ``place`` is the prompt's index in its call and ``sample`` the sample's, for errors and seeds.
 
     ``media``: what stands at the placeholders of ``prompt``, one each, in their order. ``input_ids``: the prompt with each of them
-    at full length, as the engine has to expand it (clause W8); empty without media."""
+    at full length, as the engine has to expand it (clause W8), if it is of a conversation. ``inputs``: for engines without a
+    processor, what the model is given beside ``input_ids`` (``workers.media.decode_tensors``); of a call, the first request of each
+    place has it."""
 
     key: int
     prompt: list[int]
@@ -38,6 +40,7 @@ class Request(msgspec.Struct, frozen=True):
     sample: int
     media: list[MediaItem] = []
     input_ids: list[int] = []
+    inputs: bytes = b""
 
 
 class Group(msgspec.Struct, frozen=True):

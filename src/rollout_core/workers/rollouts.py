@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -24,6 +24,7 @@ class Rollout:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    resent: int = 0  # times that it was sent again, because the engine missed the data of its media
 
     def completion(self, status: Status, version: int, error: str = "") -> Completion:
         return Completion(
@@ -40,9 +41,11 @@ class Rollout:
 
 
 class Rollouts:
-    """All that are under way in one engine. Any thread may ask; progress comes from one."""
+    """All that are under way in one engine. Any thread may ask; progress comes from one. ``missed`` is called with a request that
+    the engine has forgotten, and the identities of the media that it misses."""
 
-    def __init__(self) -> None:
+    def __init__(self, missed: Callable[[Rollout, Sequence[str]], None]) -> None:
+        self._missed = missed
         self._lock = threading.Lock()
         self._open: dict[int, Rollout] = {}
         self._last = 0
@@ -87,6 +90,9 @@ class Rollouts:
             if one.key not in self._open:  # it was dropped
                 continue
             rollout = self._open[one.key]
+            if one.missing:
+                self._missed(rollout, one.missing)
+                continue
             self._version = one.version
             rollout.token_ids += one.token_ids
             rollout.logprobs += one.logprobs

@@ -5,11 +5,12 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from types import TracebackType
-from typing import Final, Self
+from typing import ClassVar, Final, Self
 
 import msgspec
 import torch
@@ -19,21 +20,27 @@ from rollout_core.bucketing.dtypes import DTYPES
 from rollout_core.bucketing.placement import Order, Oversize
 from rollout_core.bucketing.sources import Source
 from rollout_core.errors import PlanMismatchError, RolloutCoreError, TransferError, WorkerError
+from rollout_core.multimodal import Conversation
 from rollout_core.transfer import SendReport, send
 from rollout_core.transfer.carriers.memory import MemorySender
+from rollout_core.transfer.causes import cause_of, error_of
 from rollout_core.transfer.targets import persistent_weights
 from rollout_core.workers.contract import Completion, SamplingParams
 from rollout_core.workers.digests import SentDigests, combined_digest
-from rollout_core.workers.engine import Group, Request, Update
+from rollout_core.workers.engine import Group, Progress, Update
 from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.link.link import Link
 from rollout_core.workers.link.messages import (
     Abandon,
     Abort,
+    Answer,
     Digests,
+    Failed,
     Freed,
+    MediaHits,
     Ping,
     ReadDigests,
+    ReadMediaHits,
     ReadSpecs,
     ReadTensor,
     Receive,
@@ -45,13 +52,12 @@ from rollout_core.workers.link.messages import (
     Submit,
     TensorBytes,
 )
+from rollout_core.workers.media import Form, Media, MediaReport
+from rollout_core.workers.names import EMBEDDING, HEAD, canonical
 from rollout_core.workers.rollouts import Rollout, Rollouts, raise_failed
 
 #: Seconds in which a process that ends has ended, once its end of a carrier is closed.
 _LAST_WORDS: Final = 1.0
-#: The tensors that tied models have as one, and of which an update may name the first alone, as checkpoints do.
-_EMBEDDING: Final = "model.embed_tokens.weight"
-_HEAD: Final = "lm_head.weight"
 
 
 class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,15 +93,25 @@ class Worker:
     reads_values = False
     #: Whether an update has to have the buffers that a model computes from its config. Where not, the engine has its own of them.
     takes_computed = True
-    #: Whether ``step(n)`` makes n steps of the engine and no more. Where not, the engine samples on its own between calls: each request
-    #: that is under way gets at least one token, unless it ended, before the pause.
+    #: How its engine takes the media of conversations, if it does; see ``workers.media``.
+    media_form: ClassVar[Form] = "none"
+    #: Whether ``step(n)`` makes n steps of the engine and no more. Where not, the engine samples on its own between calls: each
+    #: request that is under way gets at least one token, unless it ended, before the pause.
     steps_exactly = True
 
     def __init__(self, spec: Spec, *, process: bool = True, start_timeout: float = 300.0, timeout: float = 300.0) -> None:
         self._lock = threading.RLock()  # of the weights
         self._version = 0
         self._specs: dict[str, TensorSpec] | None = None  # that an update has to have; empty: the engine looks itself
-        self._rollouts = Rollouts()
+        self._media = Media(self.media_form)
+        # Weakly: the link's thread keeps the rollouts, and must not keep a worker that is forgotten.
+        resend = weakref.WeakMethod(self._resend)
+
+        def missed(rollout: Rollout, missing: Sequence[str]) -> None:
+            if (method := resend()) is not None:
+                method(rollout, missing)
+
+        self._rollouts = Rollouts(missed)
         self._link: Link | None = Link(
             spec, process=process, start_timeout=start_timeout, timeout=timeout, hear=self._rollouts.hear
         )
@@ -196,13 +212,16 @@ class Worker:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | Conversation],
         params: SamplingParams,
         *,
         request_ids: Sequence[str] | None = None,
         max_batch: int = 64,
     ) -> list[Completion]:
-        """``params.n`` completions for each prompt of token ids, grouped by prompt; ``to_batch`` pads them (clause W3).
+        """``params.n`` completions for each prompt, grouped by prompt; ``to_batch`` pads them (clause W3).
+
+        A prompt is a list of token ids, or a ``Conversation`` with its pictures, whose assistant speaks next. A picture's data is
+        sent once; the ids that the engine makes of a conversation are compared with ``input_ids`` (clause W8).
 
         Waits for all of them; ``abort``, from another thread, ends some. Raises ``WorkerError`` for a request that is refused, and
         then none was made, or that failed; ``TransferError`` if the engine ended or did not answer.
@@ -221,7 +240,7 @@ class Worker:
 
     def submit(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | Conversation],
         params: SamplingParams,
         *,
         request_ids: Sequence[str] | None = None,
@@ -255,12 +274,20 @@ class Worker:
         self._alive().ask(Run(None))
 
     def step(self, steps: int = 1) -> None:
-        """Go on for this many steps of the engine, and pause: at most ``steps`` tokens for each request, where ``steps_exactly``. For
-        tests, which want to stop at a given place."""
+        """Go on for this many steps of the engine, and pause: at most ``steps`` tokens for each request, where ``steps_exactly``.
+        For tests, which want to stop at a given place."""
         if type(steps) is not int or steps < 1:
             raise WorkerError(f"steps is {steps!r}: pass a whole number of at least 1")
         self._alive().ask(Run(steps))
         self._alive().ask(Run(0))
+
+    # Media
+
+    def media_report(self) -> MediaReport:
+        """How the pictures of all requests so far got to the engine: with data, or by identity alone."""
+        answer = self._alive().ask(ReadMediaHits(), MediaHits)
+        assert isinstance(answer, MediaHits)
+        return msgspec.structs.replace(self._media.report, hits=answer.hits, queries=answer.queries)
 
     # Memory
 
@@ -321,27 +348,55 @@ class Worker:
         return ids
 
     def _start(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, request_ids: Sequence[str] | None, max_batch: int
+        self,
+        prompts: Sequence[Sequence[int] | Conversation],
+        params: SamplingParams,
+        request_ids: Sequence[str] | None,
+        max_batch: int,
     ) -> tuple[Link, list[Rollout]]:
-        check_request(prompts, params, max_batch)
+        taken = self._media.take(prompts)
+        check_request([prompt.ids for prompt in taken], params, max_batch)
         link = self._alive()
         ids = self._ids(len(prompts), request_ids)
         # Greedy samples of a prompt are the same: the engine makes one.
         samples = 1 if params.temperature == 0 else params.n
         rollouts = self._rollouts.add([(ids[place], place, sample) for place in range(len(prompts)) for sample in range(samples)])
-        requests = [Request(one.key, list(prompts[one.prompt_index]), one.prompt_index, one.sample_index) for one in rollouts]
         try:
-            link.ask(Submit(Group(params, requests, max_batch)))
+            link.ask(Submit(Group(params, self._media.requests(taken, rollouts, params, max_batch), max_batch)))
         except BaseException:
             self._rollouts.drop(rollouts)
+            self._media.drop(taken, rollouts)
             raise
         return link, rollouts
 
     def _abort(self, link: Link, rollouts: list[Rollout]) -> list[str]:
+        resent = [rollout.resent for rollout in rollouts]
         if rollouts:
             link.ask(Abort([rollout.key for rollout in rollouts]))
+        # The engine did not have one that was sent again meanwhile. It has now, or it has ended.
+        again = [rollout.key for rollout, count in zip(rollouts, resent, strict=True) if rollout.resent != count]
+        if again:
+            link.ask(Abort(again))
         ended = [rollout for rollout in rollouts if rollout.future.result(link.timeout).status == "aborted"]
         return list(dict.fromkeys(rollout.request_id for rollout in ended))
+
+    def _resend(self, rollout: Rollout, missing: Sequence[str]) -> None:
+        """The engine has forgotten a request, because it misses the data of these media. In the thread of the link."""
+
+        def fail(error: Exception) -> None:
+            self._rollouts.hear([Progress(rollout.key, [], [], self._version, "failed", cause_of(error))])
+
+        def answered(answer: Future[Answer]) -> None:
+            found = None if answer.exception() is not None else answer.result()
+            if isinstance(found, Failed):
+                fail(error_of(found.cause, WorkerError))
+
+        try:
+            answer = self._alive().post(Submit(self._media.again(rollout, missing)))
+        except Exception as error:  # also of pictures that cannot be encoded: a request ends in any case
+            fail(error)
+        else:
+            answer.add_done_callback(answered)
 
     def _send(
         self, link: Link, plan: BucketPlan, source: Source, version: int, tap: Callable[[Bucket], Bucket]
@@ -382,13 +437,15 @@ class Worker:
     def _read_back(self, link: Link, sent: SentDigests) -> dict[str, str]:
         """The digests of what the worker has, found right."""
         found, wanted = _digests(link, None), dict(sent.digests)
-        if _HEAD in found and _HEAD not in wanted and _EMBEDDING in wanted:
-            wanted[_HEAD] = wanted[_EMBEDDING]  # tied, or it would have had to be sent
-        wrong = [name for name, digest in wanted.items() if found.get(name) != digest]
+        known = {canonical(name): digest for name, digest in found.items()}
+        embedding = next((name for name in wanted if canonical(name) == EMBEDDING), None)
+        if HEAD in found and HEAD not in wanted and embedding is not None:
+            wanted[HEAD] = wanted[embedding]  # tied, or it would have had to be sent
+        wrong = [name for name, digest in wanted.items() if known.get(canonical(name)) != digest]
         if wrong:
             raise WorkerError(
                 f"{len(wrong)} of {len(wanted)} tensors read back from the worker are not what was sent, first {wrong[0]!r}: "
-                f"sent {wanted[wrong[0]]}, found {found.get(wrong[0])}; the worker's weights are not the trainer's"
+                f"sent {wanted[wrong[0]]}, found {known.get(canonical(wrong[0]))}; the worker's weights are not the trainer's"
             )
         return found
 
@@ -429,15 +486,16 @@ def _copies(future: Future[Completion], samples: int) -> list[Future[Completion]
 def check_specs(plan: BucketPlan, wanted: Mapping[str, TensorSpec]) -> None:
     """Raise ``PlanMismatchError`` naming the first tensor of a plan that is not among these, or that it leaves out. A tied tensor
     is there under any of its names."""
+    known = {canonical(name): spec for name, spec in wanted.items()}
     for spec in plan.specs:
-        mine = wanted.get(spec.name)
+        mine = known.get(canonical(spec.name))
         if mine is None:
             raise PlanMismatchError(f"the update has a tensor {spec.name!r} ({spec}), and the model has none of that name")
         if (mine.dtype, mine.shape) != (spec.dtype, spec.shape):
             raise PlanMismatchError(f"tensor {spec.name!r} is {spec} in the update and {mine} in the model")
-    sent = {spec.name for spec in plan.specs}
-    missing = next((name for name in wanted if name not in sent), None)
-    if missing is not None and not (missing == _HEAD and _EMBEDDING in sent):
+    sent = {canonical(spec.name) for spec in plan.specs}
+    missing = next((name for name in wanted if canonical(name) not in sent), None)
+    if missing is not None and not (missing == HEAD and EMBEDDING in sent):
         raise PlanMismatchError(f"the model's tensor {missing!r} is not in the update; send every parameter and persistent buffer")
 
 

@@ -53,6 +53,10 @@ class ReadTensor(msgspec.Struct, tag=True, frozen=True):
     name: str
 
 
+class ReadMediaHits(msgspec.Struct, tag=True, frozen=True):
+    pass
+
+
 class ReleaseMemory(msgspec.Struct, tag=True, frozen=True):
     """Answered with what it freed."""
 
@@ -70,7 +74,19 @@ class Close(msgspec.Struct, tag=True, frozen=True):
 
 
 Asking: TypeAlias = (
-    Submit | Abort | Run | Receive | Abandon | ReadSpecs | ReadDigests | ReadTensor | ReleaseMemory | ResumeMemory | Ping | Close
+    Submit
+    | Abort
+    | Run
+    | Receive
+    | Abandon
+    | ReadSpecs
+    | ReadDigests
+    | ReadTensor
+    | ReadMediaHits
+    | ReleaseMemory
+    | ResumeMemory
+    | Ping
+    | Close
 )
 
 
@@ -91,6 +107,13 @@ class Received(msgspec.Struct, tag=True, frozen=True):
 
 class Freed(msgspec.Struct, tag=True, frozen=True):
     nbytes: int
+
+
+class MediaHits(msgspec.Struct, tag=True, frozen=True):
+    """Media that the engine found in its cache of what it has processed, of those that it looked for; None: it does not say."""
+
+    hits: int | None = None
+    queries: int | None = None
 
 
 class Specs(msgspec.Struct, tag=True, frozen=True):
@@ -123,7 +146,7 @@ class Events(msgspec.Struct, tag=True, frozen=True):
     progress: list[Progress]
 
 
-Answer: TypeAlias = Done | Received | Freed | Specs | Digests | TensorBytes | Failed | Events
+Answer: TypeAlias = Done | Received | Freed | MediaHits | Specs | Digests | TensorBytes | Failed | Events
 
 
 class Answered(msgspec.Struct, frozen=True):

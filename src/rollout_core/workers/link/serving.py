@@ -27,8 +27,10 @@ from rollout_core.workers.link.messages import (
     Events,
     Failed,
     Freed,
+    MediaHits,
     Ping,
     ReadDigests,
+    ReadMediaHits,
     ReadSpecs,
     ReadTensor,
     Receive,
@@ -143,6 +145,9 @@ class Serving:
                 else:
                     self._steps = request.steps
                 return Done()
+            case ReadMediaHits():
+                hits = getattr(engine, "media_hits", None)  # of few engines
+                return MediaHits() if hits is None else MediaHits(*hits())
             case ReleaseMemory():
                 return Freed(engine.release_memory())
             case ResumeMemory():
