@@ -1,9 +1,9 @@
-"""Prompts with pictures: what of a conversation goes to an engine, and each picture's data only while the engine lacks it (clause W8).
+"""Prompts with pictures: what of a conversation goes to an engine, and a picture's data only while the engine lacks it (clause W8).
 
-Engines with a processor of their own get the compact ids and, at their placeholders, pictures: each under an identity that no other
-picture has, and as a PNG, which loses nothing. A picture that an engine was given goes by its identity alone from then on. An engine
-may drop what it was given; it says so, and the request is sent once more with all data. Engines without a processor get the tensors
-that the conversation has, each time.
+Engines with a processor of their own get the compact ids and, at their placeholders, pictures: each under an identity that no
+other picture has, and as a PNG, which loses nothing. A picture that an engine was given goes by its identity alone from then on.
+An engine may drop what it was given; it says so, and the request is sent once more with all data. Engines without a processor get
+the tensors that the conversation has, each time.
 """
 
 from __future__ import annotations
@@ -104,16 +104,16 @@ class Media:
     def again(self, rollout: Rollout, missing: Sequence[str]) -> Group:
         """A request that the engine has forgotten, because it misses these identities, with the data of all its media.
 
-        ``WorkerError`` if it has been sent again before."""
+        ``WorkerError`` if it was sent again before, and no token has come since."""
         with self._lock:
             held = self._open.get(rollout.key)
             self._report = _added(self._report, misses=len(missing))
-        if held is None or rollout.resent:
+        if held is None or rollout.resent_at == len(rollout.token_ids):
             raise WorkerError(
                 f"the engine says that it misses {len(missing)} pictures of prompt {rollout.prompt_index}, first {missing[0]}, "
                 "which it was just given: its cache may be too small for them"
             )
-        rollout.resent += 1
+        rollout.resent, rollout.resent_at = rollout.resent + 1, len(rollout.token_ids)
         self.forget(item.uuid() for item in held.prompt.items)
         # It may have tokens: an engine that starts requests anew looks for their media again.
         tokens, prompt, params = rollout.token_ids, held.prompt, held.params
@@ -146,9 +146,12 @@ class Media:
                 self._report = _added(self._report, **new)
         if media and rollout.key not in self._open:
             self._open[rollout.key] = _Open(prompt, params, most)
-            rollout.future.add_done_callback(lambda _, key=rollout.key: self._open.pop(key, None))
+            rollout.future.add_done_callback(lambda _: self._close(rollout.key))
         place, sample = rollout.prompt_index, rollout.sample_index
         return Request(rollout.key, list(prompt.ids), place, sample, media, list(prompt.input_ids), inputs)
+
+    def _close(self, key: int) -> None:
+        self._open.pop(key, None)
 
     def _media(self, items: Sequence[Item]) -> list[MediaItem]:
         found = []

@@ -25,6 +25,7 @@ class Rollout:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     resent: int = 0  # times that it was sent again, because the engine missed the data of its media
+    resent_at: int | None = None  # tokens that it had then
 
     def completion(self, status: Status, version: int, error: str = "") -> Completion:
         return Completion(
