@@ -42,14 +42,14 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typing(session: nox.Session) -> None:
     """mypy, strict."""
-    install(session, "typing", extras="[hf,cli,testing]")
+    install(session, "typing", extras="[hf,http,cli,testing]")
     session.run("mypy", "--python-executable", f"{session.virtualenv.location}/bin/python")
 
 
 @nox.session
 def unit(session: nox.Session) -> None:
     """The pure tests, with every branch of bucketing covered."""
-    install(session, "test", extras="[hf,cli,testing]")
+    install(session, "test", extras="[hf,http,cli,testing]")
     session.run(
         *("pytest", "tests/unit", "-m", "not slow", "--cov", "--cov-report=term-missing", "--cov-fail-under=100"),
         *session.posargs,
@@ -60,7 +60,7 @@ def unit(session: nox.Session) -> None:
 @nox.session
 def kit(session: nox.Session) -> None:
     """The conformance kit kills every mutant, and our own packers and tracker pass it; `-- --table` prints the mutants instead."""
-    install(session, "test", extras="[cli,testing]")
+    install(session, "test", extras="[http,cli,testing]")
     if session.posargs == ["--table"]:
         session.run("python", "-m", "rollout_core.testing.mutants", env=QUIET)
     else:
@@ -140,7 +140,7 @@ def engines_vllm(session: nox.Session) -> None:
     """The worker contract on a real vLLM, CPU; and the doors of vLLM, SGLang and verl, which need no more than that."""
     session.install(TORCH)
     session.install("--no-deps", "-r", "tests/doors/requirements.txt")
-    install(session, "test", extras="[testing]")
+    install(session, "test", extras="[http,testing]")
     places = ("tests/engines/contract", "tests/engines/vllm", "tests/doors")
     session.run("pytest", *places, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "vllm"})
 
@@ -151,7 +151,7 @@ def engines_sglang(session: nox.Session) -> None:
     session.install(TORCH)
     session.install("--no-deps", "-r", "tests/engines/sglang/requirements.txt")
     _stand_in(session, "triton", "sgl_kernel")
-    install(session, "test", extras="[testing]")
+    install(session, "test", extras="[http,testing]")
     places = ("tests/engines/contract", "tests/engines/sglang")
     session.run("pytest", *places, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "sglang"})
 
