@@ -96,7 +96,7 @@ def worker_starts(context: Context) -> str:
 
 def starts_equal(context: Context) -> str:
     """Before any sync the worker holds what the folder holds."""
-    return _compare(context, context.running().tensor_digests())
+    return compare(context, context.running().tensor_digests())
 
 
 def weights_arrive(context: Context) -> str:
@@ -108,7 +108,7 @@ def weights_arrive(context: Context) -> str:
     changed = context.models.perturb(context.trainer, context.perturbation, computed=worker.takes_computed)
     report = worker.sync_weights(context.trainer, capacity=context.capacity)
     after = worker.tensor_digests()
-    figure = _compare(context, after)
+    figure = compare(context, after)
     stale = [name for name in changed if after[name] == before.get(name)]
     _expect(not stale, f"{len(stale)} tensors were changed by the trainer and not in the worker, first {stale[:1]}")
     _expect(
@@ -122,7 +122,7 @@ def _greedy(context: Context) -> list[Completion]:
     return context.running().generate(context.prompts, SamplingParams(response_length=context.response_length))
 
 
-def _compare(context: Context, found: dict[str, str]) -> str:
+def compare(context: Context, found: dict[str, str]) -> str:
     """Hold the worker's digests against the trainer's tensors; the first that differs is fetched and shown."""
     weights, values = context.weights(), context.running().reads_values
     missing = [name for name in weights if name not in found]
@@ -344,7 +344,7 @@ def damage_is_refused(context: Context) -> str:
         raise CheckFailed(f"a flipped bit in bucket {flipped} was not noticed")
     _same_version(worker, version)
     report = worker.sync_weights(context.trainer, capacity=context.capacity)
-    _compare(context, worker.tensor_digests())
+    compare(context, worker.tensor_digests())
     return f"{refusal!r}; recovered as version {report.version}"
 
 
@@ -352,7 +352,7 @@ def _same_version(worker: Worker, version: int) -> None:
     _expect(worker.version == version, f"the version went from {version} to {worker.version} in an update that failed")
 
 
-class _Failing(Mapping[str, torch.Tensor]):
+class Failing(Mapping[str, torch.Tensor]):
     """Weights of which one can be read once, for the plan, and fails when it is to be sent."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], name: str) -> None:
@@ -382,7 +382,7 @@ def half_an_update_is_no_update(context: Context) -> str:
     plan = plan_buckets(specs, capacity)
     late = [slot.name for layout in plan.buckets[1:] for slot in layout.slots if slot.start == 0]
     _expect(bool(late), "the model has one tensor, and half an update cannot be made of it")
-    source = _Failing(weights, late[-1])
+    source = Failing(weights, late[-1])
     sent: list[int] = []
 
     def count(bucket: Bucket) -> Bucket:
@@ -405,7 +405,7 @@ def half_an_update_is_no_update(context: Context) -> str:
         raise CheckFailed(f"the worker generated with {len(sent)} of {len(plan.buckets)} buckets of an update loaded")
     _expect("unusable" in refusal, f"the worker refused to generate for another reason: {refusal}")
     worker.sync_weights(weights, capacity=capacity)
-    _compare(context, worker.tensor_digests())
+    compare(context, worker.tensor_digests())
     return f"stopped after {len(sent)} of {len(plan.buckets)} buckets; generation refused until the next sync"
 
 

@@ -1,9 +1,10 @@
 """The conformance kit: Hypothesis strategies, oracles, and checks that find the smallest input on which a subject breaks a clause.
 
-    from rollout_core.testing import check_carrier, check_packer, check_tracker
+    from rollout_core.testing import check_carrier, check_packer, check_tracker, check_worker
     print(check_packer(MyPacker))
     print(check_tracker(MyTracker))
     print(check_carrier(my_carrier))
+    print(check_worker(MyWorker))
 
 Importing this package loads neither torch nor hypothesis; a name is loaded when it is first used.
 """
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
         parametrize_carrier_checks,
         parametrize_packer_checks,
         parametrize_tracker_checks,
+        parametrize_worker_checks,
     )
     from rollout_core.testing.registry import Check, Violation, get_check, select_checks
     from rollout_core.testing.report import Report, Result
-    from rollout_core.testing.runner import check_carrier, check_packer, check_tracker, recheck, replay
+    from rollout_core.testing.runner import check_carrier, check_packer, check_tracker, check_worker, recheck, replay
     from rollout_core.testing.trackers import TRACKER_CAPABILITIES
+    from rollout_core.testing.workers import WORKER_CAPABILITIES
     from rollout_core.testing.worlds import make_world, register_world
 
 _HOMES: Final = {
@@ -38,9 +41,11 @@ _HOMES: Final = {
     "SubjectError": "isolation",
     "TRACKER_CAPABILITIES": "trackers",
     "Violation": "registry",
+    "WORKER_CAPABILITIES": "workers",
     "check_carrier": "runner",
     "check_packer": "runner",
     "check_tracker": "runner",
+    "check_worker": "runner",
     "functions_packer": "adapters",
     "get_check": "registry",
     "grouping_packer": "adapters",
@@ -48,6 +53,7 @@ _HOMES: Final = {
     "parametrize_carrier_checks": "parametrize",
     "parametrize_packer_checks": "parametrize",
     "parametrize_tracker_checks": "parametrize",
+    "parametrize_worker_checks": "parametrize",
     "recheck": "runner",
     "register_world": "worlds",
     "replay": "runner",
@@ -59,6 +65,7 @@ __all__ = [
     "CAPABILITIES",
     "CARRIER_CAPABILITIES",
     "TRACKER_CAPABILITIES",
+    "WORKER_CAPABILITIES",
     "Check",
     "Report",
     "Result",
@@ -67,6 +74,7 @@ __all__ = [
     "check_carrier",
     "check_packer",
     "check_tracker",
+    "check_worker",
     "functions_packer",
     "get_check",
     "grouping_packer",
@@ -76,6 +84,7 @@ __all__ = [
     "parametrize_carrier_checks",
     "parametrize_packer_checks",
     "parametrize_tracker_checks",
+    "parametrize_worker_checks",
     "recheck",
     "register_world",
     "replay",

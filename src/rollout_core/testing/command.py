@@ -1,10 +1,10 @@
-"""``rollout-core check``: run the checks on a packer, a tracker or a carrier, print what was found, and write it down."""
+"""``rollout-core check``: run the checks on a packer, a tracker, a carrier or a worker, print what was found, and write it down."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 
 def check_command(
     target: Annotated[
-        str, typer.Argument(help="package.module:packer, :Tracker or :carrier, or the name of a shipped adapter (see --list).")
+        str,
+        typer.Argument(help="package.module:packer, :Tracker, :carrier or :make_worker, or a shipped adapter's name (see --list)."),
     ] = "",
     only: Annotated[list[str] | None, typer.Option(help="Only these checks or clauses, for example B3 or B13-replay.")] = None,
     max_examples: Annotated[int, typer.Option(min=1, help="Cases tried by each check.")] = 100,
     seed: Annotated[int, typer.Option(help="The same seed tries the same cases.")] = 0,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that one case may take.")] = 5.0,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds that one case, or a worker's call, may take: 5, or 30.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Try a worker on the model in this folder.")] = None,
     level: Annotated[str, typer.Option(help="The set of checks; a level never changes.")] = "2026.1",
     expect: Annotated[Path | None, typer.Option(help="A file of lines 'check id: reason' for checks that may fail.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the report here, for machines and --replay.")] = None,
@@ -34,7 +38,7 @@ def check_command(
     worlds: Annotated[list[str] | None, typer.Option("--world", help="Try a tracker in these worlds only.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the checks, capabilities and shipped adapters.")] = False,
 ) -> None:
-    """Run the conformance checks on a packer, a tracker or a carrier: every violated clause with its smallest counterexample.
+    """Run the checks on a packer, a tracker, a carrier or a worker: every violated clause with its smallest counterexample.
 
     Exits with 0 if nothing failed, 1 if something did, 2 if it could not begin.
     """
@@ -54,12 +58,16 @@ def check_command(
             _refuse(f"{option}: the folder {path.parent} does not exist")
     try:
         if replay is not None:
-            report = runner.replay(target, _saved(replay), timeout=timeout)
+            report = runner.replay(target, _saved(replay), timeout=timeout, model=model)
             print(report)
         else:
             console = Console(soft_wrap=True)
             kind = kind_of(target)
-            more = {"worlds": worlds} if worlds else {}
+            more: dict[str, Any] = {"worlds": worlds} if worlds else {}
+            more |= {"timeout": timeout} if timeout is not None else {}
+            more |= {"model": model} if model is not None else {}
+            if model is not None and kind != "worker":
+                _refuse(f"--model is for workers, and this is a {kind}")
             if worlds and kind != "tracker":
                 _refuse(f"--world is for trackers, and this is a {kind}")
             with _progress(console) as bar:
@@ -73,7 +81,11 @@ def check_command(
 
                 task = bar.add_task(f"loading the {kind}", total=None)
                 heading = f"{target}: level {level}, seed {seed}, up to {max_examples} cases a check"
-                checks: dict[str, Callable[..., Report]] = {"tracker": runner.check_tracker, "carrier": runner.check_carrier}
+                checks: dict[str, Callable[..., Report]] = {
+                    "tracker": runner.check_tracker,
+                    "carrier": runner.check_carrier,
+                    "worker": runner.check_worker,
+                }
                 run: Callable[..., Report] = checks.get(kind, runner.check_packer)
                 report = run(
                     target,
@@ -82,7 +94,6 @@ def check_command(
                     expected_failures=_expected(expect) if expect else None,
                     max_examples=max_examples,
                     seed=seed,
-                    timeout=timeout,
                     progress=show,
                     **more,
                 )
@@ -132,22 +143,28 @@ def _list() -> None:
     from rollout_core.testing.packers import CAPABILITIES
     from rollout_core.testing.peers import PEERS, TRACKER_PEERS, real_worlds
     from rollout_core.testing.registry import LEVELS, select_checks
-    from rollout_core.testing.targets import OWN, OWN_CARRIERS, OWN_TRACKERS
+    from rollout_core.testing.targets import OWN, OWN_CARRIERS, OWN_TRACKERS, OWN_WORKERS
     from rollout_core.testing.trackers import TRACKER_CAPABILITIES
+    from rollout_core.testing.workers import WORKER_CAPABILITIES
     from rollout_core.testing.worlds import world_names
 
     print(f"checks (level {LEVELS[-1]})")
-    for check in (check for kind in ("packer", "tracker", "carrier") for check in select_checks(kind)):
+    for check in (check for kind in ("packer", "tracker", "carrier", "worker") for check in select_checks(kind)):
         needs = f"  [needs {', '.join(sorted(check.needs))}]" if check.needs else ""
         print(f"  {check.id:<28} {check.title}{needs}")
-    for kind, known in (("", CAPABILITIES), (" of trackers", TRACKER_CAPABILITIES), (" of carriers", CARRIER_CAPABILITIES)):
+    for kind, known in (
+        ("", CAPABILITIES),
+        (" of trackers", TRACKER_CAPABILITIES),
+        (" of carriers", CARRIER_CAPABILITIES),
+        (" of workers", WORKER_CAPABILITIES),
+    ):
         print(f"capabilities{kind}")
         for name, words in known.items():
             print(f"  {name:<28} {words}")
     print("worlds of trackers")
     print("\n".join(f"  {name}" for name in [*world_names(), *real_worlds.WORLDS]))
     print("shipped adapters")
-    for name, target in {**OWN, **OWN_TRACKERS, **OWN_CARRIERS}.items():
+    for name, target in {**OWN, **OWN_TRACKERS, **OWN_CARRIERS, **OWN_WORKERS}.items():
         print(f"  {name:<28} {target}")
     for peer in PEERS.values():
         print(f"  {peer.name:<28} {peer.distribution} {peer.version}, {peer.source}")

@@ -1,7 +1,7 @@
 """A worker without a model: its engine's next token is a hash of the weights and of all tokens so far.
 
-Everything around it is real: the worker, its link and serving, updates in buckets, readback. A request takes microseconds a token, so
-that hundreds of programs are played in seconds, and every rule of requests and weights can be tried on it.
+Everything around it is real: the worker, its link and serving, updates in buckets, readback. A token takes microseconds, so that
+hundreds of programs are played in seconds, and every rule of requests and weights can be tried on it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rollout_core.transfer.carriers.memory import MemoryReceiver
 from rollout_core.transfer.causes import cause_of
 from rollout_core.workers.contract import SamplingParams, Status
 from rollout_core.workers.digests import weight_digest
-from rollout_core.workers.engine import Emit, Group, Progress, Request, Update
+from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
 from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.worker import Worker
 
@@ -61,7 +61,6 @@ class FakeModel(torch.nn.Module):
 
 class _Config:
     vocab_size = VOCABULARY
-    eos_token_id = list(EOS)
 
     def get_text_config(self) -> _Config:
         return self
@@ -109,7 +108,8 @@ class FakeModels:
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """A request and what it has so far. ``cache``: the hash of its ids under the weights of number ``cached_under``, as a KV cache."""
+    """A request and what it has so far. ``cache``, as a KV cache, is the hash of the ids so far under the weights of
+    number ``cached_under``."""
 
     request: Request
     params: SamplingParams
@@ -129,6 +129,8 @@ class FakeEngine:
         self.weights = DirectWeights(self.model)
         self.groups: list[tuple[int, dict[int, Row]]] = []  # max_batch, and the rows that have not ended
         self.loads = 0  # updates that changed the weights
+        self.is_released = False
+        self.awaits = False  # weights, since its memory was released
 
     @property
     def version(self) -> int:
@@ -136,19 +138,13 @@ class FakeEngine:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self.groups)
+        return bool(self.groups) and not self.awaits
 
     def submit(self, group: Group) -> None:
         self.check_usable()
         for request in group.requests:
             self._check(request, group.params)
-        seed = group.params.seed
-        rows = {
-            request.key: Row(
-                request, group.params, random.Random(None if seed is None else f"{seed} {request.place} {request.sample}")
-            )
-            for request in group.requests
-        }
+        rows = {request.key: Row(request, group.params, _draws(group.params, request)) for request in group.requests}
         if rows:
             self.groups.append((group.max_batch, rows))
 
@@ -218,9 +214,12 @@ class FakeEngine:
         return self.weights.tensors
 
     def update(self, update: Update) -> float:
+        if self.is_released:
+            raise WorkerError(RELEASED)
         with MemoryReceiver.connect(update.address, timeout=update.timeout) as carrier:
             report = receive(carrier, self.weights, timeout=update.timeout)
         self.loads += 1
+        self.awaits = False
         return report.loading
 
     def abandon(self, version: int) -> None:
@@ -231,11 +230,27 @@ class FakeEngine:
     def specs(self) -> None:
         """The target compares an update's plan with the model."""
 
+    def release_memory(self) -> int:
+        """The weights are gone; their tensors stay, as there is no memory to speak of."""
+        if self.is_released:
+            return 0
+        self.is_released = self.awaits = True
+        freed = 0
+        for tensor in self.weights.tensors.values():
+            freed += tensor.nbytes
+            tensor.zero_()
+        return freed
+
+    def resume_memory(self) -> None:
+        self.is_released = False
+
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:
+        self.check_memory()
         found = {name: weight_digest(tensor) for name, tensor in self.weights.tensors.items()}
         return found if names is None else {name: found[name] for name in names if name in found}
 
     def read_tensor(self, name: str) -> torch.Tensor:
+        self.check_memory()
         if name not in self.weights.tensors:
             raise WorkerError(f"the worker has no tensor {name!r}")
         return self.weights.tensors[name].detach().clone()
@@ -243,7 +258,14 @@ class FakeEngine:
     def close(self) -> None:
         self.groups.clear()
 
+    def check_memory(self) -> None:
+        if self.is_released:
+            raise WorkerError(RELEASED)
+
     def check_usable(self) -> None:
+        self.check_memory()
+        if self.awaits:
+            raise WorkerError(f"the worker's weights are unusable: {AWAITED}; call sync_weights")
         if self.weights.unusable is not None:
             raise WorkerError(f"the worker's weights are unusable: {self.weights.unusable}; call sync_weights again")
 
@@ -258,6 +280,11 @@ class FakeEngine:
 
     def _forget_empty(self) -> None:
         self.groups = [group for group in self.groups if group[1]]
+
+
+def _draws(params: SamplingParams, request: Request) -> random.Random:
+    """What a sample is drawn with: the same for the same seed and place in a call."""
+    return random.Random(None if params.seed is None else f"{params.seed} {request.place} {request.sample}")
 
 
 class FakeWorker(Worker):

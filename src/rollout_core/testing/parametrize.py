@@ -1,8 +1,9 @@
-"""``parametrize_packer_checks`` and those of trackers and carriers: the checks as pytest tests, one for each subject and check."""
+"""``parametrize_packer_checks`` and its siblings: the checks as pytest tests, one for each subject and check."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from rollout_core.testing.packers import name_of
 from rollout_core.testing.registry import LEVELS, Check, SubjectKind, select_checks
 from rollout_core.testing.report import Report, Result, result_lines
-from rollout_core.testing.runner import check_carrier, check_packer, check_tracker, expected_of
+from rollout_core.testing.runner import check_carrier, check_packer, check_tracker, check_worker, expected_of
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 
@@ -85,6 +86,30 @@ def parametrize_carrier_checks(
     """
     options = {"level": level, "max_examples": max_examples, "seed": seed, "timeout": timeout, "isolate": isolate}
     return _parametrized("carrier", check_carrier, carriers, only, expected_failures, options)
+
+
+def parametrize_worker_checks(
+    workers: Sequence[Any],
+    *,
+    model: str | Path | None = None,
+    level: str = LEVELS[-1],
+    only: Iterable[str] = (),
+    expected_failures: Mapping[str, str] | None = None,
+    max_examples: int = 100,
+    seed: int = 0,
+    timeout: float = 30.0,
+) -> Callable[[Test], Test]:
+    """Parametrize a test over workers and the checks of a level:
+
+        @parametrize_worker_checks([make_worker])
+        def test_worker(worker, check):
+            check(worker)
+
+    Each check starts a worker of its own: for an engine that takes long to start, one test with ``check_worker`` is quicker. Its
+    arguments are those of ``check_worker``; everything else is as for ``parametrize_packer_checks``.
+    """
+    options = {"model": model, "level": level, "max_examples": max_examples, "seed": seed, "timeout": timeout}
+    return _parametrized("worker", check_worker, workers, only, expected_failures, options)
 
 
 def _parametrized(

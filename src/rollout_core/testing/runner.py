@@ -1,4 +1,4 @@
-"""check_packer, check_tracker, check_carrier: run every check on a subject and report what came of each."""
+"""check_packer, check_tracker, check_carrier, check_worker: run every check on a subject and report what came of each."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import msgspec
 
 import rollout_core.testing.checks  # noqa: F401 - registers the checks
-from rollout_core.testing.isolation import Here, Isolated, Outcome, Start, SubjectError
+from rollout_core.testing.isolation import Here, Isolated, Outcome, Start, SubjectError, run_case
 from rollout_core.testing.peers import PEERS
-from rollout_core.testing.registry import LEVELS, Check, SubjectKind, get_check, select_checks
+from rollout_core.testing.registry import LEVELS, Check, SubjectKind, Violation, get_check, select_checks
 from rollout_core.testing.report import Report, Result, versions
 from rollout_core.testing.scripts import reproduction, target_of
 from rollout_core.testing.search import Finding, search
-from rollout_core.testing.targets import OWN, OWN_CARRIERS, OWN_TRACKERS, capability_words, load_target, wrap
+from rollout_core.testing.targets import OWN, OWN_CARRIERS, OWN_TRACKERS, OWN_WORKERS, capability_words, load_target, wrap
 from rollout_core.testing.targets import kind_of as kind_of_loaded
+from rollout_core.testing.workers import WorkerUnderTest
 from rollout_core.testing.worlds import world_info
 
 #: Called before each check with None, and after it with its result; and with the number of checks.
@@ -99,12 +101,43 @@ def check_carrier(
     return _run("carrier", carrier, level, only, expected_failures, max_examples, seed, timeout, isolate, progress)
 
 
-def replay(subject: Any, report: Report, *, timeout: float = 5.0, isolate: bool = True) -> Report:
-    """Run the counterexamples of a saved report again, and nothing else."""
+def check_worker(
+    make_worker: Any,
+    *,
+    model: str | Path | None = None,
+    level: str = LEVELS[-1],
+    only: Iterable[str] = (),
+    expected_failures: Mapping[str, str] | None = None,
+    max_examples: int = 100,
+    seed: int = 0,
+    timeout: float = 30.0,
+    progress: Progress | None = None,
+) -> Report:
+    """Run the checks of a level on a rollout worker: ``make_worker(folder)``, which starts one on the model in a folder, a class of
+    workers, or the name of either. ``rollout_core.testing.workers`` says what it may have.
+
+    ``model``: a folder as ``save_pretrained`` writes it; None: a small random one. One worker serves all checks, in this process or
+    those that it starts itself, and is started again where a check has left it broken. ``timeout``: seconds that one of its calls,
+    or a request, may take. The other arguments are those of ``check_packer``, and so are the errors.
+    """
+    options = (level, only, expected_failures, max_examples, seed, timeout, False, progress)
+    start = partial(_WorkerExecutor, make_worker, model, timeout)
+    return _run("worker", make_worker, *options, start=start, model=str(model or ""))
+
+
+def replay(
+    subject: Any, report: Report, *, timeout: float | None = None, isolate: bool = True, model: str | Path | None = None
+) -> Report:
+    """Run the counterexamples of a saved report again, and nothing else. ``model``: that of a worker."""
     started = time.monotonic()
     saved = [result for result in report.results if bytes(result.case) != b"null"]
     kind = get_check(saved[0].id).kind if saved else "packer"
-    with _Executor(kind, subject, timeout, isolate) as execute:
+    execute: _Executor | _WorkerExecutor
+    if kind == "worker":
+        execute = _WorkerExecutor(subject, model, timeout or 30.0)
+    else:
+        execute = _Executor(kind, subject, timeout or 5.0, isolate)
+    with execute:
         results = []
         for old in saved:
             check = get_check(old.id)
@@ -117,7 +150,14 @@ def replay(subject: Any, report: Report, *, timeout: float = 5.0, isolate: bool 
                 skip=outcome.text if outcome.result == "skip" else "",
             )
             results.append(
-                _result(check, finding, time.monotonic() - begun, old.reason if old.status == "xfail" else None, subject)
+                _result(
+                    check,
+                    finding,
+                    time.monotonic() - begun,
+                    old.reason if old.status == "xfail" else None,
+                    subject,
+                    str(model or ""),
+                )
             )
     return msgspec.structs.replace(
         report,
@@ -129,9 +169,16 @@ def replay(subject: Any, report: Report, *, timeout: float = 5.0, isolate: bool 
     )
 
 
-def recheck(subject: Any, id: str, case: str | bytes) -> None:
-    """Run one check on one case, written as JSON. ``Violation`` if the subject still fails it."""
+def recheck(subject: Any, id: str, case: str | bytes, *, model: str | Path | None = None) -> None:
+    """Run one check on one case, written as JSON. ``Violation`` if the subject still fails it. ``model``: that of a worker."""
     check = get_check(id)
+    if check.kind == "worker":
+        worker = WorkerUnderTest(subject, model)
+        try:
+            check.run(worker, msgspec.json.decode(case, type=check.case_type))
+        finally:
+            worker.close()
+        return
     check.run(wrap(check.kind, subject, None), msgspec.json.decode(case, type=check.case_type))
 
 
@@ -147,6 +194,9 @@ def _run(
     isolate: bool,
     progress: Progress | None,
     asked: Iterable[str] = (),
+    *,
+    start: Callable[[], _WorkerExecutor] | None = None,
+    model: str = "",
 ) -> Report:
     started = time.monotonic()
     if max_examples < 1 or timeout <= 0:
@@ -155,7 +205,8 @@ def _run(
         )
     checks, expected = select_checks(kind, level=level, only=only), expected_of(kind, expected)
     results = []
-    with _Executor(kind, target, timeout, isolate) as execute:
+    execute = start() if start is not None else _Executor(kind, target, timeout, isolate)
+    with execute:
         if any(check.twins for check in checks):
             execute.start_twins()
         for check in checks:
@@ -164,7 +215,7 @@ def _run(
             begun = time.monotonic()
             execute.begin_check()
             finding = _find(check, execute, max_examples, seed, frozenset(asked))
-            result = _result(check, finding, time.monotonic() - begun, expected.get(check.id), target)
+            result = _result(check, finding, time.monotonic() - begun, expected.get(check.id), target, model)
             results.append(result)
             if progress:
                 progress(check, result, len(checks))
@@ -192,7 +243,7 @@ def expected_of(kind: SubjectKind, expected: Mapping[str, str] | None) -> dict[s
     return reasons
 
 
-def _find(check: Check, execute: _Executor, max_examples: int, seed: int, asked: frozenset[str]) -> Finding:
+def _find(check: Check, execute: _Executor | _WorkerExecutor, max_examples: int, seed: int, asked: frozenset[str]) -> Finding:
     missing = sorted(check.needs - execute.capabilities)
     if missing:
         words = capability_words(check.subject)
@@ -203,7 +254,7 @@ def _find(check: Check, execute: _Executor, max_examples: int, seed: int, asked:
     return search(check.cases(execute.capabilities | asked), partial(execute, check), max_examples=examples, random_seed=seed)
 
 
-def _result(check: Check, finding: Finding, seconds: float, reason: str | None, target: Any) -> Result:
+def _result(check: Check, finding: Finding, seconds: float, reason: str | None, target: Any, model: str = "") -> Result:
     """The result of a check, given what was found and why it was expected to fail, if it was."""
     fields: dict[str, Any] = {"id": check.id, "title": check.title, "examples": finding.examples, "seconds": round(seconds, 3)}
     if finding.skip:
@@ -222,7 +273,7 @@ def _result(check: Check, finding: Finding, seconds: float, reason: str | None, 
         text=finding.outcome.text,
         words=str(case),
         case=msgspec.Raw(finding.case),
-        script=reproduction(check, case, target, finding.outcome.text),
+        script=reproduction(check, case, target, finding.outcome.text, model),
     )
 
 
@@ -285,6 +336,41 @@ class _Executor:
         return one
 
 
+class _WorkerExecutor:
+    """Runs cases on one worker, which closes with it. It is not isolated: it may have processes, and time limits, of its own."""
+
+    importable = False
+
+    def __init__(self, target: Any, model: str | Path | None, timeout: float) -> None:
+        try:
+            self._worker = WorkerUnderTest(load_target(target) if isinstance(target, str) else target, model, timeout=timeout)
+        except TypeError as error:
+            raise SubjectError(str(error)) from error
+        try:
+            self.capabilities = self._worker.capabilities
+        except Violation as violation:
+            self._worker.close()
+            raise SubjectError(str(violation)) from violation
+        except BaseException:
+            self._worker.close()
+            raise
+
+    def __enter__(self) -> _WorkerExecutor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._worker.close()
+
+    def begin_check(self) -> None:
+        """Every check is given the same time."""
+
+    def start_twins(self) -> None:
+        """There are none."""
+
+    def __call__(self, check: Check, case: bytes) -> Outcome:
+        return run_case(self._worker, check, case)
+
+
 def kind_of(target: str) -> SubjectKind:
     """What a name stands for. The module is loaded in a process of its own; one that cannot be loaded is told when it is run."""
     if target in OWN_TRACKERS:
@@ -293,6 +379,8 @@ def kind_of(target: str) -> SubjectKind:
         return "packer"
     if target in OWN_CARRIERS:
         return "carrier"
+    if target in OWN_WORKERS:
+        return "worker"
     runner = None
     try:
         runner = Isolated(lambda phase: _Kind(frozenset({kind_of_loaded(load_target(target))})))

@@ -15,6 +15,8 @@ from rollout_core.testing.registry import Check
 from rollout_core.testing.targets import full_name
 from rollout_core.testing.tracker_cases import TrackerCase
 from rollout_core.testing.tracker_scripts import tracker_script
+from rollout_core.testing.worker_cases import WorkerCase
+from rollout_core.testing.worker_scripts import worker_script
 
 #: Longer than this a tensor's bytes are made by a formula and not written out.
 _WRITTEN_OUT: Final = 64
@@ -85,8 +87,9 @@ def _named(name: str, words: str) -> Target:
     return Target(name, words, True, f"from {module} import {first}", make)
 
 
-def reproduction(check: Check, case: Any, target: Any, text: str) -> str:
-    """The script for a case of a check; empty if the check has none. ``text``: what went wrong, for its docstring."""
+def reproduction(check: Check, case: Any, target: Any, text: str, model: str = "") -> str:
+    """The script for a case of a check; empty if the check has none. ``text``: what went wrong, for its docstring; ``model``: the
+    folder of a worker's model."""
     if not check.script:
         return ""
     place = target_of(target)
@@ -97,6 +100,10 @@ def reproduction(check: Check, case: Any, target: Any, text: str) -> str:
     if isinstance(case, CarrierCase):
         make = place.name.partition(":")[2] or "my_carrier"
         return carrier_script(check, case, place.imports or f"# my_carrier = ...  # put yours here: {place.words}", make, text)
+    if isinstance(case, WorkerCase):
+        make = place.name.partition(":")[2] or "make_worker"
+        imports = place.imports or f"# make_worker = ...  # put yours here: {place.words}"
+        return worker_script(check, case, imports, make, text, model)
     if not isinstance(case, PackerCase):
         return ""
     head = _HEAD.format(

@@ -31,7 +31,9 @@ OWN_CARRIERS: Final = {
     "rollout_core-memory": "rollout_core.testing.own_carriers:memory_carrier",
     "reference-carrier": "rollout_core.testing.reference_carrier:ReferenceCarrier",
 }
-_ALL_OWN: Final = {**OWN, **OWN_TRACKERS, **OWN_CARRIERS}
+#: A worker whose engine is a hash, in a thread of this process.
+OWN_WORKERS: Final = {"fake-worker": "rollout_core.testing.fake_engine:FakeWorker"}
+_ALL_OWN: Final = {**OWN, **OWN_TRACKERS, **OWN_CARRIERS, **OWN_WORKERS}
 
 
 def full_name(target: str) -> str:
@@ -83,17 +85,22 @@ def wrap(kind: SubjectKind, target: Any, phase: Any) -> Subject:
         from rollout_core.testing.carriers import CarrierUnderTest
 
         return CarrierUnderTest(target, phase)
-    raise TypeError(f"there are no checks for a {kind} yet")
+    from rollout_core.testing.workers import WorkerUnderTest
+
+    return WorkerUnderTest(target, phase=phase)
 
 
 def kind_of(target: Any) -> SubjectKind:
-    """What a target is meant to be: a carrier if it takes ``receivers``, a tracker if it has a tracker's methods or takes a
-    processor, else a packer."""
+    """What a target is meant to be: a carrier if it takes ``receivers``, a worker if it takes ``folder`` or is a class of workers,
+    a tracker if it has a tracker's methods or takes a processor, else a packer."""
     from rollout_core.testing.carriers import looks_like_a_carrier
     from rollout_core.testing.trackers import looks_like_a_tracker
+    from rollout_core.testing.workers import looks_like_a_worker
 
     if looks_like_a_carrier(target):
         return "carrier"
+    if looks_like_a_worker(target):
+        return "worker"
     return "tracker" if looks_like_a_tracker(target) else "packer"
 
 
@@ -107,4 +114,8 @@ def capability_words(kind: str) -> Mapping[str, str]:
         from rollout_core.testing.carriers import CARRIER_CAPABILITIES
 
         return CARRIER_CAPABILITIES
+    if kind == "worker":
+        from rollout_core.testing.workers import WORKER_CAPABILITIES
+
+        return WORKER_CAPABILITIES
     return CAPABILITIES

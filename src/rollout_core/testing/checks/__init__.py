@@ -24,6 +24,8 @@ from rollout_core.testing.checks import (
     tracker_media,
     tracker_refusals,
     tracker_values,
+    worker_given,
+    worker_programs,
 )
 
 __all__ = [
@@ -50,4 +52,6 @@ __all__ = [
     "tracker_media",
     "tracker_refusals",
     "tracker_values",
+    "worker_given",
+    "worker_programs",
 ]
