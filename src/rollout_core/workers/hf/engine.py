@@ -18,6 +18,7 @@ from rollout_core.transfer.targets import persistent_weights
 from rollout_core.workers.digests import weight_digest
 from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
 from rollout_core.workers.hf.generate import check, decode_watched, ends_of, plain, seeded, settings_of
+from rollout_core.workers.hf.media import inputs_of
 from rollout_core.workers.hf.memory import ReleasedWeights
 
 
@@ -37,15 +38,16 @@ class _Queued:
     ends: set[int]  # ids that end a response
     rows: dict[int, _Row]
     waiting: deque[_Row]
+    inputs: dict[int, bytes]  # by the place of a prompt that has media
 
 
 class HFEngine:
-    """A transformers causal language model from a folder; ``threads``: torch's, 0 for its own choice."""
+    """A transformers model from a folder, of text or of pictures and text; ``threads``: torch's, 0 for its own choice."""
 
     is_read_in_update: Final = True
 
     def __init__(self, model: str, *, dtype: str = "float32", device: str = "cpu", threads: int = 0) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -55,7 +57,10 @@ class HFEngine:
             raise WorkerError(f"{model} is no folder; pass the folder that save_pretrained wrote")
         try:
             # Code from the folder is never run, and False rather than None keeps transformers from asking at the terminal.
-            self.model: Any = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+            self._sees = hasattr(config, "vision_config")
+            loader = AutoModelForImageTextToText if self._sees else AutoModelForCausalLM
+            self.model: Any = loader.from_pretrained(
                 model, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
             ).to(device)
         except Exception as error:  # transformers raises many kinds; what the operator needs is the folder and the cause
@@ -78,12 +83,15 @@ class HFEngine:
     def submit(self, group: Group) -> None:
         self._check_usable()
         params, eos = group.params, self._eos_token_ids()
-        prompts: dict[int, list[int]] = {request.place: request.prompt for request in group.requests}
+        prompts: dict[int, list[int]] = {request.place: _prompt(request) for request in group.requests}
+        inputs = {request.place: request.inputs for request in group.requests if request.inputs}
+        if inputs and not self._sees:
+            raise WorkerError(f"prompt {min(inputs)} shows pictures, and the model takes none")
         stops = {"eos_token_ids": eos, "stop_token_ids": params.stop_token_ids}
         check(self.model, [prompts[place] for place in sorted(prompts)], params.response_length, stops)
         rows = {request.key: _Row(request) for request in group.requests}
         if rows:
-            self._queue.append(_Queued(group, ends_of(params, eos), rows, deque(rows.values())))
+            self._queue.append(_Queued(group, ends_of(params, eos), rows, deque(rows.values()), inputs))
 
     def abort(self, keys: Sequence[int] | None, emit: Emit) -> None:
         groups = [*self._queue, *([self._running] if self._running is not None else [])]
@@ -162,9 +170,12 @@ class HFEngine:
         params, ends = queued.group.params, queued.ends
         batch: list[_Row] = []
         while queued.waiting and len(batch) < queued.group.max_batch:
-            if batch and len(queued.waiting[0].tokens) != len(batch[0].tokens):
+            row = queued.waiting[0]
+            if batch and len(row.tokens) != len(batch[0].tokens):
                 break  # transformers counts all of a batch's new tokens alike
-            row = queued.waiting.popleft()
+            if batch and (row.request.place in queued.inputs or batch[0].request.place in queued.inputs):
+                break  # each prompt with media is decoded alone
+            queued.waiting.popleft()
             if row.request.key in queued.rows:
                 batch.append(row)
         if not batch:
@@ -189,8 +200,11 @@ class HFEngine:
 
         left = params.response_length - len(batch[0].tokens)
         settings = settings_of(params, ends, self._pad_token_id(), left)
-        prompts: list[Sequence[int]] = [[*row.request.prompt, *row.tokens] for row in batch]
-        decode_watched(self.model, prompts, settings, [row.request.place for row in batch], watch)
+        prompts: list[Sequence[int]] = [[*_prompt(row.request), *row.tokens] for row in batch]
+        places = [row.request.place for row in batch]
+        data = queued.inputs.get(places[0])
+        more = None if data is None else inputs_of(data, len(prompts[0]), self.model.device)
+        decode_watched(self.model, prompts, settings, places, watch, more)
         queued.waiting.extendleft(row for row in reversed(batch) if row.request.key in queued.rows)
 
     @property
@@ -218,3 +232,8 @@ class HFEngine:
             if eos is not None:
                 return [eos] if isinstance(eos, int) else list(eos)
         return []
+
+
+def _prompt(request: Request) -> list[int]:
+    """What the model sees: a conversation with its items at full length."""
+    return request.input_ids or request.prompt

@@ -5,7 +5,7 @@ field left unset from the checkpoint's ``generation_config``, where a repetition
 that would bend the distribution a trainer believes in, and some of those fields have no value that means "off".
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -208,14 +208,27 @@ def settings_of(params: SamplingParams, ends: set[int], pad_token_id: int, lengt
     )
 
 
-def decode_watched(model: Any, prompts: list[Sequence[int]], settings: Any, places: Sequence[int], watch: Watch) -> None:
-    """One batch of responses, all of which go through ``watch``; ``places``: each row's prompt, as errors name it."""
+def decode_watched(
+    model: Any,
+    prompts: list[Sequence[int]],
+    settings: Any,
+    places: Sequence[int],
+    watch: Watch,
+    more: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """One batch of responses, all of which go through ``watch``; ``places``: each row's prompt, as errors name it; ``more``: what
+    the model is given beside ids."""
     recorder = _Recorder(places)
-    decode(model, prompts, settings, recorder, StoppingCriteriaList([_Watched(recorder, watch)]))
+    decode(model, prompts, settings, recorder, StoppingCriteriaList([_Watched(recorder, watch)]), more)
 
 
 def decode(
-    model: Any, prompts: list[Sequence[int]], settings: Any, recorder: _Recorder, criteria: StoppingCriteriaList | None = None
+    model: Any,
+    prompts: list[Sequence[int]],
+    settings: Any,
+    recorder: _Recorder,
+    criteria: StoppingCriteriaList | None = None,
+    more: Mapping[str, torch.Tensor] | None = None,
 ) -> list[list[int]]:
     """One batch of responses, as many tokens for each row as the longest took; the recorder holds their logprobs."""
     width = max(map(len, prompts))
@@ -229,6 +242,7 @@ def decode(
         generation_config=settings,
         logits_processor=LogitsProcessorList([recorder]),
         stopping_criteria=criteria,
+        **(more or {}),
     )
     recorder.settle(output)
     responses: list[list[int]] = output[:, width:].tolist()

@@ -19,6 +19,8 @@ class HFWorker(Worker):
     Calls are carried out one after the other, the samples of one in batches of ``max_batch``.
     """
 
+    media_form = "tensors"
+
     def __init__(
         self,
         model_dir: str,

@@ -17,10 +17,10 @@ from rollout_core.transfer.protocol.messages import Cause
 from rollout_core.workers.contract import SamplingParams, Status
 from rollout_core.workers.engine import Emit, Group, Progress, Request, Update
 from rollout_core.workers.model_dir import config_of, eos_token_ids
+from rollout_core.workers.names import EMBEDDING, HEAD, canonical
+from rollout_core.workers.vllm.media import check_expanded, data_in, missing_in, prompt_of
 
 _EXTENSION: Final = "rollout_core.workers.vllm.extension.RolloutExtension"
-_EMBEDDING: Final = "model.embed_tokens.weight"
-_HEAD: Final = "lm_head.weight"
 _STATUSES: Final[dict[str, Status]] = {"stop": "stop", "length": "length", "abort": "aborted"}
 
 
@@ -43,11 +43,12 @@ class VLLMEngine:
             self._specs = specs_of(folder)
         except RolloutCoreError as error:
             raise WorkerError(f"the weights in {model} cannot be read: {error}") from error
+        sees = {"limit_mm_per_prompt": {"video": 0}} if "vision_config" in config else {"skip_tokenizer_init": True}
         try:
             self._llm: Any = LLM(
                 **{
                     "model": model,
-                    "skip_tokenizer_init": True,
+                    **sees,
                     "generation_config": "vllm",  # not the folder's: a penalty in it would bend what a trainer believes in
                     "worker_extension_cls": _EXTENSION,
                     "weight_transfer_config": WeightTransferConfig(backend="rollout_core"),
@@ -63,6 +64,8 @@ class VLLMEngine:
         self._unusable: str | None = None
         self._names: dict[int, str] = {}  # of the requests under way, as vLLM calls them
         self._keys: dict[str, int] = {}
+        self._started: dict[int, Request] = {}  # those of conversations of which nothing was heard yet
+        self._missed: dict[int, list[str]] = {}  # of those that are not under way, as their media are missing
 
     @property
     def version(self) -> int:
@@ -70,29 +73,45 @@ class VLLMEngine:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._names)
+        return bool(self._names or self._missed)
 
     def submit(self, group: Group) -> None:
         self._check_usable()
         for request in group.requests:
             self._check(request, group.params)
+        given = data_in(group.requests)
         for request in group.requests:
+            missing = missing_in(request, given, self._engine.renderer.mm_processor_cache)
+            if missing:
+                self._missed[request.key] = missing
+                continue
             params = self._params(group.params, request)
-            name = self._engine.add_request(str(request.key), {"prompt_token_ids": request.prompt}, params)
+            try:
+                name = self._engine.add_request(str(request.key), prompt_of(request, given), params)
+            except ValueError as error:  # of its processor; what else it may refuse was looked for before
+                self.abort([other.key for other in group.requests], lambda progress: None)
+                raise WorkerError(f"vLLM does not take prompt {request.place}: {error}") from error
             self._names[request.key], self._keys[str(request.key)] = name, request.key
+            if request.input_ids:
+                self._started[request.key] = request
 
     def abort(self, keys: Sequence[int] | None, emit: Emit) -> None:
         found = list(self._names) if keys is None else [key for key in keys if key in self._names]
         if found:
             self._engine.abort_request([self._names[key] for key in found], internal=True)
             emit([self._ended(key, "aborted") for key in found])
+        missed = list(self._missed) if keys is None else [key for key in keys if key in self._missed]
+        for key in missed:
+            del self._missed[key]
+        emit([Progress(key, [], [], self._version, "aborted") for key in missed])
 
     def step(self, emit: Emit, between: Callable[[], None]) -> None:
-        progress: list[Progress] = []
-        for output in self._engine.step():
+        missed, self._missed = self._missed, {}
+        progress = [Progress(key, [], [], self._version, missing=missing) for key, missing in missed.items()]
+        for output in self._engine.step() if self._names else ():
             key = self._keys.get(output.request_id)
             if key is not None:
-                progress += self._progress(key, output.outputs[0])
+                progress += self._progress(key, output)
         emit(progress)
         between()
 
@@ -129,10 +148,18 @@ class VLLMEngine:
         return answers[0]
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        if name not in self._checkpoint_names():
+        if canonical(name) not in {canonical(one) for one in self._checkpoint_names()}:
             raise WorkerError(f"the worker has no tensor {name!r}")
         tensor: torch.Tensor = self._llm.collective_rpc("rollout_core_read", args=(name,))[0]
         return tensor
+
+    def media_hits(self) -> tuple[int, int] | tuple[None, None]:
+        """Of vLLM's cache of what its processor made: pictures that were in it, and that were looked for."""
+        cache = self._engine.renderer.mm_processor_cache
+        if cache is None:
+            return None, None
+        found = cache.make_stats()
+        return found.hits, found.total
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
@@ -141,8 +168,9 @@ class VLLMEngine:
         """What an update has to bring: the tensors of the folder, in the dtype that the engine has them in."""
         dtype = self._llm.model_config.dtype
         shapes = {spec.name: spec.shape for spec in self._specs}
-        if self._is_tied and _HEAD not in shapes and _EMBEDDING in shapes:
-            shapes[_HEAD] = shapes[_EMBEDDING]
+        embedding = next((name for name in shapes if canonical(name) == EMBEDDING), None)
+        if self._is_tied and embedding is not None:
+            shapes.setdefault(HEAD, shapes[embedding])
         return [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
 
     def _params(self, params: SamplingParams, request: Request) -> Any:
@@ -166,7 +194,9 @@ class VLLMEngine:
 
     def _check(self, request: Request, params: SamplingParams) -> None:
         """Raise ``WorkerError`` for what vLLM would refuse in words of its own, or cut short, or fail on."""
-        length, place = len(request.prompt), request.place
+        length, place = len(request.input_ids or request.prompt), request.place
+        if request.media and not self._llm.model_config.is_multimodal_model:
+            raise WorkerError(f"prompt {place} shows {len(request.media)} pictures, and the model takes none")
         if not length:
             raise WorkerError(f"prompt {place} is empty: give each prompt at least one token, such as BOS")
         for position, token in enumerate(request.prompt):
@@ -186,7 +216,14 @@ class VLLMEngine:
                 f"model's {self._limit} positions: shorten the prompt or the response"
             )
 
-    def _progress(self, key: int, output: Any) -> list[Progress]:
+    def _progress(self, key: int, whole: Any) -> list[Progress]:
+        request, output = self._started.pop(key, None), whole.outputs[0]
+        if request is not None:
+            try:
+                check_expanded(request, whole.prompt_token_ids)
+            except WorkerError as error:
+                self._engine.abort_request([self._names[key]], internal=True)
+                return [self._ended(key, "failed", cause_of(error))]
         tokens = list(output.token_ids)
         logprobs = [float(table[token].logprob) for token, table in zip(tokens, output.logprobs or (), strict=True)]
         if any(math.isnan(logprob) for logprob in logprobs):
@@ -200,6 +237,7 @@ class VLLMEngine:
 
     def _ended(self, key: int, status: Status, cause: Cause | None = None) -> Progress:
         del self._names[key], self._keys[str(key)]
+        self._started.pop(key, None)
         return Progress(key, [], [], self._version, status, cause)
 
     def _checkpoint_names(self) -> list[str]:

@@ -31,6 +31,7 @@ class VLLMWorker(Worker):
 
     reads_values = True  # a CPU's packed weights; see readback.py
     takes_computed = False
+    media_form = "pictures"
 
     def __init__(
         self,
