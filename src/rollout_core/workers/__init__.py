@@ -18,6 +18,7 @@ __all__ = ["Completion", "HFWorker", "RolloutBatch", "SamplingParams", "SyncRepo
 
 _PLACES: Final = {
     "HFWorker": "rollout_core.workers.hf.worker",
+    "SGLangWorker": "rollout_core.workers.sglang.worker",
     "VLLMWorker": "rollout_core.workers.vllm.worker",
     "SyncReport": "rollout_core.workers.worker",
 }

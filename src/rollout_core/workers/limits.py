@@ -13,16 +13,18 @@ from rollout_core.workers.model_dir import config_of, eos_token_ids
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``vocabulary``: number of ids. ``positions``: most tokens of a prompt and its response. ``eos``: ids that end a response."""
+    """``vocabulary``: number of ids. ``positions``: most tokens of a prompt and its response. ``eos``: ids that end a response.
+    ``no_seeds``: why a seed does not make sampling repeatable, if it does not."""
 
     vocabulary: int
     positions: int
     eos: tuple[int, ...]
+    no_seeds: str = ""
 
     @classmethod
-    def of(cls, folder: Path, positions: int) -> Limits:
+    def of(cls, folder: Path, positions: int, *, no_seeds: str = "") -> Limits:
         """Of the model in a folder, which an engine runs with so many positions."""
-        return cls(int(config_of(folder)["vocab_size"]), positions, tuple(eos_token_ids(folder)))
+        return cls(int(config_of(folder)["vocab_size"]), positions, tuple(eos_token_ids(folder)), no_seeds)
 
     def ends(self, params: SamplingParams) -> list[int]:
         """The ids that end a response under these parameters."""
@@ -31,6 +33,8 @@ class Limits:
     def check(self, request: Request, params: SamplingParams) -> None:
         """Raise ``WorkerError`` for what an engine would refuse in words of its own, or cut short, or fail on."""
         prompt, place = request.input_ids or request.prompt, request.place
+        if self.no_seeds and params.seed is not None and params.temperature != 0:
+            raise WorkerError(f"SamplingParams.seed is {params.seed}, and {self.no_seeds}: pass seed=None")
         if not prompt:
             raise WorkerError(f"prompt {place} is empty: give each prompt at least one token, such as BOS")
         for position, token in enumerate(prompt):

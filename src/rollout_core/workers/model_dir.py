@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rollout_core.errors import WorkerError
+import torch
+
+from rollout_core.bucketing import TensorSpec, specs_of
+from rollout_core.errors import RolloutCoreError, WorkerError
+from rollout_core.workers.names import EMBEDDING, HEAD
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -26,6 +30,18 @@ def eos_token_ids(folder: Path) -> list[int]:
         if eos is not None:
             return [eos] if isinstance(eos, int) else list(eos)
     return []
+
+
+def checkpoint_specs(folder: Path, dtype: torch.dtype) -> list[TensorSpec]:
+    """What an update has to bring: the tensors of the folder, and the head that a tied model does not store, in the dtype that an
+    engine has them in. ``WorkerError`` if they cannot be read."""
+    try:
+        shapes = {spec.name: spec.shape for spec in specs_of(folder)}
+    except RolloutCoreError as error:
+        raise WorkerError(f"the weights in {folder} cannot be read: {error}") from error
+    if config_of(folder).get("tie_word_embeddings", False) and EMBEDDING in shapes:
+        shapes.setdefault(HEAD, shapes[EMBEDDING])
+    return [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
 
 
 def _read(file: Path) -> dict[str, Any]:

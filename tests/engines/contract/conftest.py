@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from rollout_core.workers import HFWorker, VLLMWorker
+from rollout_core.workers import HFWorker, SGLangWorker, VLLMWorker
 
 ENGINE = os.environ.get("ROLLOUT_CORE_ENGINE", "hf")
 POSITIONS = 256
@@ -16,6 +16,8 @@ POSITIONS = 256
 def make_worker(folder, **options):
     if ENGINE == "hf":
         return HFWorker(str(folder), threads=1, timeout=60, **options)
+    if ENGINE == "sglang":
+        return SGLangWorker(str(folder), max_model_len=POSITIONS, timeout=60, **options)
     assert ENGINE == "vllm", f"ROLLOUT_CORE_ENGINE is {ENGINE!r}"
     return VLLMWorker(
         str(folder), max_model_len=POSITIONS, engine_options={"kv_cache_memory_bytes": 32 << 20}, timeout=60, **options

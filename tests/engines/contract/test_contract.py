@@ -6,6 +6,7 @@ import random
 import threading
 from concurrent.futures import wait
 
+import msgspec
 import pytest
 import torch
 
@@ -75,10 +76,16 @@ def test_a_long_prompt_is_not_answered_from_what_old_weights_computed(place):
 
 
 def test_samples_are_grouped_and_repeatable(place):
+    """W3. An engine that cannot repeat samples says so, and refuses a seed."""
     params = SamplingParams(response_length=8, n=3, temperature=1.0, seed=5)
+    if "seeds" not in place.worker.capabilities:
+        with pytest.raises(WorkerError, match="SamplingParams.seed is 5, and .*: pass seed=None"):
+            place.worker.generate(PROMPTS, params)
+        params = msgspec.structs.replace(params, seed=None)
     completions = place.worker.generate(PROMPTS, params)
     assert [(one.prompt_index, one.sample_index) for one in completions] == [(p, s) for p in range(len(PROMPTS)) for s in range(3)]
-    assert completions == place.worker.generate(PROMPTS, params)
+    again = place.worker.generate(PROMPTS, params)
+    assert (completions == again) == ("seeds" in place.worker.capabilities)
     assert len({one.token_ids for one in completions if one.prompt_index == 2}) > 1
     batch = to_batch(PROMPTS, completions, response_length=8, pad_token_id=0, n=3)
     assert batch.responses.shape == (12, 8)

@@ -1,0 +1,267 @@
+"""What SGLang is as an engine of ours, in process and as a server; and the engine of an SGLangWorker, over SGLang's ``Engine``.
+
+Its own traps, each of which was seen: ``ignore_eos`` turns ``stop_token_ids`` off, too; an error of a request is told as an abort
+with a status code; a request that it does not know yet cannot be aborted; from 0.5.21 on an update has to stand between
+``begin_weight_update`` and ``end_weight_update``, which 0.5.20 does not have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import tempfile
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from rollout_core.bucketing import TensorSpec
+from rollout_core.bucketing.dtypes import DTYPES
+from rollout_core.errors import WorkerError
+from rollout_core.workers.engine import RELEASED, Update
+from rollout_core.workers.limits import Limits
+from rollout_core.workers.model_dir import checkpoint_specs, config_of
+from rollout_core.workers.sglang.commands import (
+    LOADER,
+    Abandon,
+    Answer,
+    Command,
+    Digests,
+    Named,
+    Read,
+    Receive,
+    packed,
+    raise_failed,
+    read_answers,
+)
+from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
+
+_NO_SEEDS: Final = "SGLang repeats samples only under enable_deterministic_inference, whose attention needs a GPU"
+_INTERVAL: Final = 8  # tokens that are told at once; a first one is told by itself
+
+
+class SGLangBase(StreamingEngine):
+    """``folder``: of the model. ``dtype``: of the engine's weights. ``repeats``: whether it was started so that seeds hold."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        positions: int,
+        dtype: torch.dtype,
+        is_incremental: bool,
+        repeats: bool,
+        timeout: float,
+    ) -> None:
+        limits = Limits.of(folder, positions, no_seeds="" if repeats else _NO_SEEDS)
+        super().__init__(loop=loop, limits=limits, timeout=timeout)
+        self._is_incremental = is_incremental
+        self._specs = checkpoint_specs(folder, dtype)
+        self._shapes = {spec.name: spec.shape for spec in self._specs}
+
+    # What differs between an Engine and a server
+
+    @abstractmethod
+    def _generate(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The stream of one request, in SGLang's words."""
+
+    @abstractmethod
+    def _load(self, named: Named) -> str:
+        """``update_weights_from_tensor`` through the loader; returns what SGLang says."""
+
+    @abstractmethod
+    def _session(self, begin: bool) -> None:
+        """``begin_weight_update`` or ``end_weight_update``, where there is such a thing."""
+
+    @abstractmethod
+    def _flush(self) -> bool:
+        """``flush_cache``."""
+
+    # An engine
+
+    async def _stream(self, flight: Flight) -> AsyncIterator[Piece]:
+        cuts = set(flight.params.stop_token_ids) if flight.params.ignore_eos else set()
+        request = {
+            "input_ids": flight.prompt,
+            "sampling_params": self._params(flight),
+            "return_logprob": True,
+            "stream": True,
+            "rid": flight.name,
+        }
+        seen = 0  # where each answer has all tokens so far
+        cut = False
+        async for answer in self._generate(request):
+            piece = _piece(answer, seen)
+            seen += 0 if self._is_incremental else len(piece.token_ids)
+            if cut:
+                continue  # until SGLang has ended it
+            place = next((place for place, token in enumerate(piece.token_ids) if token in cuts), None)
+            if place is None:
+                yield piece
+                continue
+            cut = True
+            yield Piece(piece.token_ids[: place + 1], piece.logprobs[: place + 1], "stop")
+            if piece.finish is None:
+                await self._end([flight.name])
+
+    def _params(self, flight: Flight) -> dict[str, Any]:
+        params = flight.params
+        greedy = params.temperature == 0
+        return {
+            "max_new_tokens": flight.most,
+            "temperature": params.temperature,
+            "top_p": params.top_p if not greedy else 1.0,
+            "top_k": params.top_k if params.top_k and not greedy else -1,
+            "stop_token_ids": [] if params.ignore_eos else self._limits.ends(params),
+            "ignore_eos": params.ignore_eos,
+            "skip_special_tokens": False,
+            **({} if flight.seed is None else {"sampling_seed": flight.seed}),
+        }
+
+    def _update(self, update: Update) -> float:
+        if self._is_released:
+            raise WorkerError(RELEASED)
+        answers, said = self._ask(Receive(update))
+        if not self._flush():
+            self._unusable = "SGLang did not flush its cache after an update"
+            raise WorkerError(f"{self._unusable}: {said}")
+        return max(answer.loading for answer in answers)
+
+    def abandon(self, version: int) -> None:
+        if self._version == version:
+            with self._on_the_ground():
+                self._version = version - 1
+                self._ask(Abandon(version, f"the update to version {version} was not completed"))
+
+    def specs(self) -> list[TensorSpec]:
+        return self._specs
+
+    def digests(self, names: Sequence[str] | None) -> dict[str, str]:
+        with self._on_the_ground():  # SGLang's loaders wait for what is in the air
+            answers, _ = self._ask(Digests({name: shape for name, shape in self._shapes.items() if names is None or name in names}))
+        return answers[0].digests
+
+    def read_tensor(self, name: str) -> torch.Tensor:
+        if name not in self._shapes:
+            raise WorkerError(f"the worker has no tensor {name!r}")
+        with self._on_the_ground():
+            (answer, *_), _ = self._ask(Read(name, self._shapes[name]))
+        dtype = DTYPES[answer.dtype]
+        if not answer.data:
+            return torch.empty(answer.shape, dtype=dtype)
+        return torch.frombuffer(bytearray(answer.data), dtype=torch.uint8).view(dtype).view(answer.shape)
+
+    def _ask(self, what: Receive | Abandon | Digests | Read) -> tuple[list[Answer], str]:
+        """Have each rank carry this out, and what SGLang says of it."""
+        if self._is_released:
+            raise WorkerError(RELEASED)
+        with tempfile.TemporaryDirectory(prefix="rollout-core-") as folder:
+            with self._in_session():
+                said = self._load(packed(Command(what, folder)))
+            answers = read_answers(Path(folder), said=said)
+        if not isinstance(what, Digests | Read):
+            self._unusable = next((answer.unusable for answer in answers if answer.unusable is not None), None)
+        raise_failed(answers)
+        return answers, said
+
+    @contextmanager
+    def _in_session(self) -> Any:
+        self._session(True)
+        try:
+            yield
+        finally:
+            self._session(False)
+
+
+def _piece(answer: Mapping[str, Any], seen: int) -> Piece:
+    """What of an answer was not seen before."""
+    meta = answer["meta_info"]
+    tokens = list(answer.get("output_ids") or ())[seen:]
+    rows = (meta.get("output_token_logprobs") or ())[seen:]
+    logprobs = [math.nan if row[0] is None else float(row[0]) for row in rows]
+    reason = meta.get("finish_reason")
+    if reason is None:
+        return Piece(tokens, logprobs)
+    kind, code = reason.get("type"), reason.get("status_code")
+    if kind == "abort" and code is not None:
+        raise WorkerError(f"SGLang refused a request ({code}): {reason.get('message')}")
+    if kind not in ("stop", "length", "abort"):
+        raise WorkerError(f"SGLang ended a request by {reason!r}")
+    return Piece(tokens, logprobs, "aborted" if kind == "abort" else kind)
+
+
+class SGLangEngine(SGLangBase):
+    """SGLang's ``Engine``. ``options`` go to it as they are. Made in the main thread: it sets handlers of signals."""
+
+    def __init__(self, model: str, *, options: Mapping[str, Any], timeout: float) -> None:
+        folder = Path(model)
+        config_of(folder)  # if there is none, SGLang would take it for the name of a model to download
+        from sglang import Engine
+
+        given = {
+            "model_path": model,
+            "skip_tokenizer_init": True,
+            "custom_weight_loader": [LOADER],
+            "skip_server_warmup": True,
+            "log_level": "error",
+            "stream_interval": _INTERVAL,
+            **options,
+        }
+        if "incremental_streaming_output" in _fields():
+            given.setdefault("incremental_streaming_output", True)
+        try:
+            self._engine: Any = Engine(**given)
+        except Exception as error:  # of many kinds; what the operator needs is the folder and the cause
+            raise WorkerError(f"SGLang did not start with the model in {model}: {type(error).__name__}: {error}") from error
+        arguments, self._manager = self._engine.server_args, self._engine.tokenizer_manager
+        super().__init__(
+            folder,
+            loop=self._engine.loop,
+            positions=int(self._manager.model_config.context_len),
+            dtype=self._manager.model_config.dtype,
+            is_incremental=bool(getattr(arguments, "incremental_streaming_output", False)),
+            repeats=bool(arguments.enable_deterministic_inference),
+            timeout=timeout,
+        )
+
+    async def _generate(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        async for answer in await self._engine.async_generate(**request):
+            yield answer
+
+    async def _end(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._manager.abort_request(name)
+
+    def _load(self, named: Named) -> str:
+        return str(self._engine.update_weights_from_tensor(named, load_format=LOADER, flush_cache=False))
+
+    def _session(self, begin: bool) -> None:
+        call = getattr(self._engine, "begin_weight_update" if begin else "end_weight_update", None)
+        if call is not None:
+            done, message = call()
+            if not done:
+                raise WorkerError(f"SGLang did not {'begin' if begin else 'end'} an update: {message}")
+
+    def _flush(self) -> bool:
+        return bool(self._engine.flush_cache().success)
+
+    def _release(self) -> int:
+        self._engine.release_memory_occupation()
+        return 0
+
+    def _resume(self) -> None:
+        self._engine.resume_memory_occupation()
+
+    def close(self) -> None:
+        super().close()
+        self._engine.shutdown()
+
+
+def _fields() -> Sequence[str]:
+    from sglang.srt.server_args import ServerArgs
+
+    return list(getattr(ServerArgs, "__struct_fields__", None) or getattr(ServerArgs, "__dataclass_fields__", ()))

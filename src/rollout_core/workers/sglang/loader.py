@@ -1,0 +1,115 @@
+"""What of ours runs in each of SGLang's ranks: updates come into the live model, and its weights are read back.
+
+SGLang imports it by ``custom_weight_loader``, and calls ``load`` with the model. An error must not leave it: it would end the
+scheduler.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rollout_core.bucketing import BucketPlan
+from rollout_core.bucketing.dtypes import WIRE_NAMES
+from rollout_core.bucketing.sources import Pair
+from rollout_core.bucketing.tensors import as_bytes
+from rollout_core.errors import WorkerError
+from rollout_core.transfer import receive
+from rollout_core.transfer.carriers.memory import MemoryReceiver
+from rollout_core.transfer.causes import cause_of
+from rollout_core.workers.digests import weight_digest
+from rollout_core.workers.sglang.commands import Abandon, Answer, Command, Digests, Named, Read, Receive, unpacked, write_answer
+from rollout_core.workers.vllm.readback import read_weight
+
+
+def load(model: Any, named: Named) -> None:
+    """SGLang's ``custom_weight_loader``: ``named`` is a command, see ``commands``."""
+    command = unpacked(named)
+    target = _target_of(model)
+    try:
+        with torch.no_grad():
+            answer = _answer(model, target, command)
+    except Exception as error:
+        answer = Answer(failed=cause_of(error), unusable=target.unusable)
+    write_answer(command.folder, _rank(), answer)
+
+
+def _answer(model: Any, target: _Model, command: Command) -> Answer:
+    match command.what:
+        case Receive(update=update):
+            # Who counted before may be gone, and its count with it: what is offered is the next.
+            target.version = update.version - 1
+            with MemoryReceiver.connect(update.address, timeout=update.timeout) as carrier:
+                return Answer(loading=receive(carrier, target, timeout=update.timeout).loading)
+        case Abandon(version=version, why=why):
+            if target.version == version:
+                target.version, target.unusable = version - 1, why
+            return Answer(unusable=target.unusable)
+        case Digests(shapes=shapes):
+            found = {}
+            for name, shape in shapes.items():
+                try:
+                    found[name] = weight_digest(_read(model, name, shape))
+                except WorkerError:
+                    continue
+            return Answer(digests=found, unusable=target.unusable)
+        case Read(name=name, shape=shape):
+            tensor = _read(model, name, shape)
+            return Answer(
+                dtype=WIRE_NAMES[tensor.dtype],
+                shape=tuple(tensor.shape),
+                data=as_bytes(tensor).numpy().tobytes(),
+                unusable=target.unusable,
+            )
+
+
+def _read(model: Any, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A weight without the zeros that SGLang pads it with on a CPU. ``WorkerError`` if there is something else in the padding,
+    which would be computed with."""
+    whole = read_weight(model, name)
+    if len(whole.shape) != len(shape):
+        return whole
+    part = whole
+    for dim, size in enumerate(shape):
+        part = part.narrow(dim, 0, min(size, part.shape[dim]))
+    if int(whole.count_nonzero()) != int(part.count_nonzero()):
+        raise WorkerError(f"the padding of {name!r}, {list(whole.shape)} for {list(shape)}, is not zero")
+    return part.contiguous()
+
+
+class _Model:
+    """SGLang's model as the target of an update. Its ``load_weights`` copies into the live parameters, fused ones in parts."""
+
+    def __init__(self, model: Any) -> None:
+        self.version = 0
+        self.unusable: str | None = None
+        self._model = model
+
+    def begin(self, plan: BucketPlan | None, version: int) -> None:
+        pass
+
+    def load(self, pairs: list[Pair]) -> None:
+        self.unusable = "an update to them was not completed"
+        self._model.load_weights(pairs)
+
+    def prepare(self) -> None:
+        pass
+
+    def commit(self, version: int) -> None:
+        self.version, self.unusable = version, None
+
+    def abort(self, version: int) -> None:
+        if self.version == version:
+            self.version, self.unusable = version - 1, "an update to them was interrupted"
+
+
+def _target_of(model: Any) -> _Model:
+    found: _Model | None = getattr(model, "_rollout_core_target", None)
+    if found is None:
+        found = model._rollout_core_target = _Model(model)
+    return found
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

@@ -1,0 +1,62 @@
+"""SGLangWorker: a rollout worker on SGLang, in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from rollout_core.workers.link.hosts import Spec
+from rollout_core.workers.worker import Worker
+
+#: What SGLang is started with, unless the caller's own environment says otherwise.
+_ENVIRONMENT: Final = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}  # of the logits themselves, before temperature, as every worker
+_CPU_ENVIRONMENT: Final = {"SGLANG_USE_CPU_ENGINE": "1"}
+_CPU_OPTIONS: Final = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "disable_cuda_graph": True,
+    "disable_overlap_schedule": True,
+    "max_total_tokens": 16_384,  # of the cache; SGLang itself takes most of the memory
+    "max_running_requests": 64,
+}
+
+
+class SGLangWorker(Worker):
+    """SGLang's ``Engine``, which has processes of its own, in a process of its own.
+
+    ``model_dir`` is a folder as ``save_pretrained`` writes it; ``dtype`` a torch dtype's name. ``max_model_len``: most tokens of a
+    prompt and its response, the model's positions if None. ``engine_options`` go to ``Engine`` as they are, before any of ours;
+    ``environment`` is that of the process, beside this one's. ``timeout`` bounds each answer in seconds, ``start_timeout`` the
+    start. The weights are received into the live model: an update that fails after its first bucket leaves weights that the worker
+    refuses to use.
+
+    A seed is refused unless SGLang runs with ``enable_deterministic_inference``, which needs a GPU.
+    """
+
+    takes_computed = False
+
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        max_model_len: int | None = None,
+        engine_options: Mapping[str, Any] | None = None,
+        environment: Mapping[str, str] | None = None,
+        start_timeout: float = 300.0,
+        timeout: float = 300.0,
+    ) -> None:
+        options: dict[str, Any] = {"dtype": dtype, **(_CPU_OPTIONS if device == "cpu" else {"device": device})}
+        if max_model_len is not None:
+            options["context_length"] = max_model_len
+        options |= engine_options or {}
+        self.capabilities = frozenset({"seeds"} if options.get("enable_deterministic_inference") else ())
+        spec = Spec(
+            "rollout_core.workers.sglang.engine:SGLangEngine",
+            {"model": str(model_dir), "options": options, "timeout": timeout},
+            {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if device == "cpu" else {}), **(environment or {})},
+        )
+        super().__init__(spec, start_timeout=start_timeout, timeout=timeout)
