@@ -144,7 +144,7 @@ class ServerProcess:
 
     def _wait_until_ready(self, health: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        last = "it never answered"
+        last = "no answer"
         while True:
             code = self.wait(min(_EVERY, max(0.0, deadline - time.monotonic())))
             if code is not None:
@@ -158,13 +158,16 @@ class ServerProcess:
                 if self._is_ours():
                     return
                 status = "status 200, from a process that is not one of its own"
-            last = status
+            last = status or last
 
     def _look(self, health: str, seconds: float) -> str:
+        """What was answered; ``""`` for nothing within that time."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=seconds)
         try:
             connection.request("GET", urlsplit(self.url).path + health)
             return f"status {connection.getresponse().status}"
+        except TimeoutError:
+            return ""
         except (OSError, http.client.HTTPException) as error:
             return f"{type(error).__name__}: {error}"
         finally:
