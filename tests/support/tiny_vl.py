@@ -1,5 +1,5 @@
-"""Tiny random models that see (Qwen2-VL, Qwen2.5-VL, Qwen3-VL) with a tokenizer and a processor, made offline; and what they say to a
-whole conversation, found without any of this package."""
+"""Tiny random models that see (Qwen2-VL, Qwen2.5-VL, Qwen3-VL) with a tokenizer and a processor, made offline; and what they say
+to a whole conversation, found without any of this package."""
 
 from __future__ import annotations
 
@@ -92,7 +92,10 @@ def make_model(family: str, *, tied: bool = False, seed: int = 0) -> Any:
         tie_word_embeddings=tied,
     )
     torch.manual_seed(seed)
-    return transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    made = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        made.lm_head.weight[list(ids.values())] = 0  # hardly ever said: transformers would look for a picture there
+    return made
 
 
 def make(folder: Path, family: str, *, tied: bool = False) -> Any:

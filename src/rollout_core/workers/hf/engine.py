@@ -202,8 +202,13 @@ class HFEngine:
         settings = settings_of(params, ends, self._pad_token_id(), left)
         prompts: list[Sequence[int]] = [[*_prompt(row.request), *row.tokens] for row in batch]
         places = [row.request.place for row in batch]
-        data = queued.inputs.get(places[0])
-        more = None if data is None else inputs_of(data, len(prompts[0]), self.model.device)
+        try:
+            data = queued.inputs.get(places[0])
+            more = None if data is None else inputs_of(data, prompts[0], places[0], self.model)
+        except WorkerError as error:
+            del queued.rows[batch[0].request.key]
+            emit([Progress(batch[0].request.key, [], [], self.version, "failed", cause_of(error))])
+            return
         decode_watched(self.model, prompts, settings, places, watch, more)
         queued.waiting.extendleft(row for row in reversed(batch) if row.request.key in queued.rows)
 
