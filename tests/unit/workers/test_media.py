@@ -95,6 +95,15 @@ def test_w8_a_request_that_misses_pictures_in_the_middle_goes_on_from_its_tokens
         assert done.status == "length"
 
 
+def test_w8_what_is_sent_again_does_not_drive_out_what_was_there(renderer):
+    """A cache that is just large enough, of which one picture is gone: all of them come again."""
+    with make_worker(room=2) as worker:
+        worker.generate([asked(renderer, 1, 2)], FOUR)
+        worker.generate([asked(renderer, 3)], FOUR)
+        assert worker.generate([asked(renderer, 1, 2)], FOUR)[0].token_ids == lengths(1, 2, 1, 2)
+        assert worker.media_report().misses == 1
+
+
 def test_w8_an_engine_that_has_no_room_for_them_fails_the_request_with_words(renderer):
     with make_worker(room=1) as worker:
         with pytest.raises(WorkerError, match="misses 1 pictures of prompt 0, first [0-9a-f]{64}, which it was just given"):
