@@ -18,7 +18,9 @@ __all__ = ["Completion", "HFWorker", "RolloutBatch", "SamplingParams", "SyncRepo
 
 _PLACES: Final = {
     "HFWorker": "rollout_core.workers.hf.worker",
+    "SGLangServerWorker": "rollout_core.workers.sglang.worker",
     "SGLangWorker": "rollout_core.workers.sglang.worker",
+    "VLLMServerWorker": "rollout_core.workers.vllm.worker",
     "VLLMWorker": "rollout_core.workers.vllm.worker",
     "SyncReport": "rollout_core.workers.worker",
 }

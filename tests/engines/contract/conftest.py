@@ -18,9 +18,10 @@ def make_worker(folder, **options):
         return HFWorker(str(folder), threads=1, timeout=60, **options)
     if ENGINE == "sglang":
         return SGLangWorker(str(folder), max_model_len=POSITIONS, timeout=60, **options)
-    assert ENGINE == "vllm", f"ROLLOUT_CORE_ENGINE is {ENGINE!r}"
+    assert ENGINE in ("vllm", "vllm_async"), f"ROLLOUT_CORE_ENGINE is {ENGINE!r}"
+    mode = "async" if ENGINE == "vllm_async" else "stepped"
     return VLLMWorker(
-        str(folder), max_model_len=POSITIONS, engine_options={"kv_cache_memory_bytes": 32 << 20}, timeout=60, **options
+        str(folder), mode=mode, max_model_len=POSITIONS, engine_options={"kv_cache_memory_bytes": 32 << 20}, timeout=60, **options
     )
 
 

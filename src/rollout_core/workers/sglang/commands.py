@@ -14,65 +14,29 @@ import msgspec
 import torch
 
 from rollout_core.errors import WorkerError
-from rollout_core.transfer.causes import error_of
-from rollout_core.transfer.protocol.messages import Cause
-from rollout_core.workers.engine import Update
+from rollout_core.workers.commands import Answer, Command
 
 #: The loader, as ``load_format`` and ``--custom-weight-loader`` name it.
 LOADER: Final = "rollout_core.workers.sglang.loader.load"
 
 
-class Receive(msgspec.Struct, tag=True, frozen=True):
-    update: Update
-
-
-class Abandon(msgspec.Struct, tag=True, frozen=True):
-    """What was committed as this version has failed for its sender."""
-
-    version: int
-    why: str
-
-
-class Digests(msgspec.Struct, tag=True, frozen=True):
-    """Of tensors, by the names and with the shapes that a checkpoint has."""
-
-    shapes: dict[str, tuple[int, ...]]
-
-
-class Read(msgspec.Struct, tag=True, frozen=True):
-    name: str
-    shape: tuple[int, ...]
-
-
-class Command(msgspec.Struct, frozen=True):
-    what: Receive | Abandon | Digests | Read
+class Order(msgspec.Struct, frozen=True):
+    what: Command
     folder: str  # where the answer goes
-
-
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """``unusable``: why the weights are of no use after it, if they are not. The rest is what was asked for."""
-
-    unusable: str | None = None
-    failed: Cause | None = None
-    loading: float = 0.0
-    digests: dict[str, str] = {}
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
-    data: bytes = b""
 
 
 Named: TypeAlias = list[tuple[str, torch.Tensor]]
 
 
-def packed(command: Command) -> Named:
-    return [(msgspec.json.encode(command).decode(), torch.empty(0))]
+def packed(order: Order) -> Named:
+    return [(msgspec.json.encode(order).decode(), torch.empty(0))]
 
 
-def unpacked(named: Named) -> Command:
+def unpacked(named: Named) -> Order:
     """``WorkerError`` for what is no command: the loader is for no weights."""
     try:
         ((name, _),) = named
-        return msgspec.json.decode(name, type=Command)
+        return msgspec.json.decode(name, type=Order)
     except (ValueError, msgspec.DecodeError) as error:
         raise WorkerError(f"{LOADER} takes one command, and no weights") from error
 
@@ -92,9 +56,3 @@ def read_answers(folder: Path, *, said: str) -> list[Answer]:
             "and with rollout_core installed"
         )
     return [msgspec.msgpack.decode(file.read_bytes(), type=Answer) for file in files]
-
-
-def raise_failed(answers: list[Answer]) -> None:
-    for answer in answers:
-        if answer.failed is not None:
-            raise error_of(answer.failed, lambda text: WorkerError(f"SGLang's loader failed with {text}"))

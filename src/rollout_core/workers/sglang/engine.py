@@ -19,24 +19,12 @@ from typing import Any, Final
 import torch
 
 from rollout_core.bucketing import TensorSpec
-from rollout_core.bucketing.dtypes import DTYPES
 from rollout_core.errors import WorkerError
+from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Read, Receive, raise_failed, unusable_of
 from rollout_core.workers.engine import RELEASED, Update
 from rollout_core.workers.limits import Limits
 from rollout_core.workers.model_dir import checkpoint_specs, config_of
-from rollout_core.workers.sglang.commands import (
-    LOADER,
-    Abandon,
-    Answer,
-    Command,
-    Digests,
-    Named,
-    Read,
-    Receive,
-    packed,
-    raise_failed,
-    read_answers,
-)
+from rollout_core.workers.sglang.commands import LOADER, Named, Order, packed, read_answers
 from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
 
 _NO_SEEDS: Final = "SGLang repeats samples only under enable_deterministic_inference, whose attention needs a GPU"
@@ -149,23 +137,20 @@ class SGLangBase(StreamingEngine):
         if name not in self._shapes:
             raise WorkerError(f"the worker has no tensor {name!r}")
         with self._on_the_ground():
-            (answer, *_), _ = self._ask(Read(name, self._shapes[name]))
-        dtype = DTYPES[answer.dtype]
-        if not answer.data:
-            return torch.empty(answer.shape, dtype=dtype)
-        return torch.frombuffer(bytearray(answer.data), dtype=torch.uint8).view(dtype).view(answer.shape)
+            answers, _ = self._ask(Read(name, self._shapes[name]))
+        return answers[0].tensor
 
-    def _ask(self, what: Receive | Abandon | Digests | Read) -> tuple[list[Answer], str]:
+    def _ask(self, what: Command) -> tuple[list[Answer], str]:
         """Have each rank carry this out, and what SGLang says of it."""
         if self._is_released:
             raise WorkerError(RELEASED)
         with tempfile.TemporaryDirectory(prefix="rollout-core-") as folder:
             with self._in_session():
-                said = self._load(packed(Command(what, folder)))
+                said = self._load(packed(Order(what, folder)))
             answers = read_answers(Path(folder), said=said)
         if not isinstance(what, Digests | Read):
-            self._unusable = next((answer.unusable for answer in answers if answer.unusable is not None), None)
-        raise_failed(answers)
+            self._unusable = unusable_of(answers)
+        raise_failed(answers, "SGLang's loader")
         return answers, said
 
     @contextmanager

@@ -8,35 +8,35 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import torch
 
 from rollout_core.bucketing import BucketPlan
-from rollout_core.bucketing.dtypes import WIRE_NAMES
 from rollout_core.bucketing.sources import Pair
-from rollout_core.bucketing.tensors import as_bytes
 from rollout_core.errors import WorkerError
 from rollout_core.transfer import receive
 from rollout_core.transfer.carriers.memory import MemoryReceiver
 from rollout_core.transfer.causes import cause_of
+from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Read, Receive, Settle, answer_with
 from rollout_core.workers.digests import weight_digest
-from rollout_core.workers.sglang.commands import Abandon, Answer, Command, Digests, Named, Read, Receive, unpacked, write_answer
+from rollout_core.workers.sglang.commands import Named, unpacked, write_answer
 from rollout_core.workers.vllm.readback import read_weight
 
 
 def load(model: Any, named: Named) -> None:
     """SGLang's ``custom_weight_loader``: ``named`` is a command, see ``commands``."""
-    command = unpacked(named)
+    order = unpacked(named)
     target = _target_of(model)
     try:
         with torch.no_grad():
-            answer = _answer(model, target, command)
+            answer = _answer(model, target, order.what)
     except Exception as error:
-        answer = Answer(failed=cause_of(error), unusable=target.unusable)
-    write_answer(command.folder, _rank(), answer)
+        answer = Answer(failed=cause_of(error))
+    write_answer(order.folder, _rank(), msgspec.structs.replace(answer, unusable=target.unusable))
 
 
 def _answer(model: Any, target: _Model, command: Command) -> Answer:
-    match command.what:
+    match command:
         case Receive(update=update):
             # Who counted before may be gone, and its count with it: what is offered is the next.
             target.version = update.version - 1
@@ -45,7 +45,7 @@ def _answer(model: Any, target: _Model, command: Command) -> Answer:
         case Abandon(version=version, why=why):
             if target.version == version:
                 target.version, target.unusable = version - 1, why
-            return Answer(unusable=target.unusable)
+            return Answer()
         case Digests(shapes=shapes):
             found = {}
             for name, shape in shapes.items():
@@ -53,15 +53,11 @@ def _answer(model: Any, target: _Model, command: Command) -> Answer:
                     found[name] = weight_digest(_read(model, name, shape))
                 except WorkerError:
                     continue
-            return Answer(digests=found, unusable=target.unusable)
+            return Answer(digests=found)
         case Read(name=name, shape=shape):
-            tensor = _read(model, name, shape)
-            return Answer(
-                dtype=WIRE_NAMES[tensor.dtype],
-                shape=tuple(tensor.shape),
-                data=as_bytes(tensor).numpy().tobytes(),
-                unusable=target.unusable,
-            )
+            return answer_with(_read(model, name, shape))
+        case Expect() | Settle():
+            raise WorkerError("SGLang's loader is not asked that")
 
 
 def _read(model: Any, name: str, shape: tuple[int, ...]) -> torch.Tensor:

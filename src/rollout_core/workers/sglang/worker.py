@@ -60,3 +60,23 @@ class SGLangWorker(Worker):
             {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if device == "cpu" else {}), **(environment or {})},
         )
         super().__init__(spec, start_timeout=start_timeout, timeout=timeout)
+
+
+class SGLangServerWorker(Worker):
+    """An SGLang server by HTTP, on this machine: weights go through shared memory.
+
+    ``url``: of the server, which was started with ``rollout_core.workers.sglang.server.server_command``, or with what it has in it.
+    ``model_dir``: the folder of its model, if that is not where the server says. ``timeout`` bounds each answer in seconds, and how
+    long a stream may be silent; ``connections``: requests that are under way at once, others wait. ``close`` ends what this worker
+    has under way, and leaves the server as it is, with the weights that it has.
+    """
+
+    takes_computed = False
+    capabilities: frozenset[str] = frozenset()
+
+    def __init__(self, url: str, *, model_dir: str | None = None, timeout: float = 300.0, connections: int = 256) -> None:
+        given = {"url": url, "model": None if model_dir is None else str(model_dir)}
+        spec = Spec(
+            "rollout_core.workers.sglang.server:SGLangServerEngine", {**given, "timeout": timeout, "connections": connections}
+        )
+        super().__init__(spec, process=False, start_timeout=timeout, timeout=2 * timeout)

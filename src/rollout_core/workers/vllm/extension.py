@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import torch
 
 from rollout_core.errors import WorkerError
+from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.doors.vllm import WorkerExtension
+from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Read, Receive, Settle, answer_with
 from rollout_core.workers.digests import weight_digest
 from rollout_core.workers.vllm.readback import read_weight
 
@@ -56,6 +59,33 @@ class RolloutExtension(WorkerExtension):
         for module in self._rollout_core_model().modules():
             if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+    def rollout_core_carry_out(self, command: str) -> dict[str, Any]:
+        """One of ``workers.commands`` as JSON; the answer as what JSON can say, which is all that a server lets through."""
+        try:
+            answer = self._rollout_core_answer(msgspec.json.decode(command, type=Command))
+        except Exception as error:  # vLLM would hand it on as its text alone
+            answer = Answer(failed=cause_of(error))
+        target = self._rollout_core_target()
+        answer = msgspec.structs.replace(answer, unusable=target.unusable, loading=self.rollout_core_loading())
+        return msgspec.to_builtins(answer)  # type: ignore[no-any-return]
+
+    def _rollout_core_answer(self, command: Command) -> Answer:
+        match command:
+            case Digests(shapes=shapes):
+                return Answer(digests=self.rollout_core_digests(list(shapes)))
+            case Read(name=name):
+                return answer_with(self.rollout_core_read(name))
+            case Abandon(version=version):
+                self.rollout_core_abandon(version)
+            case Expect(version=version):
+                self._rollout_core_target().version = version - 1
+            case Settle(mend=mend):
+                if mend:
+                    self.rollout_core_mend()
+            case Receive():
+                raise WorkerError("vLLM has calls of its own for updates")
+        return Answer()
 
     def _rollout_core_target(self) -> Any:
         return self.weight_transfer_engine.target  # type: ignore[attr-defined]

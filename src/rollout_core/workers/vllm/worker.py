@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from rollout_core.errors import WorkerError
 from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.worker import Worker
 
 #: What vLLM is started with, unless the caller's own environment says otherwise.
 _ENVIRONMENT: Final = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # stepped where it is served
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 _CPU_CACHE: Final = 256 << 20  # bytes; vLLM itself takes half of the machine's memory
 _CPU_ENVIRONMENT: Final = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
+_ENGINES: Final = {
+    "stepped": "rollout_core.workers.vllm.engine:VLLMEngine",
+    "async": "rollout_core.workers.vllm.async_engine:VLLMAsyncEngine",
+}
+
 
 class VLLMWorker(Worker):
-    """vLLM's ``LLM``, stepped in a process of its own.
+    """vLLM in a process of its own: its ``LLM``, stepped there, or with ``mode="async"`` its ``AsyncLLM``, whose core samples by
+    itself in another process.
 
     ``model_dir`` is a folder as ``save_pretrained`` writes it; ``dtype`` a torch dtype's name. ``max_model_len``: most tokens of a
     prompt and its response, the model's positions if None. ``engine_options`` go to ``LLM`` as they are, before any of ours;
@@ -39,6 +45,7 @@ class VLLMWorker(Worker):
         *,
         dtype: str = "float32",
         device: str = "cpu",
+        mode: Literal["stepped", "async"] = "stepped",
         max_model_len: int | None = None,
         engine_options: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
@@ -52,9 +59,38 @@ class VLLMWorker(Worker):
         options |= engine_options or {}
         if device == "cpu" and not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & options.keys():
             options["kv_cache_memory_bytes"] = _CPU_CACHE
-        spec = Spec(
-            "rollout_core.workers.vllm.engine:VLLMEngine",
-            {"model": str(model_dir), "options": options, "mend": mend},
-            {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if device == "cpu" else {}), **(environment or {})},
-        )
+        if mode not in _ENGINES:
+            raise WorkerError(f"mode is {mode!r}: pass {' or '.join(map(repr, _ENGINES))}")
+        if mode == "async":
+            self.media_form = "none"
+        given = {"model": str(model_dir), "options": options, "mend": mend}
+        own = {
+            **_ENVIRONMENT,
+            **(_CPU_ENVIRONMENT if device == "cpu" else {}),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(mode == "async")),  # or stepped where it is served
+        }
+        if mode == "async":
+            given["timeout"] = timeout
+        spec = Spec(_ENGINES[mode], given, {**own, **(environment or {})})
         super().__init__(spec, start_timeout=start_timeout, timeout=timeout)
+
+
+class VLLMServerWorker(Worker):
+    """A vLLM server by HTTP, on this machine: weights go through shared memory.
+
+    ``url``: of the server, which was started with ``rollout_core.workers.vllm.server.server_command``, or with what it has in it.
+    ``model_dir``: the folder of its model, if that is not where the server says. ``timeout`` bounds each answer in seconds, and how
+    long a stream may be silent; ``connections``: requests that are under way at once, others wait. ``close`` ends what this worker
+    has under way, and leaves the server as it is, with the weights that it has.
+    """
+
+    reads_values = True
+    takes_computed = False
+    capabilities = frozenset({"seeds"})
+
+    def __init__(
+        self, url: str, *, model_dir: str | None = None, mend: bool = True, timeout: float = 300.0, connections: int = 256
+    ) -> None:
+        given = {"url": url, "model": None if model_dir is None else str(model_dir), "mend": mend}
+        spec = Spec("rollout_core.workers.vllm.server:VLLMServerEngine", {**given, "timeout": timeout, "connections": connections})
+        super().__init__(spec, process=False, start_timeout=timeout, timeout=2 * timeout)

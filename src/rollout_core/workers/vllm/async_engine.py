@@ -1,0 +1,75 @@
+"""The engine of a VLLMWorker with ``mode="async"``: vLLM's ``AsyncLLM``, whose core has a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rollout_core.errors import WorkerError
+from rollout_core.workers.model_dir import config_of
+from rollout_core.workers.streaming import Flight, Piece
+from rollout_core.workers.vllm.streamed import VLLMStreamed, options_of, piece_of
+
+
+class VLLMAsyncEngine(VLLMStreamed):
+    """``model`` is a folder, ``options`` go to ``AsyncEngineArgs`` as they are."""
+
+    def __init__(self, model: str, *, options: Mapping[str, Any], mend: bool = True, timeout: float = 300.0) -> None:
+        from vllm import AsyncEngineArgs
+        from vllm.config import WeightTransferConfig
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        config_of(Path(model))  # if there is none, vLLM would take it for the name of a model to download
+        given = options_of(
+            model, {"skip_tokenizer_init": True, "weight_transfer_config": WeightTransferConfig(backend="rollout_core"), **options}
+        )
+        loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
+
+        async def start() -> Any:
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**given))
+
+        try:
+            self._llm: Any = loop.run_until_complete(start())
+        except Exception as error:  # of many kinds; what the operator needs is the folder and the cause
+            raise WorkerError(f"vLLM did not start with the model in {model}: {type(error).__name__}: {error}") from error
+        config = self._llm.vllm_config.model_config
+        super().__init__(
+            Path(model), loop=loop, positions=int(config.max_model_len), dtype=config.dtype, mend=mend, timeout=timeout
+        )
+
+    async def _generate(self, flight: Flight, params: dict[str, Any]) -> AsyncGenerator[Piece, None]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        theirs = SamplingParams(**params, output_kind=RequestOutputKind.DELTA)
+        async for whole in self._llm.generate({"prompt_token_ids": flight.prompt}, theirs, request_id=flight.name):
+            output = whole.outputs[0]
+            rows = zip(output.token_ids, output.logprobs or (), strict=True)
+            yield piece_of(output.token_ids, [float(table[token].logprob) for token, table in rows], output.finish_reason)
+
+    async def _end(self, names: Sequence[str]) -> None:
+        await self._llm.abort(list(names))
+
+    async def _official(self, call: str, seconds: float = 0.0, **arguments: Any) -> None:
+        del seconds  # the link's own timeout ends a process that does not answer
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+
+        kinds = {"init_weight_transfer_engine": WeightTransferInitRequest, "update_weights": WeightTransferUpdateRequest}
+        if call in kinds:
+            await getattr(self._llm, call)(kinds[call](**arguments))
+        else:
+            await getattr(self._llm, call)(**arguments)
+
+    async def _rpc(self, method: str, argument: str) -> list[Any]:
+        return list(await self._llm.collective_rpc(method, args=(argument,)))
+
+    async def _reset(self) -> bool:
+        await self._llm.reset_encoder_cache()
+        return bool(await self._llm.reset_prefix_cache(reset_running_requests=True))
+
+    def close(self) -> None:
+        super().close()
+        self._llm.shutdown()

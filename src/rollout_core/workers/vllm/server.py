@@ -1,0 +1,104 @@
+"""The engine of a VLLMServerWorker: a vLLM server by HTTP, on this machine, with our extension in its workers."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from rollout_core.bucketing.dtypes import DTYPES
+from rollout_core.errors import WorkerError
+from rollout_core.workers.commands import Read
+from rollout_core.workers.http.client import Client, RequestError, Timeouts
+from rollout_core.workers.model_dir import checkpoint_specs
+from rollout_core.workers.streaming import Flight, Piece
+from rollout_core.workers.versions import check_version
+from rollout_core.workers.vllm.streamed import EXTENSION, VLLMStreamed, piece_of
+
+_ADVICE: Final = (
+    f"start it with VLLM_SERVER_DEV_MODE=1, --enable-scale-out, --worker-extension-cls {EXTENSION} and "
+    """--weight-transfer-config '{"backend": "rollout_core"}', on this machine"""
+)
+
+
+class VLLMServerEngine(VLLMStreamed):
+    """``url``: of the server. ``model``: the folder of its model, if that is not where it says. ``timeout``: seconds that an answer
+    may take, and for which a stream may be silent. ``connections``: most that are open at once."""
+
+    def __init__(self, url: str, *, model: str | None, mend: bool, timeout: float, connections: int) -> None:
+        loop = asyncio.new_event_loop()
+        self._client = Client(url, timeout=Timeouts(total=timeout, silence=timeout), connections=connections)
+        try:
+            check_version("vLLM", str(loop.run_until_complete(self._client.get("/version"))["version"]))
+            listed = loop.run_until_complete(self._client.get("/v1/models"))["data"][0]
+            folder = Path(model or listed["root"])
+            if not (folder / "config.json").is_file():
+                raise WorkerError(f"{url} serves the model in {folder}, which is not on this machine: pass model_dir")
+            self._loop = loop
+            # Which dtype it runs in, a tensor of its says: the smallest.
+            specs = checkpoint_specs(folder, torch.float32)
+            smallest = min(specs, key=lambda spec: spec.nbytes)
+            (answer, *_) = loop.run_until_complete(self._ask(Read(smallest.name, smallest.shape)))
+            dtype = DTYPES[answer.dtype]
+        except BaseException:
+            loop.run_until_complete(self._client.close())
+            loop.close()
+            raise
+        super().__init__(folder, loop=loop, positions=int(listed["max_model_len"]), dtype=dtype, mend=mend, timeout=timeout)
+
+    async def _generate(self, flight: Flight, params: dict[str, Any]) -> AsyncGenerator[Piece, None]:
+        request = {"request_id": flight.name, "token_ids": flight.prompt, "sampling_params": params, "stream": True}
+        async with aclosing(self._client.stream("/inference/v1/generate", request)) as events:
+            async for event in events:
+                for choice in event["choices"]:
+                    rows = (choice.get("logprobs") or {}).get("content") or ()
+                    logprobs = [float("nan") if row["logprob"] is None else float(row["logprob"]) for row in rows]
+                    yield piece_of(choice.get("token_ids") or (), logprobs, choice.get("finish_reason"))
+
+    async def _end(self, names: Sequence[str]) -> None:
+        # The server puts a word of its own before a request's name.
+        await self._client.post("/abort_requests", {"request_ids": [*names, *(f"generate-tokens-{name}" for name in names)]})
+
+    async def ping(self) -> None:
+        await self._client.get("/health")
+
+    async def _official(self, call: str, seconds: float = 0.0, **arguments: Any) -> None:
+        timeout = self._client.timeout
+        longer = replace(timeout, total=max(seconds, timeout.total or 0.0), silence=max(seconds, timeout.silence or 0.0))
+        await self._client.post(f"/{call}", arguments or None, timeout=longer)
+
+    async def _rpc(self, method: str, argument: str) -> list[Any]:
+        try:
+            found = await self._client.post("/collective_rpc", {"method": method, "args": [argument]})
+        except RequestError as error:
+            raise WorkerError(f"the server cannot be asked for its weights: {_ADVICE} ({error})") from error
+        return list(found["results"])
+
+    async def _reset(self) -> bool:
+        await self._client.post("/reset_encoder_cache")
+        found = await self._client.post("/reset_prefix_cache?reset_running_requests=true")
+        return bool(found["success"])
+
+    def close(self) -> None:
+        super().close()
+        self._run(self._client.close())
+        self._loop.close()
+
+
+def server_command(model: str, port: int, options: Sequence[str] = ()) -> list[str]:
+    """The command line of a server that a ``VLLMServerWorker`` can be given."""
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1", "--port", str(port)),
+        *("--worker-extension-cls", EXTENSION, "--weight-transfer-config", '{"backend": "rollout_core"}'),
+        *("--generation-config", "vllm", "--skip-tokenizer-init", "--enable-scale-out", *options),
+    ]
+
+
+#: What belongs to its environment.
+SERVER_ENVIRONMENT: Final[Mapping[str, str]] = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}

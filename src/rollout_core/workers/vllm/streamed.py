@@ -1,0 +1,143 @@
+"""What vLLM is as an engine that samples by itself, AsyncLLM in a process of its own and as a server alike."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import torch
+
+from rollout_core.bucketing import TensorSpec
+from rollout_core.errors import TransferError, WorkerError
+from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Read, Settle, raise_failed, unusable_of
+from rollout_core.workers.engine import RELEASED, Update
+from rollout_core.workers.limits import Limits
+from rollout_core.workers.model_dir import checkpoint_specs
+from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
+
+#: What of ours runs in vLLM's workers.
+EXTENSION: Final = "rollout_core.workers.vllm.extension.RolloutExtension"
+_FINISHES: Final = {"stop": "stop", "length": "length", "abort": "aborted"}
+
+
+class VLLMStreamed(StreamingEngine):
+    """``folder``: of the model. ``dtype``: of the engine's weights. ``mend``: work around what is known to be wrong in vLLM."""
+
+    def __init__(
+        self, folder: Path, *, loop: asyncio.AbstractEventLoop, positions: int, dtype: torch.dtype, mend: bool, timeout: float
+    ) -> None:
+        super().__init__(loop=loop, limits=Limits.of(folder, positions), timeout=timeout)
+        self._specs = checkpoint_specs(folder, dtype)
+        self._shapes = {spec.name: spec.shape for spec in self._specs}
+        self._mend = mend
+
+    # What differs between AsyncLLM and a server
+
+    @abstractmethod
+    def _generate(self, flight: Flight, params: dict[str, Any]) -> AsyncGenerator[Piece, None]:
+        """The stream of one request."""
+
+    @abstractmethod
+    async def _official(self, call: str, **arguments: Any) -> None:
+        """One of vLLM's calls for updates of weights."""
+
+    @abstractmethod
+    async def _rpc(self, method: str, argument: str) -> list[Any]:
+        """``collective_rpc``."""
+
+    @abstractmethod
+    async def _reset(self) -> bool:
+        """Reset what was computed with old weights: the caches of the encoder and of prefixes."""
+
+    # An engine
+
+    async def _stream(self, flight: Flight) -> AsyncIterator[Piece]:
+        async with aclosing(self._generate(flight, self._params(flight))) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def _params(self, flight: Flight) -> dict[str, Any]:
+        params = flight.params
+        return {
+            "max_tokens": flight.most,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "seed": flight.seed,
+            "stop_token_ids": self._limits.ends(params),
+            "ignore_eos": True,  # said by stop_token_ids: without a tokenizer vLLM knows no EOS
+            "logprobs": 0,  # of the sampled token alone
+            "detokenize": False,
+        }
+
+    def _update(self, update: Update) -> float:
+        return self._run(self._updated(update))
+
+    async def _updated(self, update: Update) -> float:
+        if self._is_released:
+            raise WorkerError(RELEASED)
+        await self._official(
+            "init_weight_transfer_engine", init_info={"address": update.address, "timeout": update.timeout}, seconds=update.timeout
+        )
+        await self._ask(Expect(update.version))
+        await self._official("start_weight_update")
+        try:
+            await self._official("update_weights", update_info={"version": update.version}, seconds=update.timeout)
+            await self._official("finish_weight_update", weight_version=str(update.version))
+        except Exception:
+            self._unusable = unusable_of(await self._ask(Settle(mend=False)))
+            raise
+        answers = await self._ask(Settle(self._mend))
+        self._unusable = unusable_of(answers)
+        if not await self._reset():
+            self._unusable = "vLLM did not reset its prefix cache, and would go on from what old weights computed"
+            raise TransferError(self._unusable)
+        return max(answer.loading for answer in answers)
+
+    def abandon(self, version: int) -> None:
+        if self._version == version:
+            with self._on_the_ground():
+                self._version = version - 1
+                why = f"the update to version {version} was not completed"
+                self._unusable = unusable_of(self._run(self._ask(Abandon(version, why))))
+
+    def specs(self) -> list[TensorSpec]:
+        return self._specs
+
+    def digests(self, names: Sequence[str] | None) -> dict[str, str]:
+        wanted = self._shapes if names is None else dict.fromkeys(names, ())
+        return self._run(self._ask(Digests(dict.fromkeys(wanted, ()))))[0].digests
+
+    def read_tensor(self, name: str) -> torch.Tensor:
+        if name not in self._shapes:
+            raise WorkerError(f"the worker has no tensor {name!r}")
+        return self._run(self._ask(Read(name, self._shapes[name])))[0].tensor
+
+    async def _ask(self, command: Command) -> list[Answer]:
+        found = await self._rpc("rollout_core_carry_out", msgspec.json.encode(command).decode())
+        answers = [msgspec.convert(answer, type=Answer) for answer in found]
+        raise_failed(answers, "vLLM's worker")
+        return answers
+
+
+def piece_of(tokens: Sequence[int], logprobs: Sequence[float], reason: str | None) -> Piece:
+    """What came, in our words."""
+    if reason is not None and reason not in _FINISHES:
+        raise WorkerError(f"vLLM ended a request by {reason!r}")
+    finish: Any = None if reason is None else _FINISHES[reason]
+    return Piece(list(tokens), list(logprobs), finish)
+
+
+def options_of(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What vLLM is started with, as an engine of ours."""
+    return {
+        "model": model,
+        "generation_config": "vllm",  # not the folder's: a penalty in it would bend what a trainer believes in
+        "worker_extension_cls": EXTENSION,
+        **options,
+    }
