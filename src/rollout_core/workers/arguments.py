@@ -176,7 +176,7 @@ def _check(
     parsed = _parsed(words, parser)
     for key, value in values.items():
         read = getattr(parsed, chosen[key].dest, None)
-        if value is not None and not _is_same(value, read, chosen[key]):
+        if value is not None and not _is_same(value, read, chosen[key], parser):
             raise WorkerError(f"{key} is {value!r}, which the parser reads as {read!r}: give it as the option takes it")
 
 
@@ -192,14 +192,48 @@ def _parsed(words: list[str], parser: argparse.ArgumentParser) -> argparse.Names
         raise WorkerError(f"the parser does not take {words}: {type(error).__name__}: {error}") from error
 
 
-def _is_same(given: Any, read: Any, action: argparse.Action) -> bool:
-    """Whether what was read is the plain value that was given, or what the option itself makes of its words."""
-    if isinstance(given, list) and (action.nargs is not None or isinstance(action, argparse._AppendAction)):
-        if isinstance(read, Set):
-            return len(read) == len(given) and all(item in read for item in given if not isinstance(item, list | dict))
-        if isinstance(read, Sequence) and not isinstance(read, str) and len(read) == len(given):
-            return all(_equals(one, other) or _is_made_of(one, other, action) for one, other in zip(given, read, strict=True))
-    return _equals(given, read) or _is_made_of(given, read, action)
+def _is_same(given: Any, read: Any, action: argparse.Action, parser: argparse.ArgumentParser) -> bool:
+    """Whether what was read is the plain value that was given, or what the option makes of its words: ``1k`` is a number to some
+    options, JSON a configuration of the engine's own to others."""
+    if _equals(given, read):
+        return True
+    is_one_word = action.nargs is None and not isinstance(action, argparse._AppendAction)
+    if isinstance(given, list) and isinstance(read, Set):
+        return len(read) == len(given) and all(item in read for item in given if not isinstance(item, list | dict))
+    if isinstance(given, list) and is_one_word:
+        return False  # JSON that was not read as JSON
+    try:
+        made = _made(given, action, parser)
+    except Exception:  # an engine's own code may raise what it likes
+        return False
+    if isinstance(given, list):
+        same_length = all(isinstance(each, list | tuple) and len(each) == len(given) for each in (read, made))
+        return same_length and all(_is_made_of(*each) for each in zip(given, read, made, strict=True))
+    return _is_made_of(given, read, made)
+
+
+def _made(given: Any, action: argparse.Action, parser: argparse.ArgumentParser) -> Any:
+    """What the option makes of a value's words, without a command line in between."""
+    read = action.type if callable(action.type) else str
+    made = [read(_text(item)) for item in given] if isinstance(given, list) else read(_text(given))
+    if type(action).__module__ == argparse.__name__:
+        return made
+    # An action of the engine's own may make more of it.
+    into = argparse.Namespace()
+    action(parser, into, made, _name(action) or None)
+    return getattr(into, action.dest)
+
+
+def _is_made_of(given: Any, read: Any, made: Any) -> bool:
+    if _equals(given, read):
+        return True
+    if isinstance(given, str):
+        return read is not None and (made == read or repr(made) == repr(read))  # None: it was not given
+    if not isinstance(given, dict) or isinstance(read, str | Mapping) or type(made) is not type(read):
+        return False
+    # The rest of it are the engine's defaults, some of them new each time.
+    both = [(getattr(read, key, None), getattr(made, key, None)) for key in given]
+    return all(hasattr(read, key) for key in given) and all(one == other or repr(one) == repr(other) for one, other in both)
 
 
 def _equals(given: Any, read: Any) -> bool:
@@ -211,17 +245,3 @@ def _equals(given: Any, read: Any) -> bool:
     if isinstance(given, dict):
         return isinstance(read, Mapping) and given.keys() == read.keys() and all(_equals(given[key], read[key]) for key in given)
     return bool(given == read)
-
-
-def _is_made_of(given: Any, read: Any, action: argparse.Action) -> bool:
-    """Whether it is what the option's own type makes of the words: ``1k`` is a number to some options, JSON a configuration of the
-    engine's own to others. An option that makes None of words was not given; one that makes a string of a list has not taken it."""
-    if read is None or isinstance(given, int | float) or (not isinstance(given, str) and isinstance(read, str)):
-        return False
-    if not callable(action.type):
-        return False
-    try:
-        made = action.type(_text(given))
-    except Exception:  # a type of an engine's own may raise what it likes
-        return False
-    return bool(made == read) or repr(made) == repr(read)
