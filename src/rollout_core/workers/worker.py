@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from types import TracebackType
-from typing import ClassVar, Final, Self
+from typing import Final, Self
 
 import msgspec
 import torch
@@ -94,7 +94,7 @@ class Worker:
     #: Whether an update has to have the buffers that a model computes from its config. Where not, the engine has its own of them.
     takes_computed = True
     #: How its engine takes the media of conversations, if it does; see ``workers.media``.
-    media_form: ClassVar[Form] = "none"
+    media_form: Form = "none"
     #: Whether ``step(n)`` makes n steps of the engine and no more. Where not, the engine samples on its own between calls: each
     #: request that is under way gets at least one token, unless it ended, before the pause.
     steps_exactly = True

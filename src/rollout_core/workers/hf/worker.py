@@ -6,6 +6,7 @@ import torch
 
 from rollout_core.errors import WorkerError
 from rollout_core.workers.link.hosts import Spec
+from rollout_core.workers.media import Form
 from rollout_core.workers.worker import Worker
 
 
@@ -19,7 +20,7 @@ class HFWorker(Worker):
     Calls are carried out one after the other, the samples of one in batches of ``max_batch``.
     """
 
-    media_form = "tensors"
+    media_form: Form = "tensors"
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 
 from rollout_core.errors import WorkerError
 from rollout_core.workers.link.hosts import Spec
+from rollout_core.workers.media import Form
 from rollout_core.workers.worker import Worker
 
 #: What vLLM is started with, unless the caller's own environment says otherwise.
@@ -37,7 +38,7 @@ class VLLMWorker(Worker):
 
     reads_values = True  # a CPU's packed weights; see readback.py
     takes_computed = False
-    media_form = "pictures"
+    media_form: Form = "pictures"
 
     def __init__(
         self,
