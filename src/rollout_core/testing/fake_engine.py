@@ -20,6 +20,7 @@ from rollout_core.errors import WorkerError
 from rollout_core.transfer import DirectWeights, receive
 from rollout_core.transfer.carriers.memory import MemoryReceiver
 from rollout_core.transfer.causes import cause_of
+from rollout_core.transfer.targets import named_weights, persistent_weights
 from rollout_core.workers.contract import SamplingParams, Status
 from rollout_core.workers.digests import weight_digest
 from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
@@ -41,7 +42,9 @@ class FakeModel(torch.nn.Module):
         generator = torch.Generator().manual_seed(seed)
 
         def made(*shape: int) -> torch.nn.Parameter:
-            return torch.nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False)
+            # Exact on every machine, and with more digits than bfloat16 has.
+            values = torch.randint(-4096, 4096, shape, generator=generator) / 1024
+            return torch.nn.Parameter(values, requires_grad=False)
 
         self.model = torch.nn.Module()
         self.model.embed_tokens = torch.nn.Module()
@@ -85,9 +88,13 @@ class FakeModels:
 
     @staticmethod
     def perturb(model: torch.nn.Module, scale: float, seed: int = 0, *, computed: bool = True) -> list[str]:
-        from rollout_core.preflight.models import perturb
-
-        return perturb(model, scale, seed, computed=computed)
+        """Change every value, if ``scale`` is not 0, by an amount of its own that is exact on every machine."""
+        generator = torch.Generator().manual_seed(seed)
+        changed = named_weights(model) if computed else persistent_weights(model)
+        for tensor in {id(tensor): tensor for tensor in changed.values()}.values():
+            noise = torch.randint(1, 64, tensor.shape, generator=generator) / 1024
+            tensor += noise if scale else 0
+        return list(changed)
 
     @staticmethod
     def eos_token_ids(model: Any) -> set[int]:

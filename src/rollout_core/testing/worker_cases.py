@@ -24,15 +24,15 @@ def id_name(number: int) -> str:
 
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One step. ``length``: the most tokens of each response; ``n`` samples of each prompt, all greedy; ``stops``: whether EOS ends
-    one."""
+    """One step. ``length``: the most tokens of each response; ``n`` samples of each prompt, all greedy. ``stop``: EOS ends a
+    response, and so does the token that the first prompt's has at this place, counted from 1; 0: neither does."""
 
     do: Do
     prompts: tuple[int, ...] = ()
     id: int = NO_ID
     length: int = 1
     n: int = 1
-    stops: bool = False
+    stop: int = 0
     at: int = 0
     ids: tuple[int, ...] = ()
     steps: int = 1
@@ -47,7 +47,7 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
                 if self.id != NO_ID:
                     words += " as " + ", ".join(id_name(self.id + place) for place in range(len(self.prompts)))
                 words += f", {self.n} samples" if self.n > 1 else ""
-                return words + (", or an EOS" if self.stops else "")
+                return words + (f", or until token {self.stop} of the first or an EOS comes" if self.stop else "")
             case "resume from":
                 return f"resume what was aborted, from {self.at}"
             case "abort":

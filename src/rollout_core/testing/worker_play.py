@@ -29,7 +29,7 @@ class Sent:
     prompt: list[int]
     place: tuple[int, int]  # of its prompt and its sample, in its call
     length: int
-    stops: bool
+    ends: frozenset[int]  # ids that end it
     future: Future[Any]
     since: int  # the update after which it was submitted
     budget: int  # with what it was resumed from
@@ -41,7 +41,7 @@ class Sent:
     ended: Any = None  # its completion, as it was first seen
 
     def __str__(self) -> str:
-        return f"request {self.number} ({self.name or 'no id'})"
+        return f"request {self.number} ({self.name.partition('-')[2] or 'no id'})"
 
 
 class Play:
@@ -56,6 +56,8 @@ class Play:
         self.is_running = False
         self.is_broken = False  # an update has failed, and none has come since
         self.was_killed = False
+        subject.programs += 1
+        self.prefix = f"p{subject.programs}-"  # of request ids: no program meets those of another
 
     def run(self) -> None:
         """``Violation`` where the worker does something else than the model."""
@@ -104,7 +106,7 @@ class Play:
         self.wait()
         left = self._aborted("abort", None)
         if left:
-            raise Violation(f"all requests have ended, and abort() says that it ended {left}")
+            raise Violation(f"all requests have ended, and abort() says that it ended {left!r}")
         self._require_same()
         self._serve()
 
@@ -112,16 +114,17 @@ class Play:
 
     def submit(self, step: Step) -> None:
         prompts = [self.subject.prompts[number % len(self.subject.prompts)] for number in step.prompts]
-        names = [id_name(step.id + place) for place in range(len(prompts))] if step.id != NO_ID else None
+        names = [self._id(step.id + place) for place in range(len(prompts))] if step.id != NO_ID else None
         taken = {sent.name for sent in self._open()} & set(names or ())
         if taken and self.is_running:
             return  # whether it has ended yet is for nobody to say
-        params = SamplingParams(response_length=step.length, n=step.n, ignore_eos=not step.stops)
+        stops = (self.subject.greedy(0, prompts[0], step.stop)[-1],) if step.stop else ()
+        params = SamplingParams(response_length=step.length, n=step.n, ignore_eos=not step.stop, stop_token_ids=stops)
         self._submit(prompts, params, names, taken, step.length)
 
     def resume_from(self, step: Step) -> None:
         """The rest of a request that was aborted, from what it has."""
-        found = [sent for sent in self.sent if sent.was_aborted and not (sent.stops and self._is_stopped(sent))]
+        found = [sent for sent in self.sent if sent.was_aborted and not self._is_stopped(sent)]
         if not found:
             return
         old = found[step.at % len(found)]
@@ -129,12 +132,13 @@ class Play:
         left = old.length - len(tokens)
         if left < 1:
             return
-        params = SamplingParams(response_length=left, ignore_eos=not old.stops)
+        stops = tuple(sorted(old.ends - self.subject.eos))
+        params = SamplingParams(response_length=left, ignore_eos=not old.ends, stop_token_ids=stops)
         self._submit([[*old.prompt, *tokens]], params, None, set(), old.budget)
 
     def _is_stopped(self, sent: Sent) -> bool:
         tokens = self._ended(sent).token_ids
-        return bool(tokens) and tokens[-1] in self.subject.eos
+        return bool(tokens) and tokens[-1] in sent.ends
 
     def _submit(
         self, prompts: list[list[int]], params: SamplingParams, names: list[str] | None, taken: set[str], budget: int
@@ -158,7 +162,7 @@ class Play:
                 prompt=prompts[prompt],
                 place=(prompt, sample),
                 length=params.response_length,
-                stops=not params.ignore_eos,
+                ends=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.subject.eos),
                 future=future,
                 since=len(self.updates) - 1,
                 budget=budget,
@@ -168,9 +172,9 @@ class Play:
             self.sent.append(sent)
 
     def abort(self, step: Step) -> None:
-        names = [id_name(number) for number in step.ids]
+        names = [self._id(number) for number in step.ids]
         named = [sent for sent in self._open() if sent.name in names]
-        self._note_aborted(f"abort {', '.join(names) or 'nothing'}", self._aborted("abort", names), named)
+        self._note_aborted(str(step), self._aborted("abort", names), named)
 
     def abort_all(self) -> None:
         named = self._open()
@@ -194,7 +198,7 @@ class Play:
                 raise Violation(f"{words}: it has returned, and {sent} has not ended")
             is_aborted = self._ended(sent).status == "aborted"
             if is_aborted and sent.name not in said:
-                raise Violation(f"{words}: it ended {sent}, and says that it ended {said}")
+                raise Violation(f"{words}: it ended {sent}, and says that it ended {said!r}")
             if not self.is_running and not is_aborted and not sent.may_fail:
                 raise Violation(f"{words}: {sent} was under way, and has status {self._ended(sent).status!r}")
             sent.was_aborted = is_aborted
@@ -407,16 +411,16 @@ class Play:
                 )
 
     def _check_status(self, sent: Sent, status: str, tokens: list[int]) -> None:
-        ends = [place for place, token in enumerate(tokens) if sent.stops and token in self.subject.eos]
+        ends = [place for place, token in enumerate(tokens) if token in sent.ends]
         if ends and ends[0] < len(tokens) - 1:
-            raise Violation(f"{sent} goes on after an EOS: {tokens}")
+            raise Violation(f"{sent} goes on after an EOS or stop id: {tokens}")
         if status == "failed":
             if not sent.may_fail:
                 raise Violation(f"{sent} has status 'failed': {getattr(sent.ended, 'error', '') or 'it does not say why'}")
             return
         expected = "stop" if ends else "length" if len(tokens) == sent.length else "aborted"
         if status != expected:
-            full = f"{len(tokens)} of {sent.length} tokens{', the last an EOS' if ends else ''}"
+            full = f"{len(tokens)} of {sent.length} tokens{', the last an EOS or stop id' if ends else ''}"
             raise Violation(f"{sent} has {full}, and status {status!r}, not {expected!r}")
 
     def _require_same(self) -> None:
@@ -454,6 +458,9 @@ class Play:
                 self._ended(sent)
         return [sent for sent in self.sent if sent.ended is None]
 
+    def _id(self, number: int) -> str:
+        return self.prefix + id_name(number)
+
     def _call(self, words: str, call: Any) -> Any:
         return self.subject.call(words, call)
 
@@ -461,8 +468,12 @@ class Play:
 def play(subject: WorkerUnderTest, case: WorkerCase) -> None:
     """The program of a case, beside the model of it. A worker that does something else is given up: the next has none of its
     requests."""
+    program = Play(subject, case)
     try:
-        Play(subject, case).run()
+        program.run()
+    except Violation as violation:
+        subject.stop()
+        raise Violation(str(violation).replace(program.prefix, "")) from violation
     except BaseException:
         subject.stop()
         raise

@@ -83,6 +83,7 @@ class WorkerUnderTest:
         self._context: Context | None = None
         self._end: End[Any] | None = None
         self._children: set[int] = set()  # processes that there were before the worker
+        self.programs = 0  # that were played
         self._holds: int | None = None  # the number of the weights that it has
         #: Of the tensors that the worker started with, or why they could not be read.
         self.first_digests: dict[str, str] | Exception = {}

@@ -50,33 +50,42 @@ def worker_check(
 def programs(*steps: SearchStrategy[Step], first: SearchStrategy[Step] | None = None, most: int = 8) -> SearchStrategy[WorkerCase]:
     """Programs of these steps, after a first one that gives the others something to do."""
     start = submits() if first is None else first
-    rest = st.lists(st.one_of(*steps), min_size=1, max_size=most)
+    # Anything shrinks to a pause, which changes nothing where nothing runs, and from there to nothing.
+    rest = st.lists(st.one_of(PAUSE, *steps), min_size=1, max_size=most)
     return st.builds(lambda one, more: WorkerCase(steps=(one, *more)), start, rest)
+
+
+def rounds(*parts: SearchStrategy[Step], most: int = 3) -> SearchStrategy[WorkerCase]:
+    """Programs of up to so many rounds, each of these steps in this order, all but the first of which may be left out."""
+    one = st.tuples(parts[0], *(st.none() | part for part in parts[1:]))
+    return st.lists(one, min_size=1, max_size=most).map(
+        lambda found: WorkerCase(steps=tuple(step for steps in found for step in steps if step is not None))
+    )
 
 
 def submits(*, ids: SearchStrategy[int] | None = None, several: int = 2) -> SearchStrategy[Step]:
     """Calls of up to so many prompts, with ids or without."""
     return st.builds(
-        lambda prompts, id, length, n, stops: Step(do="submit", prompts=tuple(prompts), id=id, length=length, n=n, stops=stops),
+        lambda prompts, id, length, n, stop: Step(do="submit", prompts=tuple(prompts), id=id, length=length, n=n, stop=stop),
         st.lists(st.integers(0, _PROMPTS - 1), min_size=1, max_size=several),
         st.integers(NO_ID, _IDS - 1) if ids is None else ids,
         _LENGTHS,
         st.sampled_from((1, 1, 2)),
-        st.booleans(),
+        st.just(0) | st.integers(1, 6),
     )
 
 
-def aborts() -> SearchStrategy[Step]:
+def aborts(ids: int = _IDS + 1) -> SearchStrategy[Step]:
     """Of one, of several, of none; of what has ended, or never was."""
-    return st.lists(st.integers(0, _IDS), max_size=3).map(lambda ids: Step(do="abort", ids=tuple(ids)))
+    return st.lists(st.integers(0, ids - 1), max_size=3).map(lambda ids: Step(do="abort", ids=tuple(ids)))
 
 
-NAMED: Final = st.integers(0, _IDS - 1)
 ABORT_ALL: Final = st.just(Step(do="abort all"))
 STEPS: Final = st.integers(1, 5).map(lambda steps: Step(do="step", steps=steps))
 RUN: Final = st.just(Step(do="run"))
 #: Beside what follows: which of the two comes first is open then.
-FREELY: Final = st.sampled_from((Step(do="go"), Step(do="pause")))
+GO: Final = st.just(Step(do="go"))
+PAUSE: Final = st.just(Step(do="pause"))
 RESUMES: Final = st.integers(0, 2).map(lambda at: Step(do="resume from", at=at))
 SYNCS: Final = st.integers(0, 1).map(lambda weights: Step(do="sync", weights=weights))
 FAILS: Final = st.just(Step(do="fail"))

@@ -59,6 +59,7 @@ def _first_tokens(context: Context) -> str:
 @worker_check("worker/W2-start", "before any update the worker has what its folder has, bit for bit", needs={"weights"})
 def start(worker: WorkerUnderTest, case: WorkerCase) -> None:
     del case
+    assert worker.it  # it runs
     digests = worker.first_digests
     if isinstance(digests, Exception):
         raise digests

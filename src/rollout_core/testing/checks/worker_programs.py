@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from rollout_core.testing.checks.worker_base import (
     ABORT_ALL,
     FAILS,
-    FREELY,
     FREES,
-    NAMED,
+    GO,
+    PAUSE,
     RESUMES,
     RUN,
     STEPS,
     SYNCS,
     aborts,
     programs,
+    rounds,
     submits,
     worker_check,
 )
@@ -23,11 +25,13 @@ from rollout_core.testing.worker_cases import Step, WorkerCase
 from rollout_core.testing.worker_play import play
 
 _REQUESTS = frozenset({"requests"})
+#: Calls whose ids meet again soon.
+_AGAIN = submits(ids=st.integers(0, 1))
 
 worker_check(
     "worker/W4-ends",
     "every request ends once, as 'stop' or 'length', with the tokens of the greedy reference, whatever else is under way",
-    cases=lambda capabilities: programs(submits(), STEPS, RUN, FREELY),
+    cases=lambda capabilities: programs(submits(), STEPS, RUN, GO),
     needs=_REQUESTS,
 )(play)
 
@@ -41,46 +45,48 @@ worker_check(
 worker_check(
     "worker/W4-racing",
     "the same while the worker goes on by itself",
-    cases=lambda capabilities: programs(submits(), aborts(), ABORT_ALL, FREELY, STEPS),
+    cases=lambda capabilities: rounds(submits(), GO, submits(), aborts() | ABORT_ALL, PAUSE),
     needs=_REQUESTS,
 )(play)
-
-
-def _ids_again(capabilities: frozenset[str]) -> SearchStrategy[WorkerCase]:
-    named = submits(ids=NAMED)
-    return programs(named, named, STEPS, aborts(), RUN, first=named)
-
 
 worker_check(
     "worker/W4-ids",
     "an id is refused while a request of it is under way, and taken again once that has ended",
-    cases=_ids_again,
+    cases=lambda capabilities: rounds(_AGAIN, STEPS, aborts(ids=2) | RUN, _AGAIN),
     needs=_REQUESTS,
 )(play)
-
-
-def _resumed(capabilities: frozenset[str]) -> SearchStrategy[WorkerCase]:
-    return programs(submits(ids=NAMED), STEPS, aborts(), ABORT_ALL, RESUMES, RESUMES, first=submits(ids=NAMED), most=10)
-
 
 worker_check(
     "worker/W4-resumed",
     "resumed from its tokens a request ends where an uninterrupted one does, within its budget",
-    cases=_resumed,
+    cases=lambda capabilities: rounds(submits(), STEPS, ABORT_ALL, RESUMES, RESUMES, STEPS),
     needs=_REQUESTS,
 )(play)
+
+
+def _updates(capabilities: frozenset[str]) -> SearchStrategy[WorkerCase]:
+    freely = programs(submits(), STEPS, STEPS, SYNCS, SYNCS, aborts(), GO)
+    return rounds(submits(), STEPS, SYNCS, STEPS | aborts(), SYNCS, most=2) | freely
+
 
 worker_check(
     "worker/W5-updates",
     "weights come at any time: each token is of the weights of its version, and none of the old ones comes after an update",
-    cases=lambda capabilities: programs(submits(), STEPS, STEPS, SYNCS, SYNCS, aborts(), FREELY),
+    cases=_updates,
+    needs=_REQUESTS,
+)(play)
+
+worker_check(
+    "worker/W5-resumed",
+    "resumed after an update a request goes on from its tokens, with those of the new weights",
+    cases=lambda capabilities: rounds(submits(), STEPS, ABORT_ALL, SYNCS, RESUMES, STEPS),
     needs=_REQUESTS,
 )(play)
 
 worker_check(
     "worker/T5-updates",
     "an update that fails among requests leaves the version; after the next good one the worker serves",
-    cases=lambda capabilities: programs(submits(), STEPS, SYNCS, FAILS, aborts()),
+    cases=lambda capabilities: rounds(submits(), STEPS, FAILS, submits() | aborts(), STEPS, SYNCS),
     needs=_REQUESTS,
 )(play)
 
@@ -93,7 +99,7 @@ worker_check(
 
 
 def _anything(capabilities: frozenset[str]) -> SearchStrategy[WorkerCase]:
-    steps = [submits(), STEPS, STEPS, aborts(), ABORT_ALL, RUN, FREELY, RESUMES, SYNCS, FAILS]
+    steps = [submits(), STEPS, STEPS, aborts(), ABORT_ALL, RUN, GO, RESUMES, SYNCS, FAILS]
     return programs(*steps, *([FREES] if "memory" in capabilities else []), most=14)
 
 
@@ -101,7 +107,7 @@ worker_check("worker/W4-programs", "all of this together", cases=_anything, need
 
 
 def _killed(capabilities: frozenset[str]) -> SearchStrategy[WorkerCase]:
-    some = programs(submits(), STEPS, aborts(), FREELY, most=3)
+    some = rounds(submits(), STEPS, aborts(), GO, most=2)
     return some.map(lambda case: WorkerCase(steps=(*case.steps, Step(do="kill"))))
 
 

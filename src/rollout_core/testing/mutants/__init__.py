@@ -1,5 +1,5 @@
-"""Mutants: the reference packer, this project's tracker and the reference carrier with one bug each, most of them bugs that
-trainers have shipped. The kit has to find every one by the clause that it breaks: so is the kit itself tested.
+"""Mutants: the reference packer, this project's tracker, the reference carrier and the fake worker with one bug each, most of them
+bugs that trainers have shipped. The kit has to find every one by the clause that it breaks: so is the kit itself tested.
 ``python -m rollout_core.testing.mutants`` runs them and prints the tables.
 """
 
@@ -17,6 +17,8 @@ from rollout_core.testing.mutants import (
     tracker_items,
     tracker_media,
     tracker_states,
+    worker_requests,
+    worker_weights,
 )
 from rollout_core.testing.mutants.registry import MUTANTS, SOUND, Mutant, mutants_of
 
@@ -38,4 +40,6 @@ __all__ = [
     "tracker_items",
     "tracker_media",
     "tracker_states",
+    "worker_requests",
+    "worker_weights",
 ]

@@ -5,20 +5,26 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final, get_args
 
 from rollout_core.testing.mutants import SOUND, mutants_of
 from rollout_core.testing.mutants.tracker_base import probe_templates
 from rollout_core.testing.registry import Check, SubjectKind
 from rollout_core.testing.report import Report, Result
-from rollout_core.testing.runner import check_carrier, check_packer, check_tracker
+from rollout_core.testing.runner import check_carrier, check_packer, check_tracker, check_worker
 
-_CHECK: Final[dict[str, Callable[..., Report]]] = {"packer": check_packer, "tracker": check_tracker, "carrier": check_carrier}
+_CHECK: Final[dict[str, Callable[..., Report]]] = {
+    "packer": check_packer,
+    "tracker": check_tracker,
+    "carrier": check_carrier,
+    "worker": partial(check_worker, timeout=1.0),  # a fake answers at once, or never
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rollout_core.testing.mutants", description=__doc__)
-    parser.add_argument("--kind", choices=[*_CHECK], help="mutants of packers, of trackers or of carriers alone")
+    parser.add_argument("--kind", choices=[*_CHECK], help="mutants of one kind of subject alone")
     parser.add_argument("--all-checks", action="store_true", help="run every check on every mutant, not only the one that kills it")
     parser.add_argument("--max-examples", type=int, default=100)
     arguments = parser.parse_args()

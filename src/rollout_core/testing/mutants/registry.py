@@ -11,7 +11,12 @@ from rollout_core.testing.registry import SubjectKind
 
 MUTANTS: Final[dict[str, Mutant]] = {}
 #: By kind, what mutants are made of.
-SOUND: Final[dict[str, str]] = {"packer": "reference", "tracker": "rollout_core-tracker", "carrier": "reference-carrier"}
+SOUND: Final[dict[str, str]] = {
+    "packer": "reference",
+    "tracker": "rollout_core-tracker",
+    "carrier": "reference-carrier",
+    "worker": "fake-worker",
+}
 
 _Subject = TypeVar("_Subject", bound=type[Any])
 
@@ -55,7 +60,8 @@ def _mutant(kind: SubjectKind, killed_by: str, seen_in: str = "", *, sound: str 
     return add
 
 
-#: A packer with a bug, a tracker and a carrier with one: ``@mutant("B1-order", "who#1")``.
+#: A packer with a bug, a tracker, a carrier and a worker with one: ``@mutant("B1-order", "who#1")``.
 mutant: Final = partial(_mutant, "packer")
 tracker_mutant: Final = partial(_mutant, "tracker")
 carrier_mutant: Final = partial(_mutant, "carrier")
+worker_mutant: Final = partial(_mutant, "worker")
