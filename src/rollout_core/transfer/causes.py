@@ -11,8 +11,10 @@ from rollout_core.transfer.protocol.messages import Cause
 
 
 def cause_of(error: BaseException) -> Cause:
-    """Class, text and traceback of an error. The text of one that is not of this package begins with its class."""
-    name = type(error).__name__
+    """Class, text and traceback of an error. The text of one that is not of this package begins with its class. One that is more
+    special than ``rollout_core.errors`` says is the nearest that stands there."""
+    public = (kind.__name__ for kind in type(error).__mro__ if getattr(rollout_core.errors, kind.__name__, None) is kind)
+    name = next(public, type(error).__name__)
     message = str(error) if isinstance(error, RolloutCoreError) else f"{name}: {error}" if str(error) else name
     # A name out of a manifest may hold what UTF-8 cannot.
     texts = (message, "".join(traceback.format_exception(error)))

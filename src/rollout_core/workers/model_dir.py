@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from rollout_core.bucketing import TensorSpec, specs_of
 from rollout_core.errors import RolloutCoreError, WorkerError
-from rollout_core.workers.names import EMBEDDING, HEAD
+from rollout_core.workers.names import EMBEDDING, HEAD, canonical
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -32,16 +33,33 @@ def eos_token_ids(folder: Path) -> list[int]:
     return []
 
 
-def checkpoint_specs(folder: Path, dtype: torch.dtype) -> list[TensorSpec]:
-    """What an update has to bring: the tensors of the folder, and the head that a tied model does not store, in the dtype that an
-    engine has them in. ``WorkerError`` if they cannot be read."""
-    try:
-        shapes = {spec.name: spec.shape for spec in specs_of(folder)}
-    except RolloutCoreError as error:
-        raise WorkerError(f"the weights in {folder} cannot be read: {error}") from error
-    if config_of(folder).get("tie_word_embeddings", False) and EMBEDDING in shapes:
-        shapes.setdefault(HEAD, shapes[EMBEDDING])
-    return [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
+class Checkpoint:
+    """What an update has to bring: the tensors of a folder, and the head that a tied model does not store. ``WorkerError`` if they
+    cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.shapes = {spec.name: spec.shape for spec in specs_of(folder)}
+        except RolloutCoreError as error:
+            raise WorkerError(f"the weights in {folder} cannot be read: {error}") from error
+        embedding = next((name for name in self.shapes if canonical(name) == EMBEDDING), None)
+        if config_of(folder).get("tie_word_embeddings", False) and embedding is not None:
+            self.shapes.setdefault(HEAD, self.shapes[embedding])
+        self._specs: list[TensorSpec] | None = None
+
+    def specs_in(self, engine: Reads) -> list[TensorSpec]:
+        """In the dtype that an engine has them in, which one of them says."""
+        if self._specs is None:
+            smallest = min(self.shapes, key=lambda name: math.prod(self.shapes[name]))
+            dtype = engine.read_tensor(smallest).dtype
+            self._specs = [TensorSpec(name, dtype, shape) for name, shape in self.shapes.items()]
+        return self._specs
+
+
+class Reads(Protocol):
+    """Of an engine, what is asked here."""
+
+    def read_tensor(self, name: str) -> torch.Tensor: ...
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -346,6 +346,8 @@ class StreamingEngine(ABC):
 
     async def _until(self, descriptors: list[int]) -> None:
         self._woken.clear()
+        if self._news:  # said since it was looked for: others of the loop run before this
+            return
         for descriptor in descriptors:
             self._loop.add_reader(descriptor, self._woken.set)
         try:

@@ -71,14 +71,13 @@ class Exchange:
         raise self._wrong(happened + (f": {said}" if said else ""))
 
     async def value(self, limit: int) -> Any:
-        """JSON decoded, plain text as a str, ``""`` where there is no body."""
+        """JSON decoded, plain text as a str, ``""`` where there is no body. What does not say what it is, is text."""
         body = await self._beginning(limit + 1)
         if len(body) > limit:
             raise self._wrong(f"the answer has more than {limit} bytes (body_limit)")
         self._check_end_is_known()
-        if not body and hdrs.CONTENT_TYPE not in self.response.headers:
-            return ""
-        if self._expect("application/json", "text/plain") == "application/json":
+        typed = hdrs.CONTENT_TYPE in self.response.headers
+        if typed and self._expect("application/json", "text/plain") == "application/json":
             return self._decoded(body)
         try:
             return body.decode()

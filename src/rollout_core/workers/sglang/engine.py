@@ -23,7 +23,7 @@ from rollout_core.errors import WorkerError
 from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Read, Receive, raise_failed, unusable_of
 from rollout_core.workers.engine import RELEASED, Update
 from rollout_core.workers.limits import Limits
-from rollout_core.workers.model_dir import checkpoint_specs, config_of
+from rollout_core.workers.model_dir import Checkpoint, config_of
 from rollout_core.workers.sglang.commands import LOADER, Named, Order, packed, read_answers
 from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
 
@@ -32,7 +32,7 @@ _INTERVAL: Final = 8  # tokens that are told at once; a first one is told by its
 
 
 class SGLangBase(StreamingEngine):
-    """``folder``: of the model. ``dtype``: of the engine's weights. ``repeats``: whether it was started so that seeds hold."""
+    """``folder``: of the model. ``repeats``: whether it was started so that seeds hold."""
 
     def __init__(
         self,
@@ -40,7 +40,6 @@ class SGLangBase(StreamingEngine):
         *,
         loop: asyncio.AbstractEventLoop,
         positions: int,
-        dtype: torch.dtype,
         is_incremental: bool,
         repeats: bool,
         timeout: float,
@@ -48,8 +47,7 @@ class SGLangBase(StreamingEngine):
         limits = Limits.of(folder, positions, no_seeds="" if repeats else _NO_SEEDS)
         super().__init__(loop=loop, limits=limits, timeout=timeout)
         self._is_incremental = is_incremental
-        self._specs = checkpoint_specs(folder, dtype)
-        self._shapes = {spec.name: spec.shape for spec in self._specs}
+        self._checkpoint = Checkpoint(folder)
 
     # What differs between an Engine and a server
 
@@ -58,16 +56,13 @@ class SGLangBase(StreamingEngine):
         """The stream of one request, in SGLang's words."""
 
     @abstractmethod
-    def _load(self, named: Named) -> str:
-        """``update_weights_from_tensor`` through the loader; returns what SGLang says."""
+    def _load(self, named: Named, flush: bool) -> tuple[bool, str]:
+        """``update_weights_from_tensor`` through the loader, with its ``flush_cache``; returns whether it worked, and what SGLang
+        says."""
 
     @abstractmethod
     def _session(self, begin: bool) -> None:
         """``begin_weight_update`` or ``end_weight_update``, where there is such a thing."""
-
-    @abstractmethod
-    def _flush(self) -> bool:
-        """``flush_cache``."""
 
     # An engine
 
@@ -113,11 +108,7 @@ class SGLangBase(StreamingEngine):
     def _update(self, update: Update) -> float:
         if self._is_released:
             raise WorkerError(RELEASED)
-        answers, said = self._ask(Receive(update))
-        if not self._flush():
-            self._unusable = "SGLang did not flush its cache after an update"
-            raise WorkerError(f"{self._unusable}: {said}")
-        return max(answer.loading for answer in answers)
+        return max(answer.loading for answer in self._ask(Receive(update)))
 
     def abandon(self, version: int) -> None:
         if self._version == version:
@@ -126,32 +117,37 @@ class SGLangBase(StreamingEngine):
                 self._ask(Abandon(version, f"the update to version {version} was not completed"))
 
     def specs(self) -> list[TensorSpec]:
-        return self._specs
+        return self._checkpoint.specs_in(self)
 
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:
+        shapes = self._checkpoint.shapes
+        wanted = shapes if names is None else {name: shapes[name] for name in names if name in shapes}
         with self._on_the_ground():  # SGLang's loaders wait for what is in the air
-            answers, _ = self._ask(Digests({name: shape for name, shape in self._shapes.items() if names is None or name in names}))
-        return answers[0].digests
+            return self._ask(Digests(wanted))[0].digests
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        if name not in self._shapes:
+        if name not in self._checkpoint.shapes:
             raise WorkerError(f"the worker has no tensor {name!r}")
         with self._on_the_ground():
-            answers, _ = self._ask(Read(name, self._shapes[name]))
-        return answers[0].tensor
+            return self._ask(Read(name, self._checkpoint.shapes[name]))[0].tensor
 
-    def _ask(self, what: Command) -> tuple[list[Answer], str]:
-        """Have each rank carry this out, and what SGLang says of it."""
+    def _ask(self, what: Command) -> list[Answer]:
+        """Have each rank carry this out."""
         if self._is_released:
             raise WorkerError(RELEASED)
+        changes = not isinstance(what, Digests | Read)
         with tempfile.TemporaryDirectory(prefix="rollout-core-") as folder:
             with self._in_session():
-                said = self._load(packed(Order(what, folder)))
+                # What was computed with other weights is flushed, too: nothing is in the air that would need it.
+                worked, said = self._load(packed(Order(what, folder)), changes)
             answers = read_answers(Path(folder), said=said)
-        if not isinstance(what, Digests | Read):
+        if changes:
             self._unusable = unusable_of(answers)
         raise_failed(answers, "SGLang's loader")
-        return answers, said
+        if not worked:
+            self._unusable = f"SGLang did not flush what it computed with others: {said}"
+            raise WorkerError(self._unusable)
+        return answers
 
     @contextmanager
     def _in_session(self) -> Any:
@@ -207,7 +203,6 @@ class SGLangEngine(SGLangBase):
             folder,
             loop=self._engine.loop,
             positions=int(self._manager.model_config.context_len),
-            dtype=self._manager.model_config.dtype,
             is_incremental=bool(getattr(arguments, "incremental_streaming_output", False)),
             repeats=bool(arguments.enable_deterministic_inference),
             timeout=timeout,
@@ -221,8 +216,9 @@ class SGLangEngine(SGLangBase):
         for name in names:
             self._manager.abort_request(name)
 
-    def _load(self, named: Named) -> str:
-        return str(self._engine.update_weights_from_tensor(named, load_format=LOADER, flush_cache=False))
+    def _load(self, named: Named, flush: bool) -> tuple[bool, str]:
+        worked, said = self._engine.update_weights_from_tensor(named, load_format=LOADER, flush_cache=flush)
+        return bool(worked), str(said)
 
     def _session(self, begin: bool) -> None:
         call = getattr(self._engine, "begin_weight_update" if begin else "end_weight_update", None)
@@ -230,9 +226,6 @@ class SGLangEngine(SGLangBase):
             done, message = call()
             if not done:
                 raise WorkerError(f"SGLang did not {'begin' if begin else 'end'} an update: {message}")
-
-    def _flush(self) -> bool:
-        return bool(self._engine.flush_cache().success)
 
     def _release(self) -> int:
         self._engine.release_memory_occupation()
@@ -246,7 +239,8 @@ class SGLangEngine(SGLangBase):
         self._engine.shutdown()
 
 
-def _fields() -> Sequence[str]:
+def _fields() -> frozenset[str]:
+    """The options that this SGLang has."""
     from sglang.srt.server_args import ServerArgs
 
-    return list(getattr(ServerArgs, "__struct_fields__", None) or getattr(ServerArgs, "__dataclass_fields__", ()))
+    return frozenset(getattr(ServerArgs, "__struct_fields__", ()) or getattr(ServerArgs, "__dataclass_fields__", ()))

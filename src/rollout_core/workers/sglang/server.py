@@ -12,10 +12,9 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from rollout_core.errors import WorkerError
-from rollout_core.workers.http.client import Client, Timeouts
+from rollout_core.workers.http.client import Client, RequestError, Timeouts
+from rollout_core.workers.model_dir import config_of
 from rollout_core.workers.sglang.commands import LOADER, Named
 from rollout_core.workers.sglang.engine import SGLangBase
 from rollout_core.workers.versions import check_version
@@ -44,12 +43,12 @@ class SGLangServerEngine(SGLangBase):
             super().__init__(
                 folder,
                 loop=loop,
-                positions=int(info.get("context_length") or _positions(info)),
-                dtype=_dtype(info, folder),
+                positions=int(info.get("context_length") or config_of(folder).get("max_position_embeddings") or 2**31),
                 is_incremental=bool(info.get("incremental_streaming_output")),
                 repeats=bool(info.get("enable_deterministic_inference")),
                 timeout=timeout,
             )
+            self.specs()  # whether the loader is really there
         except BaseException:
             loop.run_until_complete(self._client.close())
             loop.close()
@@ -67,21 +66,22 @@ class SGLangServerEngine(SGLangBase):
     async def ping(self) -> None:
         await self._client.get("/health")
 
-    def _load(self, named: Named) -> str:
+    def _load(self, named: Named, flush: bool) -> tuple[bool, str]:
         # As SGLang's MultiprocessingSerializer writes it, without SGLang.
         written = io.BytesIO()
         ForkingPickler(written).dump(named)
         text = base64.b64encode(written.getvalue()).decode()
-        body = {"serialized_named_tensors": [text] * self._ranks, "load_format": LOADER, "flush_cache": False}
-        return str(self._run(self._client.post("/update_weights_from_tensor", body)))
+        body = {"serialized_named_tensors": [text] * self._ranks, "load_format": LOADER, "flush_cache": flush}
+        try:
+            return True, str(self._run(self._client.post("/update_weights_from_tensor", body)))
+        except RequestError as error:
+            if error.status is None:
+                raise
+            return False, str(error)
 
     def _session(self, begin: bool) -> None:
         if self._has_sessions:
             self._run(self._client.post("/begin_weight_update" if begin else "/end_weight_update", {}))
-
-    def _flush(self) -> bool:
-        self._run(self._client.post("/flush_cache"))  # a refusal is no success, and raises
-        return True
 
     def close(self) -> None:
         super().close()
@@ -90,25 +90,13 @@ class SGLangServerEngine(SGLangBase):
 
 
 async def _server_info(client: Client) -> Mapping[str, Any]:
-    found = await client.get("/get_server_info")
+    try:
+        found = await client.get("/server_info")
+    except RequestError:  # before it was called so
+        found = await client.get("/get_server_info")
     if not isinstance(found, Mapping):
         raise WorkerError(f"{client.url} is no server of SGLang: its /get_server_info is {str(found)[:80]!r}")
     return found
-
-
-def _positions(info: Mapping[str, Any]) -> int:
-    for place in (info, *(state for state in info.get("internal_states") or () if isinstance(state, Mapping))):
-        for name in ("max_req_input_len", "context_len", "max_total_num_tokens"):
-            if place.get(name):
-                return int(place[name])
-    raise WorkerError("the server does not say how many positions it has: start it with --context-length")
-
-
-def _dtype(info: Mapping[str, Any], folder: Path) -> torch.dtype:
-    named = getattr(torch, str(info.get("dtype")), None)
-    if isinstance(named, torch.dtype):
-        return named
-    raise WorkerError(f"the server's dtype is {info.get('dtype')!r}: start it with --dtype, for example --dtype float32 ({folder})")
 
 
 def server_command(model: str, port: int, options: Sequence[str] = ()) -> list[str]:

@@ -36,9 +36,7 @@ class VLLMAsyncEngine(VLLMStreamed):
         except Exception as error:  # of many kinds; what the operator needs is the folder and the cause
             raise WorkerError(f"vLLM did not start with the model in {model}: {type(error).__name__}: {error}") from error
         config = self._llm.vllm_config.model_config
-        super().__init__(
-            Path(model), loop=loop, positions=int(config.max_model_len), dtype=config.dtype, mend=mend, timeout=timeout
-        )
+        super().__init__(Path(model), loop=loop, positions=int(config.max_model_len), mend=mend, timeout=timeout)
 
     async def _generate(self, flight: Flight, params: dict[str, Any]) -> AsyncGenerator[Piece, None]:
         from vllm import SamplingParams

@@ -10,13 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
-from rollout_core.bucketing.dtypes import DTYPES
 from rollout_core.errors import WorkerError
-from rollout_core.workers.commands import Read
 from rollout_core.workers.http.client import Client, RequestError, Timeouts
-from rollout_core.workers.model_dir import checkpoint_specs
 from rollout_core.workers.streaming import Flight, Piece
 from rollout_core.workers.versions import check_version
 from rollout_core.workers.vllm.streamed import EXTENSION, VLLMStreamed, piece_of
@@ -40,17 +35,12 @@ class VLLMServerEngine(VLLMStreamed):
             folder = Path(model or listed["root"])
             if not (folder / "config.json").is_file():
                 raise WorkerError(f"{url} serves the model in {folder}, which is not on this machine: pass model_dir")
-            self._loop = loop
-            # Which dtype it runs in, a tensor of its says: the smallest.
-            specs = checkpoint_specs(folder, torch.float32)
-            smallest = min(specs, key=lambda spec: spec.nbytes)
-            (answer, *_) = loop.run_until_complete(self._ask(Read(smallest.name, smallest.shape)))
-            dtype = DTYPES[answer.dtype]
+            super().__init__(folder, loop=loop, positions=int(listed["max_model_len"]), mend=mend, timeout=timeout)
+            self.specs()  # whether the extension is there
         except BaseException:
             loop.run_until_complete(self._client.close())
             loop.close()
             raise
-        super().__init__(folder, loop=loop, positions=int(listed["max_model_len"]), dtype=dtype, mend=mend, timeout=timeout)
 
     async def _generate(self, flight: Flight, params: dict[str, Any]) -> AsyncGenerator[Piece, None]:
         request = {"request_id": flight.name, "token_ids": flight.prompt, "sampling_params": params, "stream": True}

@@ -17,7 +17,7 @@ from rollout_core.errors import TransferError, WorkerError
 from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Read, Settle, raise_failed, unusable_of
 from rollout_core.workers.engine import RELEASED, Update
 from rollout_core.workers.limits import Limits
-from rollout_core.workers.model_dir import checkpoint_specs
+from rollout_core.workers.model_dir import Checkpoint
 from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
 
 #: What of ours runs in vLLM's workers.
@@ -26,14 +26,11 @@ _FINISHES: Final = {"stop": "stop", "length": "length", "abort": "aborted"}
 
 
 class VLLMStreamed(StreamingEngine):
-    """``folder``: of the model. ``dtype``: of the engine's weights. ``mend``: work around what is known to be wrong in vLLM."""
+    """``folder``: of the model. ``mend``: work around what is known to be wrong in vLLM."""
 
-    def __init__(
-        self, folder: Path, *, loop: asyncio.AbstractEventLoop, positions: int, dtype: torch.dtype, mend: bool, timeout: float
-    ) -> None:
+    def __init__(self, folder: Path, *, loop: asyncio.AbstractEventLoop, positions: int, mend: bool, timeout: float) -> None:
         super().__init__(loop=loop, limits=Limits.of(folder, positions), timeout=timeout)
-        self._specs = checkpoint_specs(folder, dtype)
-        self._shapes = {spec.name: spec.shape for spec in self._specs}
+        self._checkpoint = Checkpoint(folder)
         self._mend = mend
 
     # What differs between AsyncLLM and a server
@@ -107,16 +104,16 @@ class VLLMStreamed(StreamingEngine):
                 self._unusable = unusable_of(self._run(self._ask(Abandon(version, why))))
 
     def specs(self) -> list[TensorSpec]:
-        return self._specs
+        return self._checkpoint.specs_in(self)
 
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:
-        wanted = self._shapes if names is None else dict.fromkeys(names, ())
+        wanted = self._checkpoint.shapes if names is None else dict.fromkeys(names, ())
         return self._run(self._ask(Digests(dict.fromkeys(wanted, ()))))[0].digests
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        if name not in self._shapes:
+        if name not in self._checkpoint.shapes:
             raise WorkerError(f"the worker has no tensor {name!r}")
-        return self._run(self._ask(Read(name, self._shapes[name])))[0].tensor
+        return self._run(self._ask(Read(name, self._checkpoint.shapes[name])))[0].tensor
 
     async def _ask(self, command: Command) -> list[Answer]:
         found = await self._rpc("rollout_core_carry_out", msgspec.json.encode(command).decode())
