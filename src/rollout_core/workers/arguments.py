@@ -22,8 +22,8 @@ def command_line(config: Mapping[str, Any], parser: argparse.ArgumentParser) -> 
     dashes or underscores; values are None, bools, numbers, strings, paths, and lists and mappings of these.
 
     - None is left out, and so has the parser's default. True is ``--x``; False is ``--no-x``, or left out where it is the default.
-    - A list is one value after another, ``--x`` again and again, or JSON, as the option takes it; a mapping is JSON. So is what is
-      within a list, always. NaN and infinities are refused, and so are mappings whose keys are no strings.
+    - A list is one value after another, ``--x`` again and again, or JSON, as the option takes it; a mapping is JSON, and so are
+      lists and mappings within a list. NaN and infinities are refused, and so are mappings whose keys are no strings.
     - A value that looks like an option is ``--x=-v``; among several of one option only a negative number can look so.
 
     The words are read by the parser before they are given out. Raises ``WorkerError``, naming the option, for what it does not
@@ -197,6 +197,8 @@ def _is_same(given: Any, read: Any, action: argparse.Action, parser: argparse.Ar
     options, JSON a configuration of the engine's own to others."""
     if _equals(given, read):
         return True
+    if isinstance(given, dict) and isinstance(read, str):
+        return _equals(given, json.loads(read))  # an option that keeps JSON as text
     is_one_word = action.nargs is None and not isinstance(action, argparse._AppendAction)
     if isinstance(given, list) and isinstance(read, Set):
         return len(read) == len(given) and all(item in read for item in given if not isinstance(item, list | dict))
@@ -215,7 +217,7 @@ def _is_same(given: Any, read: Any, action: argparse.Action, parser: argparse.Ar
 def _made(given: Any, action: argparse.Action, parser: argparse.ArgumentParser) -> Any:
     """What the option makes of a value's words, without a command line in between."""
     read = action.type if callable(action.type) else str
-    made = [read(_text(item)) for item in given] if isinstance(given, list) else read(_text(given))
+    made: Any = [read(_text(item)) for item in given] if isinstance(given, list) else read(_text(given))
     if type(action).__module__ == argparse.__name__:
         return made
     # An action of the engine's own may make more of it.
@@ -229,7 +231,7 @@ def _is_made_of(given: Any, read: Any, made: Any) -> bool:
         return True
     if isinstance(given, str):
         return read is not None and (made == read or repr(made) == repr(read))  # None: it was not given
-    if not isinstance(given, dict) or isinstance(read, str | Mapping) or type(made) is not type(read):
+    if not isinstance(given, dict) or isinstance(read, Mapping) or type(made) is not type(read):
         return False
     # The rest of it are the engine's defaults, some of them new each time.
     both = [(getattr(read, key, None), getattr(made, key, None)) for key in given]
