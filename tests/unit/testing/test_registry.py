@@ -79,6 +79,14 @@ def test_a_level_of_carriers_never_changes():
     assert [c.id.removeprefix("carrier/") for c in select_checks("carrier", level="2026.1")] == names.split()
 
 
+def test_a_level_of_workers_never_changes():
+    names = """
+        T3-left-behind T5-damage T5-half T5-updates W1-greedy-parity W2-start W2-read-back W3-batch W4-aborts W4-ends
+        W4-schedules W4-racing W4-ids W4-resumed W4-programs W4-killed W5-under-requests W5-updates W5-resumed W6-memory
+    """
+    assert [c.id.removeprefix("worker/") for c in select_checks("worker", level="2026.1")] == names.split()
+
+
 @pytest.mark.parametrize(
     ("word", "count"),
     [
@@ -168,4 +176,4 @@ def test_an_error_in_a_check_itself_is_told_as_such():
 
 
 def test_all_modules_of_checks_are_registered():
-    assert len(rollout_core.testing.checks.__all__) == 23
+    assert len(rollout_core.testing.checks.__all__) == 25
