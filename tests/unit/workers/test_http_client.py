@@ -115,7 +115,7 @@ def test_w7_a_large_request_arrives_whole(serve):
         (JSON_CHUNKED + chunks(b'{"a"', b": 1}"), {"a": 1}),
         (answer(kind="application/json; charset=utf-8", body=b"null"), None),
     ],
-    ids=["text", "empty", "204", "201", "chunked", "null"],
+    ids=["text", "no type", "empty", "204", "201", "chunked", "null"],
 )
 def test_w7_values(serve, said, value):
     assert run(post(serve(says(said)))) == value
