@@ -3,6 +3,7 @@ less to check."""
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from rollout_core.errors import WorkerError
@@ -154,3 +155,36 @@ def test_what_is_no_worker_is_refused(make, message):
 def test_a_folder_is_taken_for_the_model(tmp_path):
     FakeModels.make_small_model(tmp_path)
     assert check_worker("fake-worker", model=tmp_path, **QUICK).ok
+
+
+class WithoutSeeds(FakeWorker):
+    """As an engine that cannot repeat what it sampled, nor let go of its memory."""
+
+    capabilities = frozenset()
+
+    def generate(self, prompts, params, **options):
+        if params.seed is not None:
+            raise WorkerError("this worker takes no seed")
+        return super().generate(prompts, params, **options)
+
+    def release_memory(self):
+        raise WorkerError("this engine cannot let go of its memory")
+
+
+def test_what_a_worker_says_that_it_cannot_is_not_asked_for():
+    report = check_worker(WithoutSeeds, only=["W3-batch", "W4-programs", "W6-memory"], **QUICK)
+    assert {result.id: result.status for result in report.results} == {
+        "worker/W3-batch": "pass",
+        "worker/W4-programs": "pass",
+        "worker/W6-memory": "skip",
+    }
+
+
+class StopsNowhere(WithoutSeeds):
+    def generate(self, prompts, params, **options):
+        return super().generate(prompts, msgspec.structs.replace(params, stop_token_ids=()), **options)
+
+
+def test_w3_stop_ids_are_judged_without_seeds_too():
+    report = check_worker(StopsNowhere, only=["W3-batch"], **QUICK)
+    assert "tokens go on after an EOS or stop id" in report["worker/W3-batch"].text

@@ -8,8 +8,8 @@ and it has
   ``version``; ``close()``.
 
 With more methods more is checked (``WORKER_CAPABILITIES``). Its attributes ``takes_computed`` (True unless given), ``reads_values``
-and ``steps_exactly`` (False unless given) are those of ``Worker``. A function or class may have ``models``: where
-the functions of ``rollout_core.preflight.models`` are found for models that are not transformers'.
+and ``steps_exactly`` (False unless given) and ``capabilities`` (all of them unless given) are those of ``Worker``. A function or
+class may have ``models``: where the functions of ``rollout_core.preflight.models`` are found for models that are not transformers'.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from rollout_core.transfer.targets import named_weights, persistent_weights
 WORKER_CAPABILITIES: Final[dict[str, str]] = {
     "weights": "methods tensor_digests() and read_tensor(name): what the worker has, read back",
     "requests": "methods submit(prompts, params, request_ids=), abort(request_ids), pause(), resume() and step(steps)",
-    "memory": "methods release_memory() and resume_memory()",
+    "memory": "methods release_memory() and resume_memory(), and 'memory' in its capabilities, if it has any",
     "process": "found: the worker starts processes, which can be killed",
 }
 _NEEDED: Final = ("sync_weights", "generate", "close")
@@ -94,6 +94,8 @@ class WorkerUnderTest:
         """What the running worker has."""
         worker = self.it
         found = {name for name, methods in _METHODS.items() if all(callable(getattr(worker, method, None)) for method in methods)}
+        if "memory" not in worker.capabilities:
+            found.discard("memory")
         return frozenset(found | ({"process"} if self.processes() else set()))
 
     # The worker.
@@ -247,6 +249,7 @@ class _Given:
     reads_values = False
     takes_computed = True
     steps_exactly = False
+    capabilities = frozenset({"seeds", "memory"})
     timeout = 300.0
 
     def __init__(self, it: Any) -> None:
@@ -257,7 +260,7 @@ class _Given:
                     "generate(prompts, params), version and close()"
                 )
         vars(self)["_it"] = it
-        for name in ("reads_values", "takes_computed", "steps_exactly", "timeout"):
+        for name in ("reads_values", "takes_computed", "steps_exactly", "capabilities", "timeout"):
             if hasattr(it, name):
                 vars(self)[name] = getattr(it, name)
 
