@@ -135,6 +135,7 @@ def test_w7_requests_share_connections(serve):
         async with Client(server.url) as client:
             for _ in range(5):
                 await client.post("/run", {})
+            assert not client._under_way  # a request that is over is not kept
 
     run(five())
     assert [asked.connection for asked in server.asked] == [0] * 5

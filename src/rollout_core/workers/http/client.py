@@ -31,8 +31,6 @@ __all__ = ["Client", "NoAnswerError", "RequestError", "Timeouts"]
 #: as the server closes is lost, and nobody knows whether it was carried out.
 _KEEP_ALIVE: Final = 2.0
 _CLOSED: Final = "the client was closed"
-
-
 #: The request that a task has under way.
 _EXCHANGE: Final[ContextVar[Exchange]] = ContextVar("exchange")
 
@@ -169,18 +167,21 @@ class Client:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         self._check_open(exchange.asked)
-        _EXCHANGE.set(exchange)
         headers = {hdrs.CONTENT_TYPE: "application/json", hdrs.CONTENT_LENGTH: str(len(encoded))} if encoded else {}
         connect = exchange.timeouts.connect
         why = "" if connect is None else f"no connection within {connect:g} s (Timeouts.connect)"
-        async with exchange.clock.step(connect, why):
-            return await self._opened().request(
-                exchange.method,
-                exchange.url,
-                data=exchange.body(encoded) if encoded else None,
-                headers=headers,
-                allow_redirects=False,
-            )
+        token = _EXCHANGE.set(exchange)
+        try:
+            async with exchange.clock.step(connect, why):
+                return await self._opened().request(
+                    exchange.method,
+                    exchange.url,
+                    data=exchange.body(encoded) if encoded else None,
+                    headers=headers,
+                    allow_redirects=False,
+                )
+        finally:
+            _EXCHANGE.reset(token)
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
