@@ -466,13 +466,13 @@ class Play:
 
 
 def play(subject: WorkerUnderTest, case: WorkerCase) -> None:
-    """The program of a case, beside the model of it. A worker that does something else is given up: the next has none of its
-    requests."""
+    """The program of a case, beside the model of it. A worker that does something else goes on only if it can be brought to
+    serve."""
     program = Play(subject, case)
     try:
         program.run()
     except Violation as violation:
-        subject.stop()
+        subject.recover()
         raise Violation(str(violation).replace(program.prefix, "")) from violation
     except BaseException:
         subject.stop()

@@ -35,6 +35,7 @@ from rollout_core.testing.carriers import End
 from rollout_core.testing.packers import Phase, Raised, name_of
 from rollout_core.testing.registry import Violation
 from rollout_core.transfer.targets import named_weights, persistent_weights
+from rollout_core.workers.contract import SamplingParams
 
 #: What a worker may have beyond what it must. All of it is found by itself.
 WORKER_CAPABILITIES: Final[dict[str, str]] = {
@@ -84,6 +85,7 @@ class WorkerUnderTest:
         self._end: End[Any] | None = None
         self._children: set[int] = set()  # processes that there were before the worker
         self.programs = 0  # that were played
+        self._hangs = False  # in a call that has not returned
         self._holds: int | None = None  # the number of the weights that it has
         #: Of the tensors that the worker started with, or why they could not be read.
         self.first_digests: dict[str, str] | Exception = {}
@@ -116,6 +118,9 @@ class WorkerUnderTest:
             return end.do(words, call, self.timeout if within is None else within)
         except TransferError as error:
             raise Raised(f"the worker: {words}", error) from error
+        except Violation as violation:
+            self._hangs = not isinstance(violation, Raised)
+            raise
 
     def given(self, check: Callable[[Context], str]) -> str:
         """Run a check of preflight on the worker. ``Violation`` if it fails."""
@@ -140,9 +145,28 @@ class WorkerUnderTest:
         assert self._context is not None
         return self._context
 
+    def recover(self) -> None:
+        """After a program that went wrong: keep the worker if it can be brought to serve, and stop it if not. Engines start slowly,
+        and the smallest program is found by many that go wrong."""
+        if self._end is None:
+            return
+        params = SamplingParams(response_length=2, ignore_eos=True)
+        is_whole = False
+        if not self._hangs:
+            with suppress(Violation):
+                self.call("abort", self.it.abort)
+                self.sync(0)
+                self.call("resume", self.it.resume)
+                (done,) = self.call("generate", lambda: self.it.generate(self.prompts[:1], params))
+                served = list(done.token_ids) == self.greedy(0, self.prompts[0], 2)
+                is_whole = served and not self.call("abort", self.it.abort)
+        if not is_whole:
+            self.stop()
+
     def stop(self) -> None:
         """Close the worker, wherever it hangs; the next check starts another."""
         end, self._end, self._context, self._holds = self._end, None, None, None
+        self._hangs = False
         if end is not None:
             end.abandon()
 
