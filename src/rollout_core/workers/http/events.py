@@ -40,7 +40,6 @@ class EventParser:
         for part in complete:
             line = bytes(self._line) + part
             self._line.clear()
-            self._bound(len(line))
             event = self._take(line)
             if event is not None:
                 yield event
