@@ -153,6 +153,10 @@ class SelfRunning(Protocol):
         """Until there is something to tell, or to read at one of these file descriptors."""
         ...
 
+    def check_alive(self) -> None:
+        """Raise if the engine is not there any more, or does not answer."""
+        ...
+
     def run(self, steps: int | None, emit: Emit) -> None:
         """Go on without an end (None), or until each request got so many tokens or ended; 0: pause, with no token under way."""
         ...

@@ -112,6 +112,9 @@ class StreamingEngine(ABC):
     def _update(self, update: Update) -> float:
         """Receive an update; nothing is in the air. Sets ``_unusable``; returns the seconds spent on loading."""
 
+    async def _ping(self) -> None:
+        """Raise if the engine does not answer, where it can be asked."""
+
     # Requests
 
     @property
@@ -160,6 +163,9 @@ class StreamingEngine(ABC):
         """Until there is something to tell, or to read at one of these."""
         if not self._news:
             self._run(self._until(list(descriptors)))
+
+    def check_alive(self) -> None:
+        self._run(self._ping())
 
     # Weights
 

@@ -20,8 +20,8 @@ from typing import Final, Self
 from urllib.parse import urlsplit
 
 from rollout_core.errors import WorkerError
-from rollout_core.workers.http import supervisor
-from rollout_core.workers.http.supervisor import descendants
+from rollout_core.workers.link import supervisor
+from rollout_core.workers.link.supervisor import descendants
 
 GRACE: Final = 10.0  # seconds that a server has to end by itself
 _EVERY: Final = 0.1  # seconds between looks whether it is ready

@@ -14,12 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from rollout_core.workers.link import supervisor
+
 GRACE: Final = 5.0  # seconds that an engine has to end by itself
 #: What the process runs. It finds this package, and the engine, where its parent did, also when they are not installed.
 #: Ctrl-C reaches every process of a terminal; whether this one ends is for the trainer to say.
 _PROGRAM: Final = (
     "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = json.loads(sys.argv.pop(1)); "
-    "from rollout_core.transfer.lifetime import end_with_parent; end_with_parent(int(sys.argv.pop(1))); "
+    "import os; from rollout_core.transfer.lifetime import end_with_parent; end_with_parent(int(sys.argv.pop(1)) or os.getppid()); "
     "from rollout_core.workers.link.process import main; main()"
 )
 
@@ -27,11 +29,12 @@ _PROGRAM: Final = (
 @dataclass(frozen=True, slots=True)
 class Spec:
     """An engine to be made: its class as ``module:class``, what it is given, and what its process has in its environment beside
-    what this one has."""
+    what this one has. ``has_children``: whether it starts processes of its own, which have to end with it, however that ends."""
 
     place: str
     options: Mapping[str, Any]
     environment: Mapping[str, str] = field(default_factory=dict)
+    has_children: bool = False
 
 
 class Host(Protocol):
@@ -57,13 +60,15 @@ class ProcessHost:
 
     def __init__(self, spec: Spec, theirs: socket.socket) -> None:
         path = json.dumps([entry for entry in sys.path if isinstance(entry, str)])
+        above = [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), "", "0", ""] if spec.has_children else []
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-P", "-c", _PROGRAM, path, str(os.getpid())),
+                *above,
+                *(sys.executable, "-P", "-c", _PROGRAM, path, "0" if above else str(os.getpid())),
                 *(f"--channel={theirs.fileno()}", f"--engine={spec.place}", f"--options={json.dumps(dict(spec.options))}"),
             ],
             pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if above else subprocess.DEVNULL,
             env={**os.environ, **spec.environment},
         )
         self._was_killed = False
@@ -71,11 +76,18 @@ class ProcessHost:
     def wait(self, seconds: float) -> bool:
         with suppress(subprocess.TimeoutExpired):  # in the hands of a driver even a killed process may take its time
             self.process.wait(seconds)
-        return self.process.poll() is not None
+        has_ended = self.process.poll() is not None
+        if has_ended and self.process.stdin is not None:
+            self.process.stdin.close()
+        return has_ended
 
     def kill(self) -> None:
         self._was_killed = self._was_killed or self.process.poll() is None
-        self.process.kill()
+        if self.process.stdin is None:
+            self.process.kill()
+            return
+        with suppress(OSError, ValueError):  # the supervisor's word for the end of all of them
+            os.write(self.process.stdin.fileno(), b"k")
 
     @property
     def words(self) -> str:

@@ -167,7 +167,11 @@ class Serving:
             case ReadTensor():
                 tensor = engine.read_tensor(request.name)
                 return TensorBytes(WIRE_NAMES[tensor.dtype], tuple(tensor.shape), as_bytes(tensor).numpy().tobytes())
-            case Ping() | Close():
+            case Ping():
+                if self._alone is not None:
+                    self._alone.check_alive()
+                return Done()
+            case Close():
                 return Done()
         assert_never(request)
 

@@ -63,7 +63,7 @@ class SGLangServerEngine(SGLangBase):
         for name in names:
             await self._client.post("/abort_request", {"rid": name})
 
-    async def ping(self) -> None:
+    async def _ping(self) -> None:
         await self._client.get("/health")
 
     def _load(self, named: Named, flush: bool) -> tuple[bool, str]:

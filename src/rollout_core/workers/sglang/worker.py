@@ -58,6 +58,7 @@ class SGLangWorker(Worker):
             "rollout_core.workers.sglang.engine:SGLangEngine",
             {"model": str(model_dir), "options": options, "timeout": timeout},
             {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if device == "cpu" else {}), **(environment or {})},
+            has_children=True,
         )
         super().__init__(spec, start_timeout=start_timeout, timeout=timeout)
 

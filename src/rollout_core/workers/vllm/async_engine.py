@@ -51,6 +51,9 @@ class VLLMAsyncEngine(VLLMStreamed):
     async def _end(self, names: Sequence[str]) -> None:
         await self._llm.abort(list(names))
 
+    async def _ping(self) -> None:
+        await self._llm.check_health()
+
     async def _official(self, call: str, seconds: float = 0.0, **arguments: Any) -> None:
         del seconds  # the link's own timeout ends a process that does not answer
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -70,4 +73,4 @@ class VLLMAsyncEngine(VLLMStreamed):
 
     def close(self) -> None:
         super().close()
-        self._llm.shutdown()
+        self._llm.shutdown(timeout=1)

@@ -55,7 +55,7 @@ class VLLMServerEngine(VLLMStreamed):
         # The server puts a word of its own before a request's name.
         await self._client.post("/abort_requests", {"request_ids": [*names, *(f"generate-tokens-{name}" for name in names)]})
 
-    async def ping(self) -> None:
+    async def _ping(self) -> None:
         await self._client.get("/health")
 
     async def _official(self, call: str, seconds: float = 0.0, **arguments: Any) -> None:

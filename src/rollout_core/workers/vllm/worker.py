@@ -72,7 +72,7 @@ class VLLMWorker(Worker):
         }
         if mode == "async":
             given["timeout"] = timeout
-        spec = Spec(_ENGINES[mode], given, {**own, **(environment or {})})
+        spec = Spec(_ENGINES[mode], given, {**own, **(environment or {})}, has_children=True)
         super().__init__(spec, start_timeout=start_timeout, timeout=timeout)
 
 

@@ -1,4 +1,5 @@
-"""Between a server and the process that wants it: what runs the server, keeps its log, and sees that nothing of it is left.
+"""Between a program and the process that wants it: what runs it, keeps its log, and sees that nothing of it is left. The program is
+an engine of ours, or an engine's server; here it is called the server.
 
 Run as a file, by an interpreter that imports nothing else. It adopts what the server's children leave behind (a subreaper), so all
 of the server's processes can be found below it, whatever group or session they made for themselves.
@@ -96,6 +97,13 @@ def _exit_like(status: int | None) -> None:
     os._exit(1 if status is None else os.waitstatus_to_exitcode(status))
 
 
+def _is_open(fd: int) -> bool:
+    with suppress(OSError):
+        os.fstat(fd)
+        return True
+    return False  # that by which the folder was read
+
+
 def _is_readable(poll: select.poll, wait: float) -> set[int]:
     return {fd for fd, _ in poll.poll(wait * 1000)}
 
@@ -111,7 +119,8 @@ def _drain(log: Log, output: int) -> bool:
 
 
 def main(parent: int, log_path: str, limit: int, folder: str, command: list[str]) -> None:
-    """``folder`` is removed if the other process ends without a word; empty: none is."""
+    """``log_path``: where the server's output goes; empty: where this process's own does. ``folder`` is removed if the other
+    process ends without a word; empty: none is. What this process was given open is the server's alone."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
@@ -124,28 +133,38 @@ def main(parent: int, log_path: str, limit: int, folder: str, command: list[str]
         libc.prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # of this process's only thread
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    log = Log(log_path, limit)
-    output, theirs = os.pipe()
-    os.set_blocking(output, False)
+    given = [int(entry) for entry in os.listdir("/proc/self/fd") if int(entry) > 2 and _is_open(int(entry))]
+    log = Log(log_path, limit) if log_path else None
+    output, theirs = os.pipe() if log_path else (None, None)
+    if output is not None:
+        os.set_blocking(output, False)
     try:
         # A session of its own: what it does to its group is not done to this process.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=before_it_runs
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=theirs,
+            pass_fds=given,
+            start_new_session=True,
+            preexec_fn=before_it_runs,
         )
     except OSError as error:
-        log.write(f"cannot run {command[0]}: {error.strerror}\n".encode())
+        if log is not None:
+            log.write(f"cannot run {command[0]}: {error.strerror}\n".encode())
         os._exit(127)
-    os.close(theirs)
+    for fd in [*given, *([] if theirs is None else [theirs])]:
+        os.close(fd)
     server = process.pid  # reaped here, with what else there is to reap; the object stays, or it would do so itself
     ended = os.pidfd_open(server)
     status = None
     watched = select.poll()
-    for fd in (0, ended, output):
+    for fd in (0, ended, *([] if output is None else [output])):
         watched.register(fd, select.POLLIN)
     while not stopped and os.getppid() == parent:
         ready = _is_readable(watched, _EVERY)
         status = _reap(server, status)
-        if output in ready and not _drain(log, output):
+        if log is not None and output is not None and output in ready and not _drain(log, output):
             watched.unregister(output)  # the server has closed its output, and lives
         if 0 in ready:
             if os.read(0, 1) != b"t":
@@ -155,7 +174,7 @@ def main(parent: int, log_path: str, limit: int, folder: str, command: list[str]
         if status is not None:
             break
     status = _end_all(server, status)
-    while _drain(log, output):
+    while log is not None and output is not None and _drain(log, output):
         pass
     if folder and os.getppid() != parent:
         shutil.rmtree(folder, ignore_errors=True)
