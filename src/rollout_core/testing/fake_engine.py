@@ -23,7 +23,7 @@ from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.targets import named_weights, persistent_weights
 from rollout_core.workers.contract import SamplingParams, Status
 from rollout_core.workers.digests import weight_digest
-from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
+from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Engine, Group, Progress, Request, Update
 from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.worker import Worker
 
@@ -299,7 +299,7 @@ class FakeWorker(Worker):
 
     #: Where the kit finds what it needs of this worker's models.
     models: ClassVar[Any] = FakeModels
-    engine: ClassVar[type[FakeEngine]] = FakeEngine
+    engine: ClassVar[type[Engine]] = FakeEngine
 
     def __init__(self, folder: str | Path, *, process: bool = False, timeout: float = 10.0) -> None:
         place = f"{self.engine.__module__}:{self.engine.__qualname__}"

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any, Final
 
 from rollout_core.bucketing import plan_buckets, specs_of
 from rollout_core.errors import RolloutCoreError
 from rollout_core.preflight.checks import Failing
-from rollout_core.testing.packers import Raised, error_words, name_of
+from rollout_core.testing.packers import Raised, error_words
 from rollout_core.testing.registry import Violation
 from rollout_core.testing.worker_cases import NO_ID, Step, WorkerCase, id_name
+from rollout_core.testing.worker_model import Model, Sent
 from rollout_core.testing.workers import WorkerUnderTest
-from rollout_core.workers.contract import STATUSES, SamplingParams
+from rollout_core.workers.contract import SamplingParams
 
 #: Tokens that show, at the end of a program, that the worker serves.
 _LAST: Final = 3
-
-
-@dataclass(eq=False)
-class Sent:
-    """A request: one sample of a prompt. ``most``: tokens that it can have by now, None for any number; ``least``: that it has."""
-
-    number: int
-    name: str  # its request id
-    prompt: list[int]
-    place: tuple[int, int]  # of its prompt and its sample, in its call
-    length: int
-    ends: frozenset[int]  # ids that end it
-    future: Future[Any]
-    since: int  # the update after which it was submitted
-    budget: int  # with what it was resumed from
-    most: int | None = 0
-    least: int = 0
-    bounds: list[tuple[int, int]] = field(default_factory=list)  # (update, tokens): of it and those before at most so many
-    may_fail: bool = False
-    was_aborted: bool = False  # as the worker said
-    ended: Any = None  # its completion, as it was first seen
-
-    def __str__(self) -> str:
-        return f"request {self.number} ({self.name.partition('-')[2] or 'no id'})"
 
 
 class Play:
@@ -51,8 +25,7 @@ class Play:
         self.subject = subject
         self.case = case
         self.sent: list[Sent] = []
-        self.weights: dict[int, int] = {}  # version -> number of its weights
-        self.updates: list[int] = []  # versions, in their order
+        self.model = Model(subject.greedy)
         self.is_running = False
         self.is_broken = False  # an update has failed, and none has come since
         self.was_killed = False
@@ -62,7 +35,7 @@ class Play:
     def run(self) -> None:
         """``Violation`` where the worker does something else than the model."""
         self.subject.hold(0)
-        self._note_version(0)
+        self.model.note(self._version(), 0)
         self._call("pause", self._it.pause)
         for step in self.case.steps:
             self.play(step)
@@ -164,7 +137,7 @@ class Play:
                 length=params.response_length,
                 ends=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.subject.eos),
                 future=future,
-                since=len(self.updates) - 1,
+                since=self.model.update,
                 budget=budget,
                 most=None if self.is_running else 0,
                 may_fail=self.is_broken,
@@ -243,11 +216,9 @@ class Play:
         report = self.subject.sync(weights)
         after = self._version()
         if not before < after == report.version:
-            raise Violation(
-                f"an update: the version was {self._label(before)} before it, {self._label(after)} after it, and the report says "
-                f"{self._label(report.version)}"
-            )
-        self._note_version(weights)
+            old, new, said = (self.model.label(version) for version in (before, after, report.version))
+            raise Violation(f"an update: the version was {old} before it, {new} after it, and the report says {said}")
+        self.model.note(after, weights)
         self.is_broken = False
 
     def fail(self) -> None:
@@ -269,7 +240,7 @@ class Play:
             raise Violation(f"an update whose source raised {source.error!r} raised nothing")
         after = self._version()
         if after != before:
-            raise Violation(f"an update failed, and the version went from {self._label(before)} to {self._label(after)}")
+            raise Violation(f"an update failed, and the version went from {self.model.label(before)} to {self.model.label(after)}")
 
     def free(self, step: Step) -> None:
         """Requests that are under way wait for the weights that come."""
@@ -285,26 +256,13 @@ class Play:
     def _note_bounds(self) -> None:
         for sent in self._open():
             if sent.most is not None:
-                sent.bounds.append((len(self.updates) - 1, sent.most))
-
-    def _note_version(self, weights: int) -> None:
-        version = self._version()
-        self.weights[version] = weights
-        self.updates.append(version)
+                sent.bounds.append((self.model.update, sent.most))
 
     def _version(self) -> int:
         version = self._call("version", lambda: self._it.version)
         if type(version) is not int:
             raise Violation(f"version is {version!r}, not a whole number")
         return version
-
-    def _label(self, version: Any) -> str:
-        """A version in words that do not depend on what came before the program."""
-        if version in self.weights:
-            place = self.updates.index(version)
-            return f"that of update {place}" if place else "that of the start"
-        near = self.updates[-1] if self.updates else 0
-        return f"{version - near:+d} from the last" if isinstance(version, int) else repr(version)
 
     # The end of the engine.
 
@@ -341,7 +299,7 @@ class Play:
         """A request's completion, waited for, and held against the model the first time."""
         if sent.ended is None:
             sent.ended = self._result(sent)
-            self._check(sent, sent.ended)
+            self.model.check(sent, sent.ended)
         return sent.ended
 
     def _result(self, sent: Sent) -> Any:
@@ -351,77 +309,6 @@ class Play:
             raise Violation(f"{sent} had not ended after {self.subject.timeout:g} s") from None
         except Exception as error:
             raise Raised(f"the future of {sent}", error) from error
-
-    def _check(self, sent: Sent, done: Any) -> None:
-        for name in ("token_ids", "status", "versions", "prompt_index", "sample_index"):
-            if not hasattr(done, name):
-                raise Violation(f"{sent} ended with {name_of(done)}, which has no {name}")
-        if done.status not in STATUSES:
-            raise Violation(f"{sent} has status {done.status!r}; it is one of {', '.join(STATUSES)}")
-        if (done.prompt_index, done.sample_index) != sent.place:
-            raise Violation(f"{sent} is prompt {sent.place[0]} sample {sent.place[1]} of its call, and says {done.place}")
-        if getattr(done, "request_id", sent.name) != sent.name:
-            raise Violation(f"{sent} ended with request id {done.request_id!r}")
-        tokens, versions = list(done.token_ids), list(done.versions)
-        if len(versions) != len(tokens):
-            raise Violation(f"{sent} has {len(tokens)} tokens, and versions of {len(versions)}")
-        self._check_count(sent, tokens)
-        self._check_tokens(sent, tokens, versions)
-        self._check_bounds(sent, versions)
-        self._check_status(sent, done.status, tokens)
-
-    def _check_count(self, sent: Sent, tokens: list[int]) -> None:
-        used = sent.budget - sent.length
-        if len(tokens) > sent.length:
-            words = f" after the {used} that it was resumed from, of a budget of {sent.budget}" if used else ""
-            raise Violation(f"{sent} was to have {sent.length} tokens at most{words}, and has {len(tokens)}")
-        if sent.most is not None and len(tokens) > sent.most:
-            raise Violation(f"{sent} has {len(tokens)} tokens, and no more than {sent.most} steps were made")
-        if len(tokens) < sent.least:
-            raise Violation(f"{sent} has no tokens, and was the first in a step")
-
-    def _check_tokens(self, sent: Sent, tokens: list[int], versions: list[int]) -> None:
-        """Each stretch of one version is what its weights give, from all before it."""
-        place = 0
-        for version, stretch in groupby(versions):
-            count = len(list(stretch))
-            if version not in self.weights:
-                raise Violation(f"{sent}: token {place} is of a version that never was: {self._label(version)}")
-            expected = self.subject.greedy(self.weights[version], [*sent.prompt, *tokens[:place]], count)
-            found = tokens[place : place + count]
-            if found != expected:
-                at = next(i for i, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other)
-                raise Violation(
-                    f"{sent}: token {place + at} is {found[at]}, and the weights of its version, {self._label(version)}, give "
-                    f"{expected[at]}"
-                )
-            place += count
-
-    def _check_bounds(self, sent: Sent, versions: list[int]) -> None:
-        updates = [self.updates.index(version) for version in versions]
-        if updates != sorted(updates):
-            raise Violation(f"{sent}: tokens of update {updates}, which do not rise")
-        if updates and updates[0] < sent.since:
-            raise Violation(f"{sent} was submitted after update {sent.since}, and has a token of update {updates[0]}")
-        for update, most in sent.bounds:
-            count = sum(one <= update for one in updates)
-            if count > most:
-                raise Violation(
-                    f"{sent} had at most {most} tokens when update {update + 1} came, and says that {count} are of older weights"
-                )
-
-    def _check_status(self, sent: Sent, status: str, tokens: list[int]) -> None:
-        ends = [place for place, token in enumerate(tokens) if token in sent.ends]
-        if ends and ends[0] < len(tokens) - 1:
-            raise Violation(f"{sent} goes on after an EOS or stop id: {tokens}")
-        if status == "failed":
-            if not sent.may_fail:
-                raise Violation(f"{sent} has status 'failed': {getattr(sent.ended, 'error', '') or 'it does not say why'}")
-            return
-        expected = "stop" if ends else "length" if len(tokens) == sent.length else "aborted"
-        if status != expected:
-            full = f"{len(tokens)} of {sent.length} tokens{', the last an EOS or stop id' if ends else ''}"
-            raise Violation(f"{sent} has {full}, and status {status!r}, not {expected!r}")
 
     def _require_same(self) -> None:
         """What has ended stays as it was, and was ended by abort if its status says so."""
@@ -437,11 +324,11 @@ class Play:
         params = SamplingParams(response_length=_LAST, ignore_eos=True)
         prompt = self.subject.prompts[-1]
         (done,) = self._call("generate", lambda: self._it.generate([prompt], params))
-        expected = self.subject.greedy(self.weights[version], prompt, _LAST)
+        expected = self.model.expected(version, prompt, _LAST)
         if list(done.token_ids) != expected or set(done.versions) != {version}:
-            labels = ", ".join(sorted({self._label(one) for one in done.versions}))
+            labels = ", ".join(sorted({self.model.label(one) for one in done.versions}))
             raise Violation(
-                f"after it all generate gave {list(done.token_ids)} of {labels}; the newest weights, {self._label(version)}, "
+                f"after it all generate gave {list(done.token_ids)} of {labels}; the newest weights, {self.model.label(version)}, "
                 f"give {expected}"
             )
 
