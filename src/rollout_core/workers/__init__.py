@@ -11,18 +11,36 @@ from typing import TYPE_CHECKING, Any, Final
 from rollout_core.workers.contract import Completion, RolloutBatch, SamplingParams, to_batch
 
 if TYPE_CHECKING:
+    from rollout_core.workers.group import RolloutGroup
     from rollout_core.workers.hf.worker import HFWorker
-    from rollout_core.workers.worker import SyncReport
+    from rollout_core.workers.sglang.worker import SGLangServerWorker, SGLangWorker
+    from rollout_core.workers.vllm.worker import VLLMServerWorker, VLLMWorker
+    from rollout_core.workers.worker import SyncReport, Worker
 
-__all__ = ["Completion", "HFWorker", "RolloutBatch", "SamplingParams", "SyncReport", "to_batch"]
+__all__ = [
+    "Completion",
+    "HFWorker",
+    "RolloutBatch",
+    "RolloutGroup",
+    "SGLangServerWorker",
+    "SGLangWorker",
+    "SamplingParams",
+    "SyncReport",
+    "VLLMServerWorker",
+    "VLLMWorker",
+    "Worker",
+    "to_batch",
+]
 
 _PLACES: Final = {
     "HFWorker": "rollout_core.workers.hf.worker",
+    "RolloutGroup": "rollout_core.workers.group",
     "SGLangServerWorker": "rollout_core.workers.sglang.worker",
     "SGLangWorker": "rollout_core.workers.sglang.worker",
+    "SyncReport": "rollout_core.workers.worker",
     "VLLMServerWorker": "rollout_core.workers.vllm.worker",
     "VLLMWorker": "rollout_core.workers.vllm.worker",
-    "SyncReport": "rollout_core.workers.worker",
+    "Worker": "rollout_core.workers.worker",
 }
 
 

@@ -113,7 +113,8 @@ class StreamingEngine(ABC):
         """Receive an update; nothing is in the air. Sets ``_unusable``; returns the seconds spent on loading."""
 
     async def _ping(self) -> None:
-        """Raise if the engine does not answer, where it can be asked."""
+        """Raise if the engine does not answer; here, one whose end is noticed without being asked."""
+        await asyncio.sleep(0)
 
     # Requests
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import os
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
@@ -14,11 +15,14 @@ from typing import Any, Final
 
 from rollout_core.errors import WorkerError
 from rollout_core.workers.http.client import Client, RequestError, Timeouts
+from rollout_core.workers.http.server import ServerProcess, free_port
 from rollout_core.workers.model_dir import config_of
 from rollout_core.workers.sglang.commands import LOADER, Named
 from rollout_core.workers.sglang.engine import SGLangBase
 from rollout_core.workers.versions import check_version
 
+#: What belongs to a server's environment: logprobs of the logits themselves, before temperature.
+_ENVIRONMENT: Final = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
 #: From here on an update stands between calls that begin and end it.
 _SESSIONS: Final = (0, 5, 21)
 
@@ -99,13 +103,30 @@ async def _server_info(client: Client) -> Mapping[str, Any]:
     return found
 
 
-def server_command(model: str, port: int, options: Sequence[str] = ()) -> list[str]:
-    """The command line of a server that an ``SGLangServerWorker`` can be given."""
-    return [
-        *(sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--host", "127.0.0.1", "--port", str(port)),
-        *("--custom-weight-loader", LOADER, "--skip-tokenizer-init", "--skip-server-warmup", *options),
-    ]
+def start_server(
+    model_dir: str,
+    options: Sequence[str] = (),
+    *,
+    environment: Mapping[str, str] | None = None,
+    port: int | None = None,
+    log: str | None = None,
+    start_timeout: float = 300.0,
+) -> ServerProcess:
+    """An SGLang server for an ``SGLangServerWorker`` on the loopback interface of this machine, which ends with this process.
 
-
-#: What belongs to its environment.
-SERVER_ENVIRONMENT: Final[Mapping[str, str]] = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
+    ``options`` are words of its command line, beside those that it needs to be one; ``workers.arguments.command_line`` makes them
+    of a configuration. ``environment`` goes beside what this process has. Raises ``WorkerError`` with the end of its log if it does
+    not come up.
+    """
+    port = port or free_port()
+    return ServerProcess(
+        [
+            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model_dir)),
+            *("--host", "127.0.0.1", "--port", str(port), "--custom-weight-loader", LOADER),
+            *("--skip-tokenizer-init", "--skip-server-warmup", *options),
+        ],
+        f"http://127.0.0.1:{port}",
+        environment={**_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(environment or {})},
+        log=log,
+        start_timeout=start_timeout,
+    )

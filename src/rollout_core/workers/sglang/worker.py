@@ -66,7 +66,7 @@ class SGLangWorker(Worker):
 class SGLangServerWorker(Worker):
     """An SGLang server by HTTP, on this machine: weights go through shared memory.
 
-    ``url``: of the server, which was started with ``rollout_core.workers.sglang.server.server_command``, or with what it has in it.
+    ``url``: of the server, which was started by ``rollout_core.workers.sglang.server.start_server``, or with what that gives it.
     ``model_dir``: the folder of its model, if that is not where the server says. ``timeout`` bounds each answer in seconds, and how
     long a stream may be silent; ``connections``: requests that are under way at once, others wait. ``close`` ends what this worker
     has under way, and leaves the server as it is, with the weights that it has.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -12,10 +13,13 @@ from typing import Any, Final
 
 from rollout_core.errors import WorkerError
 from rollout_core.workers.http.client import Client, RequestError, Timeouts
+from rollout_core.workers.http.server import ServerProcess, free_port
 from rollout_core.workers.streaming import Flight, Piece
 from rollout_core.workers.versions import check_version
 from rollout_core.workers.vllm.streamed import EXTENSION, VLLMStreamed, piece_of
 
+#: What belongs to a server's environment.
+_ENVIRONMENT: Final = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
 _ADVICE: Final = (
     f"start it with VLLM_SERVER_DEV_MODE=1, --enable-scale-out, --worker-extension-cls {EXTENSION} and "
     """--weight-transfer-config '{"backend": "rollout_core"}', on this machine"""
@@ -81,14 +85,31 @@ class VLLMServerEngine(VLLMStreamed):
         self._loop.close()
 
 
-def server_command(model: str, port: int, options: Sequence[str] = ()) -> list[str]:
-    """The command line of a server that a ``VLLMServerWorker`` can be given."""
-    return [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1", "--port", str(port)),
-        *("--worker-extension-cls", EXTENSION, "--weight-transfer-config", '{"backend": "rollout_core"}'),
-        *("--generation-config", "vllm", "--skip-tokenizer-init", "--enable-scale-out", *options),
-    ]
+def start_server(
+    model_dir: str,
+    options: Sequence[str] = (),
+    *,
+    environment: Mapping[str, str] | None = None,
+    port: int | None = None,
+    log: str | None = None,
+    start_timeout: float = 300.0,
+) -> ServerProcess:
+    """A vLLM server for a ``VLLMServerWorker`` on the loopback interface of this machine, which ends with this process.
 
-
-#: What belongs to its environment.
-SERVER_ENVIRONMENT: Final[Mapping[str, str]] = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    ``options`` are words of its command line, beside those that it needs to be one; ``workers.arguments.command_line`` makes them
+    of a configuration. ``environment`` goes beside what this process has. Raises ``WorkerError`` with the end of its log if it does
+    not come up.
+    """
+    port = port or free_port()
+    return ServerProcess(
+        [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)),
+            *("--host", "127.0.0.1", "--port", str(port), "--worker-extension-cls", EXTENSION),
+            *("--weight-transfer-config", '{"backend": "rollout_core"}', "--generation-config", "vllm"),
+            *("--skip-tokenizer-init", "--enable-scale-out", *options),
+        ],
+        f"http://127.0.0.1:{port}",
+        environment={**_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(environment or {})},
+        log=log,
+        start_timeout=start_timeout,
+    )
