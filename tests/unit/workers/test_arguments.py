@@ -59,6 +59,7 @@ def make_parser(**options):
     parser.add_argument("--modules", nargs="+", action=AsModules)
     parser.add_argument("--devices", type=lambda text: text.split(","))
     parser.add_argument("--verbosity", "--loud", dest="log_level", type=int)
+    parser.add_argument("--quiet", dest="log_level", action="store_const", const=0)
     return parser
 
 
@@ -116,6 +117,7 @@ def lines(config):
         ({"other-name": "x"}, ["--other-name", "x"]),
         ({"log_level": 2}, ["--verbosity", "2"]),
         ({"loud": 2}, ["--verbosity", "2"]),
+        ({"quiet": 0}, ["--quiet"]),
         ({"token": True}, ["--token"]),
         ({"token": "abc"}, ["--token", "abc"]),
         ({"names": ["a", "b c"]}, ["--names", "a", "b c"]),
