@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
 import torch
 
+from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.vllm.engine import VLLMEngine
 
 FORGET = "forget all pictures"
@@ -15,3 +21,15 @@ class ForgetfulEngine(VLLMEngine):
             self._engine.reset_mm_cache()
             return torch.empty(0)
         return super().read_tensor(name)
+
+
+@contextmanager
+def forgetful() -> Iterator[None]:
+    """A VLLMWorker that is made within it has such an engine."""
+
+    def spec(*given: object, **more: object) -> Spec:
+        return replace(Spec(*given, **more), place=f"{__name__}:ForgetfulEngine")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rollout_core.workers.vllm.worker.Spec", spec)
+        yield

@@ -10,9 +10,8 @@ import transformers
 
 from rollout_core.multimodal import HFRenderer
 from rollout_core.workers import HFWorker, VLLMWorker
-from rollout_core.workers.link.hosts import Spec
 from support import tiny_vl
-from support.forgetful import FORGET
+from support.forgetful import FORGET, forgetful
 
 ENGINE = os.environ.get("ROLLOUT_CORE_ENGINE", "hf")
 KEEPS = ENGINE != "hf"  # whether the engine keeps pictures
@@ -22,10 +21,8 @@ def make_worker(folder, **options):
     if ENGINE == "hf":
         return HFWorker(str(folder), threads=1, timeout=60, **options)
     assert ENGINE == "vllm", f"ROLLOUT_CORE_ENGINE is {ENGINE!r}"
-    with pytest.MonkeyPatch.context() as patch:
-        forgetful = "support.forgetful:ForgetfulEngine"
-        patch.setattr("rollout_core.workers.vllm.worker.Spec", lambda place, *rest: Spec(forgetful, *rest))
-        engine = {"kv_cache_memory_bytes": 32 << 20, **options.pop("engine_options", {})}
+    engine = {"kv_cache_memory_bytes": 32 << 20, **options.pop("engine_options", {})}
+    with forgetful():
         return VLLMWorker(folder, max_model_len=tiny_vl.POSITIONS, engine_options=engine, timeout=60, **options)
 
 

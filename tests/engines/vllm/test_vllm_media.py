@@ -6,9 +6,8 @@ import transformers
 from rollout_core.errors import WorkerError
 from rollout_core.multimodal import Conversation, HFRenderer
 from rollout_core.workers import SamplingParams, VLLMWorker
-from rollout_core.workers.link.hosts import Spec
 from support import tiny_vl
-from support.forgetful import FORGET
+from support.forgetful import FORGET, forgetful
 
 GREEDY = SamplingParams(response_length=6, ignore_eos=True)
 KEPT = 12 * 28**2 * 3 * 2  # bytes that vLLM keeps of a picture of 12 tokens: it has pixels as uint8, each frame twice
@@ -22,10 +21,7 @@ def folder(tmp_path_factory):
 
 
 def make_worker(folder, **engine):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "rollout_core.workers.vllm.worker.Spec", lambda place, *rest: Spec("support.forgetful:ForgetfulEngine", *rest)
-        )
+    with forgetful():
         options = {"kv_cache_memory_bytes": 32 << 20, **engine}
         return VLLMWorker(folder, max_model_len=256, engine_options=options, timeout=60)
 
