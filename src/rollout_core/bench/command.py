@@ -3,29 +3,102 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Final
+from pathlib import Path
+from typing import Annotated, Final, NoReturn
 
 import typer
 from rich.console import Console
 
 BENCHES: Final = ("planning", "packing", "transfer", "conversation")
+#: Asked for by name: it needs an engine.
+ROLLOUT: Final = "rollout"
 
 
 def bench_command(
     which: Annotated[
-        list[str] | None, typer.Argument(help="planning, packing, transfer, conversation; none: all.", show_default=False)
+        list[str] | None,
+        typer.Argument(help="planning, packing, transfer, conversation; none: all of these. Or rollout.", show_default=False),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 21,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Repeats of each measurement: 21, of rollouts 5.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads for packing.")] = 2,
+    worker: Annotated[str, typer.Option(help="rollout: hf, vllm, vllm-async or sglang.")] = "hf",
+    model: Annotated[Path | None, typer.Option(help="rollout: a folder; none: a random model of 135M.", show_default=False)] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="rollout: requests at once; may be repeated.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="rollout: requests for each concurrency.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="rollout: tokens of a prompt.")] = 64,
+    response_tokens: Annotated[int, typer.Option(min=1, help="rollout: tokens of a response.")] = 32,
+    plot: Annotated[Path | None, typer.Option(help="rollout: draw it into a PNG, SVG or PDF.", show_default=False)] = None,
+    json: Annotated[Path | None, typer.Option(help="rollout: write the figures as JSON.", show_default=False)] = None,
 ) -> None:
-    """Measure planning, packing, updates between processes and growing conversations on the CPU, each beside its baseline."""
-    unknown = [name for name in which or () if name not in BENCHES]
+    """Measure planning, packing, updates between processes and growing conversations on the CPU, each beside its baseline; or a
+    worker's rollouts beside its engine's own loop."""
+    unknown = [name for name in which or () if name not in (*BENCHES, ROLLOUT)]
     if unknown:
-        Console(stderr=True).print(f"no bench is named {unknown[0]!r}; there are {', '.join(BENCHES)}", style="bold red")
-        raise typer.Exit(2)
+        _refuse(f"no bench is named {unknown[0]!r}; there are {', '.join((*BENCHES, ROLLOUT))}")
+    if ROLLOUT in (which or ()):
+        if which != [ROLLOUT]:
+            _refuse("rollout is measured by itself: name no other bench")
+        _rollout(worker, model, concurrency or [1, 8], requests, prompt_tokens, response_tokens, repeats or 5, plot, json)
+        return
+    repeats = repeats or 21
     from rollout_core.bench.report import bench
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160  # in a file or pipe nothing has to fit 80 columns
     bench(tuple(which or BENCHES), repeats=repeats, threads=threads, console=console)
+
+
+def _rollout(
+    worker: str,
+    model: Path | None,
+    concurrencies: list[int],
+    requests: int,
+    prompt_tokens: int,
+    response_tokens: int,
+    repeats: int,
+    plot: Path | None,
+    json: Path | None,
+) -> None:
+    from rollout_core.bench.rollout import KINDS, bench_rollout
+    from rollout_core.bench.rollout_report import check_ending, print_rollout, write_json, write_plot
+    from rollout_core.errors import RolloutCoreError
+
+    if worker not in KINDS:
+        _refuse(f"--worker is {worker!r}; it is one of {', '.join(KINDS)}")
+    if model is not None and not (model / "config.json").is_file():
+        _refuse(f"--model: {model} has no config.json; pass a folder as save_pretrained writes it")
+    for option, file in (("--plot", plot), ("--json", json)):
+        if file is not None and not file.absolute().parent.is_dir():
+            _refuse(f"{option}: {file} is in no folder that exists")
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160
+    try:
+        if plot is not None:
+            check_ending(plot)
+        with console.status("starting") as status:
+            bench = bench_rollout(
+                worker,
+                model,
+                concurrencies=concurrencies,
+                requests=requests,
+                prompt_tokens=prompt_tokens,
+                response_tokens=response_tokens,
+                repeats=repeats,
+                progress=lambda words: status.update(words),
+            )
+        print_rollout(bench, console)
+        if json is not None:
+            write_json(bench, json)
+        if plot is not None:
+            write_plot(bench, plot)
+    except (RolloutCoreError, ValueError, OSError) as error:
+        _refuse(str(error))
+    except ImportError as error:
+        _refuse(f"{error}: install the engine, and 'rollout-core[cli,hf]'")
+
+
+def _refuse(message: str) -> NoReturn:
+    Console(stderr=True).print(message, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(2)

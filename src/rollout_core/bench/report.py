@@ -17,7 +17,7 @@ from rollout_core.bench.timing import Timing
 
 def bench(which: tuple[str, ...], *, repeats: int, threads: int, console: Console) -> None:
     """Print the tables of the benches named."""
-    console.print(f"{_processor()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, torch {torch.__version__}")
+    console.print(f"{hardware()}, torch {torch.__version__}")
     if "planning" in which:
         result = bench_planning(repeats)
         sizes = (
@@ -53,6 +53,11 @@ def _table(title: str, timings: dict[str, Timing], baseline: str) -> Table:
         speed = f"{100 * timings[baseline].median / timing.median:.0f}%"
         table.add_row(name, f"{timing.median:.2f}", f"{timing.low:.2f}", f"{timing.high:.2f}", speed)
     return table
+
+
+def hardware() -> str:
+    """What this runs on."""
+    return f"{_processor()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
 
 
 def _processor() -> str:

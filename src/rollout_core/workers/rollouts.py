@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class Rollout:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    first_token: float | None = None  # when it was heard of, by time.perf_counter
     resent: int = 0  # times that it was sent again, because the engine missed the data of its media
     resent_at: int | None = None  # tokens that it had then
 
@@ -95,6 +97,8 @@ class Rollouts:
                 self._missed(rollout, one.missing)
                 continue
             self._version = one.version
+            if one.token_ids and rollout.first_token is None:
+                rollout.first_token = time.perf_counter()
             rollout.token_ids += one.token_ids
             rollout.logprobs += one.logprobs
             rollout.versions += [one.version] * len(one.token_ids)

@@ -34,6 +34,7 @@ from rollout_core.workers.link.messages import (
     Abandon,
     Abort,
     Answer,
+    Call,
     Digests,
     Failed,
     Freed,
@@ -47,6 +48,7 @@ from rollout_core.workers.link.messages import (
     Received,
     ReleaseMemory,
     ResumeMemory,
+    Returned,
     Run,
     Specs,
     Submit,
@@ -307,6 +309,15 @@ class Worker:
         """Take the memory again, for weights that ``sync_weights`` brings. A second call, or one without a release, is harmless."""
         with self._lock:
             self._alive().ask(ResumeMemory())
+
+    # What one engine has beside the others
+
+    def call(self, name: str, argument: bytes = b"") -> bytes:
+        """Call the engine's own method ``call_<name>``, which takes bytes and gives some, where the engine is. ``WorkerError`` if
+        it has none of that name, or that raises."""
+        answer = self._alive().ask(Call(name, argument), Returned)
+        assert isinstance(answer, Returned)
+        return answer.value
 
     # Its end
 

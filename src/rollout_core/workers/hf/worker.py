@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from rollout_core.errors import WorkerError
@@ -21,6 +23,8 @@ class HFWorker(Worker):
     """
 
     media_form: Form = "tensors"
+    #: What runs in its process, as ``module:class``.
+    engine: ClassVar[str] = "rollout_core.workers.hf.engine:HFEngine"
 
     def __init__(
         self,
@@ -37,5 +41,5 @@ class HFWorker(Worker):
         if not isinstance(named, torch.dtype) or not named.is_floating_point:
             raise WorkerError(f"dtype is {dtype!r}; it is the name of a floating-point torch dtype, for example 'float32'")
         options = {"model": str(model_dir), "dtype": dtype, "device": device, "threads": threads if process else 0}
-        spec = Spec("rollout_core.workers.hf.engine:HFEngine", options)
+        spec = Spec(self.engine, options)
         super().__init__(spec, process=process, start_timeout=start_timeout, timeout=timeout)

@@ -57,6 +57,13 @@ class ReadMediaHits(msgspec.Struct, tag=True, frozen=True):
     pass
 
 
+class Call(msgspec.Struct, tag=True, frozen=True):
+    """Something that this engine alone can do: its method ``call_<name>``, which takes bytes and gives some."""
+
+    name: str
+    argument: bytes
+
+
 class ReleaseMemory(msgspec.Struct, tag=True, frozen=True):
     """Answered with what it freed."""
 
@@ -83,6 +90,7 @@ Asking: TypeAlias = (
     | ReadDigests
     | ReadTensor
     | ReadMediaHits
+    | Call
     | ReleaseMemory
     | ResumeMemory
     | Ping
@@ -103,6 +111,12 @@ class Received(msgspec.Struct, tag=True, frozen=True):
     """The update is committed; seconds of it went into loading."""
 
     loading: float
+
+
+class Returned(msgspec.Struct, tag=True, frozen=True):
+    """What ``Call`` gave."""
+
+    value: bytes
 
 
 class Freed(msgspec.Struct, tag=True, frozen=True):
@@ -146,7 +160,7 @@ class Events(msgspec.Struct, tag=True, frozen=True):
     progress: list[Progress]
 
 
-Answer: TypeAlias = Done | Received | Freed | MediaHits | Specs | Digests | TensorBytes | Failed | Events
+Answer: TypeAlias = Done | Received | Returned | Freed | MediaHits | Specs | Digests | TensorBytes | Failed | Events
 
 
 class Answered(msgspec.Struct, frozen=True):

@@ -12,6 +12,7 @@ from typing import Final, assert_never
 
 from rollout_core.bucketing.dtypes import WIRE_NAMES
 from rollout_core.bucketing.tensors import as_bytes
+from rollout_core.errors import WorkerError
 from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.channel import Channel
 from rollout_core.workers.engine import Engine, Progress, SelfRunning, Update
@@ -21,6 +22,7 @@ from rollout_core.workers.link.messages import (
     Answer,
     Answered,
     Asked,
+    Call,
     Close,
     Digests,
     Done,
@@ -37,6 +39,7 @@ from rollout_core.workers.link.messages import (
     Received,
     ReleaseMemory,
     ResumeMemory,
+    Returned,
     Run,
     Specs,
     Submit,
@@ -148,6 +151,11 @@ class Serving:
             case ReadMediaHits():
                 hits = getattr(engine, "media_hits", None)  # of few engines
                 return MediaHits() if hits is None else MediaHits(*hits())
+            case Call():
+                call = getattr(engine, f"call_{request.name}", None)
+                if call is None:
+                    raise WorkerError(f"this engine has no {request.name}")
+                return Returned(call(request.argument))
             case ReleaseMemory():
                 return Freed(engine.release_memory())
             case ResumeMemory():

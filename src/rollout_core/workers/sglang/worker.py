@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.worker import Worker
@@ -36,6 +36,8 @@ class SGLangWorker(Worker):
     """
 
     takes_computed = False
+    #: What runs in its process, as ``module:class``.
+    engine: ClassVar[str] = "rollout_core.workers.sglang.engine:SGLangEngine"
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class SGLangWorker(Worker):
         options |= engine_options or {}
         self.capabilities = frozenset({"seeds"} if options.get("enable_deterministic_inference") else ())
         spec = Spec(
-            "rollout_core.workers.sglang.engine:SGLangEngine",
+            self.engine,
             {"model": str(model_dir), "options": options, "timeout": timeout},
             {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if device == "cpu" else {}), **(environment or {})},
             has_children=True,

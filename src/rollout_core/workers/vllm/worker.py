@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from rollout_core.errors import WorkerError
 from rollout_core.workers.link.hosts import Spec
@@ -17,11 +17,6 @@ _ENVIRONMENT: Final = {
 }
 _CPU_CACHE: Final = 256 << 20  # bytes; vLLM itself takes half of the machine's memory
 _CPU_ENVIRONMENT: Final = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-
-_ENGINES: Final = {
-    "stepped": "rollout_core.workers.vllm.engine:VLLMEngine",
-    "async": "rollout_core.workers.vllm.async_engine:VLLMAsyncEngine",
-}
 
 
 class VLLMWorker(Worker):
@@ -39,6 +34,11 @@ class VLLMWorker(Worker):
     reads_values = True  # a CPU's packed weights; see readback.py
     takes_computed = False
     media_form: Form = "pictures"
+    #: What runs in its process, as ``module:class``, by mode.
+    engines: ClassVar[Mapping[str, str]] = {
+        "stepped": "rollout_core.workers.vllm.engine:VLLMEngine",
+        "async": "rollout_core.workers.vllm.async_engine:VLLMAsyncEngine",
+    }
 
     def __init__(
         self,
@@ -60,8 +60,8 @@ class VLLMWorker(Worker):
         options |= engine_options or {}
         if device == "cpu" and not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & options.keys():
             options["kv_cache_memory_bytes"] = _CPU_CACHE
-        if mode not in _ENGINES:
-            raise WorkerError(f"mode is {mode!r}: pass {' or '.join(map(repr, _ENGINES))}")
+        if mode not in self.engines:
+            raise WorkerError(f"mode is {mode!r}: pass {' or '.join(map(repr, self.engines))}")
         if mode == "async":
             self.media_form = "none"
         given = {"model": str(model_dir), "options": options, "mend": mend}
@@ -72,7 +72,7 @@ class VLLMWorker(Worker):
         }
         if mode == "async":
             given["timeout"] = timeout
-        spec = Spec(_ENGINES[mode], given, {**own, **(environment or {})}, has_children=True)
+        spec = Spec(self.engines[mode], given, {**own, **(environment or {})}, has_children=True)
         super().__init__(spec, start_timeout=start_timeout, timeout=timeout)
 
 
