@@ -35,6 +35,8 @@ SHAPE: Final = {
     "tie_word_embeddings": True,
 }
 KINDS: Final = ("hf", "vllm", "vllm-async", "sglang")
+#: One thread for the model: engines have processes beside it, and threads that wait for each other measure the machine's load.
+_ONE: Final = {"OMP_NUM_THREADS": "1"}
 _CAPACITY: Final = 64 << 20
 
 
@@ -95,11 +97,11 @@ def make_model(folder: Path) -> None:
 def make_worker(kind: str, folder: Path) -> Worker:
     """A worker whose engine has the engine's own loop, too."""
     if kind == "hf":
-        return OwnHFWorker(str(folder))
+        return OwnHFWorker(str(folder), threads=1)
     if kind in ("vllm", "vllm-async"):
-        return OwnVLLMWorker(str(folder), mode="stepped" if kind == "vllm" else "async", max_model_len=1024)
+        return OwnVLLMWorker(str(folder), mode="stepped" if kind == "vllm" else "async", max_model_len=1024, environment=_ONE)
     if kind == "sglang":
-        return OwnSGLangWorker(str(folder), max_model_len=1024)
+        return OwnSGLangWorker(str(folder), max_model_len=1024, environment=_ONE)
     raise WorkerError(f"there is no bench of rollouts for {kind!r}: pass {', '.join(KINDS)}")
 
 

@@ -203,12 +203,13 @@ class StreamingEngine(ABC):
             self._resume()
             self._is_released, self._unusable = False, AWAITED
 
+    @abstractmethod
     def _release(self) -> int:
-        """Let go of the memory of weights and cache; returns the bytes that this freed."""
-        raise WorkerError("this engine cannot let go of its memory")
+        """Let go of the memory of weights and cache, with nothing in the air; returns the bytes that this freed."""
 
+    @abstractmethod
     def _resume(self) -> None:
-        raise WorkerError("this engine cannot let go of its memory")
+        """Take the memory again."""
 
     def close(self) -> None:
         for flight in self._flights.values():
@@ -234,9 +235,12 @@ class StreamingEngine(ABC):
             if not self._is_paused:
                 self._start(self._flights.values())
 
-    def _check_usable(self) -> None:
+    def _check_resumed(self) -> None:
         if self._is_released:
             raise WorkerError(RELEASED)
+
+    def _check_usable(self) -> None:
+        self._check_resumed()
         if self._unusable is not None:
             raise WorkerError(f"the worker's weights are unusable: {self._unusable}; call sync_weights again")
 

@@ -541,7 +541,7 @@ def test_a_fault_fails_its_checks_and_no_other(folder, worker):
             left.socket.close()
 
 
-def right_padded(model, prompts, settings, recorder, criteria):
+def right_padded(model, prompts, settings, recorder, criteria, more):
     """transformers is given the padding after each prompt."""
     width = max(map(len, prompts))
     ids = [list(prompt) + [settings.pad_token_id] * (width - len(prompt)) for prompt in prompts]
@@ -549,7 +549,7 @@ def right_padded(model, prompts, settings, recorder, criteria):
     return decoded(model, ids, mask, width, settings, recorder, criteria)
 
 
-def padding_attended_to(model, prompts, settings, recorder, criteria):
+def padding_attended_to(model, prompts, settings, recorder, criteria, more):
     width = max(map(len, prompts))
     ids = [[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     return decoded(model, ids, [[1] * width] * len(prompts), width, settings, recorder, criteria)

@@ -21,7 +21,7 @@ import torch
 from rollout_core.bucketing import TensorSpec
 from rollout_core.errors import WorkerError
 from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Read, Receive, raise_failed, unusable_of
-from rollout_core.workers.engine import RELEASED, Update
+from rollout_core.workers.engine import Update
 from rollout_core.workers.limits import Limits
 from rollout_core.workers.model_dir import Checkpoint, config_of
 from rollout_core.workers.sglang.commands import LOADER, Named, Order, packed, read_answers
@@ -106,8 +106,6 @@ class SGLangBase(StreamingEngine):
         }
 
     def _update(self, update: Update) -> float:
-        if self._is_released:
-            raise WorkerError(RELEASED)
         return max(answer.loading for answer in self._ask(Receive(update)))
 
     def abandon(self, version: int) -> None:
@@ -133,8 +131,7 @@ class SGLangBase(StreamingEngine):
 
     def _ask(self, what: Command) -> list[Answer]:
         """Have each rank carry this out."""
-        if self._is_released:
-            raise WorkerError(RELEASED)
+        self._check_resumed()
         changes = not isinstance(what, Digests | Read)
         with tempfile.TemporaryDirectory(prefix="rollout-core-") as folder:
             with self._in_session():
@@ -198,6 +195,7 @@ class SGLangEngine(SGLangBase):
             self._engine: Any = Engine(**given)
         except Exception as error:  # of many kinds; what the operator needs is the folder and the cause
             raise WorkerError(f"SGLang did not start with the model in {model}: {type(error).__name__}: {error}") from error
+        self._device = str(given.get("device", "cuda"))
         arguments, self._manager = self._engine.server_args, self._engine.tokenizer_manager
         super().__init__(
             folder,
@@ -228,8 +226,9 @@ class SGLangEngine(SGLangBase):
                 raise WorkerError(f"SGLang did not {'begin' if begin else 'end'} an update: {message}")
 
     def _release(self) -> int:
+        before = used_memory(self._device)
         self._engine.release_memory_occupation()
-        return 0
+        return max(0, before - used_memory(self._device))
 
     def _resume(self) -> None:
         self._engine.resume_memory_occupation()
@@ -237,6 +236,14 @@ class SGLangEngine(SGLangBase):
     def close(self) -> None:
         super().close()
         self._engine.shutdown()
+
+
+def used_memory(device: str) -> int:
+    """Bytes of a device that are in use, by whomever; 0 on a CPU, where SGLang lets go of nothing."""
+    if device == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
 
 
 def _fields() -> frozenset[str]:

@@ -18,7 +18,7 @@ from rollout_core.workers.http.client import Client, RequestError, Timeouts
 from rollout_core.workers.http.server import ServerProcess, free_port
 from rollout_core.workers.model_dir import config_of
 from rollout_core.workers.sglang.commands import LOADER, Named
-from rollout_core.workers.sglang.engine import SGLangBase
+from rollout_core.workers.sglang.engine import SGLangBase, used_memory
 from rollout_core.workers.versions import check_version
 
 #: What belongs to a server's environment: logprobs of the logits themselves, before temperature.
@@ -42,6 +42,7 @@ class SGLangServerEngine(SGLangBase):
             folder = Path(model or info["model_path"])
             if not (folder / "config.json").is_file():
                 raise WorkerError(f"{url} serves the model in {folder}, which is not on this machine: pass model_dir")
+            self._device = str(info.get("device") or "cuda")
             self._ranks = int(info.get("tp_size") or 1)
             self._has_sessions = tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) >= _SESSIONS
             super().__init__(
@@ -86,6 +87,14 @@ class SGLangServerEngine(SGLangBase):
     def _session(self, begin: bool) -> None:
         if self._has_sessions:
             self._run(self._client.post("/begin_weight_update" if begin else "/end_weight_update", {}))
+
+    def _release(self) -> int:
+        before = used_memory(self._device)
+        self._run(self._client.post("/release_memory_occupation", {}))
+        return max(0, before - used_memory(self._device))
+
+    def _resume(self) -> None:
+        self._run(self._client.post("/resume_memory_occupation", {}))
 
     def close(self) -> None:
         super().close()

@@ -55,7 +55,8 @@ class SGLangWorker(Worker):
         if max_model_len is not None:
             options["context_length"] = max_model_len
         options |= engine_options or {}
-        self.capabilities = frozenset({"seeds"} if options.get("enable_deterministic_inference") else ())
+        repeats = bool(options.get("enable_deterministic_inference"))
+        self.capabilities = frozenset({"memory", *(("seeds",) if repeats else ())})
         spec = Spec(
             self.engine,
             {"model": str(model_dir), "options": options, "timeout": timeout},
@@ -75,7 +76,7 @@ class SGLangServerWorker(Worker):
     """
 
     takes_computed = False
-    capabilities: frozenset[str] = frozenset()
+    capabilities = frozenset({"memory"})
 
     def __init__(self, url: str, *, model_dir: str | None = None, timeout: float = 300.0, connections: int = 256) -> None:
         given = {"url": url, "model": None if model_dir is None else str(model_dir)}

@@ -10,6 +10,7 @@ from typing import Any
 from rollout_core.errors import WorkerError
 from rollout_core.workers.model_dir import config_of
 from rollout_core.workers.streaming import Flight, Piece
+from rollout_core.workers.vllm.engine import check_can_sleep
 from rollout_core.workers.vllm.streamed import VLLMStreamed, options_of, piece_of
 
 
@@ -64,8 +65,15 @@ class VLLMAsyncEngine(VLLMStreamed):
         else:
             await getattr(self._llm, call)(**arguments)
 
-    async def _rpc(self, method: str, argument: str) -> list[Any]:
-        return list(await self._llm.collective_rpc(method, args=(argument,)))
+    async def _rpc(self, method: str, *arguments: str) -> list[Any]:
+        return list(await self._llm.collective_rpc(method, args=arguments))
+
+    async def _sleep(self, sleep: bool) -> None:
+        if sleep:
+            check_can_sleep(self._llm.vllm_config.model_config, self._llm.vllm_config.device_config)
+            await self._llm.sleep(level=2)
+        else:
+            await self._llm.wake_up()
 
     async def _reset(self) -> bool:
         await self._llm.reset_encoder_cache()

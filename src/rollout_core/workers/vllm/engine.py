@@ -10,14 +10,15 @@ from typing import Any, Final
 import msgspec
 import torch
 
-from rollout_core.bucketing import TensorSpec, specs_of
-from rollout_core.errors import RolloutCoreError, TransferError, WorkerError
+from rollout_core.bucketing import TensorSpec
+from rollout_core.errors import TransferError, WorkerError
 from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.protocol.messages import Cause
 from rollout_core.workers.contract import SamplingParams, Status
-from rollout_core.workers.engine import Emit, Group, Progress, Request, Update
-from rollout_core.workers.model_dir import config_of, eos_token_ids
-from rollout_core.workers.names import EMBEDDING, HEAD, canonical
+from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
+from rollout_core.workers.limits import Limits
+from rollout_core.workers.model_dir import Checkpoint, config_of
+from rollout_core.workers.names import canonical
 from rollout_core.workers.vllm.media import check_expanded, data_in, missing_in, prompt_of
 
 _EXTENSION: Final = "rollout_core.workers.vllm.extension.RolloutExtension"
@@ -36,13 +37,7 @@ class VLLMEngine:
 
         folder = Path(model)
         config = config_of(folder)  # if there is none, vLLM would take it for the name of a model to download
-        self._eos = eos_token_ids(folder)
-        self._vocabulary = int(config["vocab_size"])
-        self._is_tied = bool(config.get("tie_word_embeddings", False))
-        try:
-            self._specs = specs_of(folder)
-        except RolloutCoreError as error:
-            raise WorkerError(f"the weights in {model} cannot be read: {error}") from error
+        self._checkpoint = Checkpoint(folder)
         sees = {"limit_mm_per_prompt": {"video": 0}} if "vision_config" in config else {"skip_tokenizer_init": True}
         try:
             self._llm: Any = LLM(
@@ -58,10 +53,11 @@ class VLLMEngine:
         except Exception as error:  # of many kinds; what the operator needs is the folder and the cause
             raise WorkerError(f"vLLM did not start with the model in {model}: {type(error).__name__}: {error}") from error
         self._engine: Any = self._llm.llm_engine
-        self._limit = int(self._llm.model_config.max_model_len)
+        self._limits = Limits.of(folder, int(self._llm.model_config.max_model_len))
         self._mend = mend
         self._version = 0
         self._unusable: str | None = None
+        self._is_released = False
         self._names: dict[int, str] = {}  # of the requests under way, as vLLM calls them
         self._keys: dict[str, int] = {}
         self._started: dict[int, Request] = {}  # those of conversations of which nothing was heard yet
@@ -73,7 +69,7 @@ class VLLMEngine:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._names or self._missed)
+        return bool(self._names or self._missed) and not self._is_released and self._unusable is not AWAITED
 
     def submit(self, group: Group) -> None:
         self._check_usable()
@@ -106,6 +102,8 @@ class VLLMEngine:
         emit([Progress(key, [], [], self._version, "aborted") for key in missed])
 
     def step(self, emit: Emit, between: Callable[[], None]) -> None:
+        if self._unusable is not None:  # what an update that failed has left is not sampled from
+            self._fail_all(emit)
         missed, self._missed = self._missed, {}
         progress = [Progress(key, [], [], self._version, missing=missing) for key, missing in missed.items()]
         for output in self._engine.step() if self._names else ():
@@ -115,7 +113,16 @@ class VLLMEngine:
         emit(progress)
         between()
 
+    def _fail_all(self, emit: Emit) -> None:
+        cause = cause_of(WorkerError(f"the worker's weights are unusable: {self._unusable}"))
+        self._engine.abort_request(list(self._names.values()), internal=True)
+        emit([self._ended(key, "failed", cause) for key in list(self._names)])
+        emit([Progress(key, [], [], self._version, "failed", cause) for key in self._missed])
+        self._missed = {}
+
     def update(self, update: Update) -> float:
+        if self._is_released:
+            raise WorkerError(RELEASED)
         llm, before = self._llm, self._version
         llm.init_weight_transfer_engine({"init_info": {"address": update.address, "timeout": update.timeout}})
         llm.start_weight_update()
@@ -143,15 +150,32 @@ class VLLMEngine:
             self._unusable = self._why_unusable()
 
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:
-        wanted = self._checkpoint_names() if names is None else list(names)
+        self._check_resumed()
+        wanted = list(self._checkpoint.shapes) if names is None else list(names)
         answers: list[dict[str, str]] = self._llm.collective_rpc("rollout_core_digests", args=(wanted,))
         return answers[0]
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        if canonical(name) not in {canonical(one) for one in self._checkpoint_names()}:
+        self._check_resumed()
+        if canonical(name) not in {canonical(one) for one in self._checkpoint.shapes}:
             raise WorkerError(f"the worker has no tensor {name!r}")
         tensor: torch.Tensor = self._llm.collective_rpc("rollout_core_read", args=(name,))[0]
         return tensor
+
+    def release_memory(self) -> int:
+        if self._is_released:
+            return 0
+        check_can_sleep(self._llm.model_config, self._llm.llm_engine.vllm_config.device_config)
+        self._engine.reset_prefix_cache(reset_running_requests=True)  # what was under way waits, and is computed anew
+        before = sum(self._llm.collective_rpc("rollout_core_memory"))
+        self._llm.sleep(level=2)
+        self._is_released = True
+        return max(0, before - int(sum(self._llm.collective_rpc("rollout_core_memory"))))
+
+    def resume_memory(self) -> None:
+        if self._is_released:
+            self._llm.wake_up()
+            self._is_released, self._unusable = False, AWAITED
 
     def media_hits(self) -> tuple[int, int] | tuple[None, None]:
         """Of vLLM's cache of what its processor made: pictures that were in it, and that were looked for."""
@@ -165,19 +189,12 @@ class VLLMEngine:
         self._engine.engine_core.shutdown()
 
     def specs(self) -> list[TensorSpec]:
-        """What an update has to bring: the tensors of the folder, in the dtype that the engine has them in."""
-        dtype = self._llm.model_config.dtype
-        shapes = {spec.name: spec.shape for spec in self._specs}
-        embedding = next((name for name in shapes if canonical(name) == EMBEDDING), None)
-        if self._is_tied and embedding is not None:
-            shapes.setdefault(HEAD, shapes[embedding])
-        return [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
+        return self._checkpoint.specs_in(self)
 
     def _params(self, params: SamplingParams, request: Request) -> Any:
         from vllm import SamplingParams as Their
         from vllm.sampling_params import RequestOutputKind
 
-        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self._eos))
         return Their(
             max_tokens=params.response_length,
             temperature=params.temperature,
@@ -185,7 +202,7 @@ class VLLMEngine:
             top_k=params.top_k,
             # As vLLM does for its own n: samples of one prompt have seeds of their own.
             seed=None if params.seed is None else params.seed + request.sample,
-            stop_token_ids=sorted(ends),
+            stop_token_ids=self._limits.ends(params),
             ignore_eos=True,  # said by stop_token_ids: without a tokenizer vLLM knows no EOS
             logprobs=0,  # of the sampled token alone
             detokenize=False,
@@ -194,27 +211,9 @@ class VLLMEngine:
 
     def _check(self, request: Request, params: SamplingParams) -> None:
         """Raise ``WorkerError`` for what vLLM would refuse in words of its own, or cut short, or fail on."""
-        length, place = len(request.input_ids or request.prompt), request.place
         if request.media and not self._llm.model_config.is_multimodal_model:
-            raise WorkerError(f"prompt {place} shows {len(request.media)} pictures, and the model takes none")
-        if not length:
-            raise WorkerError(f"prompt {place} is empty: give each prompt at least one token, such as BOS")
-        for position, token in enumerate(request.prompt):
-            if not 0 <= token < self._vocabulary:
-                raise WorkerError(
-                    f"prompt {place} position {position} is {token!r}, not one of the model's {self._vocabulary} ids: "
-                    "check that tokenizer and model belong together"
-                )
-        for token in params.stop_token_ids:
-            if not 0 <= token < self._vocabulary:
-                raise WorkerError(
-                    f"stop_token_ids {token!r} is outside the model's {self._vocabulary} ids: pass the tokenizer's own"
-                )
-        if length + params.response_length > self._limit:
-            raise WorkerError(
-                f"prompt {place} has {length} tokens and with response_length {params.response_length} passes the "
-                f"model's {self._limit} positions: shorten the prompt or the response"
-            )
+            raise WorkerError(f"prompt {request.place} shows {len(request.media)} pictures, and the model takes none")
+        self._limits.check(request, params)
 
     def _progress(self, key: int, whole: Any) -> list[Progress]:
         request, output = self._started.pop(key, None), whole.outputs[0]
@@ -240,12 +239,20 @@ class VLLMEngine:
         self._started.pop(key, None)
         return Progress(key, [], [], self._version, status, cause)
 
-    def _checkpoint_names(self) -> list[str]:
-        return [spec.name for spec in self.specs()]
-
     def _why_unusable(self) -> str | None:
         return next((why for why in self._llm.collective_rpc("rollout_core_unusable") if why is not None), None)
 
+    def _check_resumed(self) -> None:
+        if self._is_released:
+            raise WorkerError(RELEASED)
+
     def _check_usable(self) -> None:
+        self._check_resumed()
         if self._unusable is not None:
             raise WorkerError(f"the worker's weights are unusable: {self._unusable}; call sync_weights again")
+
+
+def check_can_sleep(model_config: Any, device_config: Any) -> None:
+    """Raise ``WorkerError`` for a vLLM that keeps its memory. On a CPU it sleeps, too, and frees nothing."""
+    if device_config.device_type != "cpu" and not model_config.enable_sleep_mode:
+        raise WorkerError("vLLM keeps its memory: start it with enable_sleep_mode=True")

@@ -67,12 +67,15 @@ class VLLMServerEngine(VLLMStreamed):
         longer = replace(timeout, total=max(seconds, timeout.total or 0.0), silence=max(seconds, timeout.silence or 0.0))
         await self._client.post(f"/{call}", arguments or None, timeout=longer)
 
-    async def _rpc(self, method: str, argument: str) -> list[Any]:
+    async def _rpc(self, method: str, *arguments: str) -> list[Any]:
         try:
-            found = await self._client.post("/collective_rpc", {"method": method, "args": [argument]})
+            found = await self._client.post("/collective_rpc", {"method": method, "args": list(arguments)})
         except RequestError as error:
             raise WorkerError(f"the server cannot be asked for its weights: {_ADVICE} ({error})") from error
         return list(found["results"])
+
+    async def _sleep(self, sleep: bool) -> None:
+        await self._client.post("/sleep?level=2" if sleep else "/wake_up")
 
     async def _reset(self) -> bool:
         await self._client.post("/reset_encoder_cache")

@@ -15,7 +15,7 @@ import torch
 from rollout_core.bucketing import TensorSpec
 from rollout_core.errors import TransferError, WorkerError
 from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Read, Settle, raise_failed, unusable_of
-from rollout_core.workers.engine import RELEASED, Update
+from rollout_core.workers.engine import Update
 from rollout_core.workers.limits import Limits
 from rollout_core.workers.model_dir import Checkpoint
 from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
@@ -44,8 +44,12 @@ class VLLMStreamed(StreamingEngine):
         """One of vLLM's calls for updates of weights."""
 
     @abstractmethod
-    async def _rpc(self, method: str, argument: str) -> list[Any]:
+    async def _rpc(self, method: str, *arguments: str) -> list[Any]:
         """``collective_rpc``."""
+
+    @abstractmethod
+    async def _sleep(self, sleep: bool) -> None:
+        """``sleep``, level 2, or ``wake_up``."""
 
     @abstractmethod
     async def _reset(self) -> bool:
@@ -76,8 +80,7 @@ class VLLMStreamed(StreamingEngine):
         return self._run(self._updated(update))
 
     async def _updated(self, update: Update) -> float:
-        if self._is_released:
-            raise WorkerError(RELEASED)
+        self._check_resumed()
         await self._official(
             "init_weight_transfer_engine", init_info={"address": update.address, "timeout": update.timeout}, seconds=update.timeout
         )
@@ -103,16 +106,30 @@ class VLLMStreamed(StreamingEngine):
                 why = f"the update to version {version} was not completed"
                 self._unusable = unusable_of(self._run(self._ask(Abandon(version, why))))
 
+    def _release(self) -> int:
+        return self._run(self._released())
+
+    async def _released(self) -> int:
+        await self._reset()
+        before = sum(map(int, await self._rpc("rollout_core_memory")))
+        await self._sleep(True)
+        return max(0, before - sum(map(int, await self._rpc("rollout_core_memory"))))
+
+    def _resume(self) -> None:
+        self._run(self._sleep(False))
+
     def specs(self) -> list[TensorSpec]:
         return self._checkpoint.specs_in(self)
 
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:
+        self._check_resumed()
         wanted = self._checkpoint.shapes if names is None else dict.fromkeys(names, ())
         return self._run(self._ask(Digests(dict.fromkeys(wanted, ()))))[0].digests
 
     def read_tensor(self, name: str) -> torch.Tensor:
         if name not in self._checkpoint.shapes:
             raise WorkerError(f"the worker has no tensor {name!r}")
+        self._check_resumed()
         return self._run(self._ask(Read(name, self._checkpoint.shapes[name])))[0].tensor
 
     async def _ask(self, command: Command) -> list[Answer]:

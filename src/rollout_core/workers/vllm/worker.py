@@ -87,7 +87,7 @@ class VLLMServerWorker(Worker):
 
     reads_values = True
     takes_computed = False
-    capabilities = frozenset({"seeds"})
+    capabilities = frozenset({"seeds", "memory"})
 
     def __init__(
         self, url: str, *, model_dir: str | None = None, mend: bool = True, timeout: float = 300.0, connections: int = 256
