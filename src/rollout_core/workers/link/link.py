@@ -121,6 +121,7 @@ class _Pump:
         self._outbox: deque[tuple[int, Asking]] = deque()
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._is_stopped = False
+        self._is_closing = False  # the engine was told to
         self._thread = threading.Thread(target=self._run, name="rollout-core-link", daemon=True)
 
     def start(self) -> None:
@@ -139,6 +140,7 @@ class _Pump:
         with self._lock:
             self._check_usable()
             self._number += 1
+            self._is_closing = isinstance(request, Close)
             answer = self.expect(self._number)
             self._outbox.append((self._number, request))
         self._wake()
@@ -187,7 +189,8 @@ class _Pump:
                 while not self._is_stopped and self._channel.has_message():
                     self._take(self._channel.receive(0))
         except PeerGone as error:
-            self._host.wait(1)  # its exit code says more than the closed channel
+            # Its exit code says more than the closed channel; and one that was told to close may take its time over its exit.
+            self._host.wait(GRACE if self._is_closing else 1.0)
             self.give_up(str(error))
         except TransferError as error:
             self.give_up(str(error))

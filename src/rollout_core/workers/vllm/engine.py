@@ -167,7 +167,7 @@ class VLLMEngine:
             return 0
         check_can_sleep(self._llm.model_config, self._llm.llm_engine.vllm_config.device_config)
         self._engine.reset_prefix_cache(reset_running_requests=True)  # what was under way waits, and is computed anew
-        before = sum(self._llm.collective_rpc("rollout_core_memory"))
+        before = int(sum(self._llm.collective_rpc("rollout_core_memory")))
         self._llm.sleep(level=2)
         self._is_released = True
         return max(0, before - int(sum(self._llm.collective_rpc("rollout_core_memory"))))
