@@ -78,16 +78,26 @@ class RolloutGroup:
     def start(self) -> int:
         """Submit what has not ended and is not under way, each from the tokens that it has. Returns how many that were."""
         self._collect()
-        waiting = [(number, row) for number, row in enumerate(self._rows) if number not in self._ended and row.future is None]
-        for number, row in waiting:
-            tokens, params = row.tokens, self._params
-            seed = params.seed
-            if seed is not None:
-                seed = (seed + _APART * (row.sample + self._params.n * len(tokens))) % 2**31
-            row.name = f"{self._id}-{number}-{len(row.parts)}"
-            left = msgspec.structs.replace(params, n=1, seed=seed, response_length=params.response_length - len(tokens))
-            (row.future,) = self._worker.submit([row.prompt + tokens], left, request_ids=[row.name])
+        waiting = [number for number, row in enumerate(self._rows) if number not in self._ended and row.future is None]
+        calls: dict[SamplingParams, list[int]] = {}  # those that have the same left go together: some engines batch by call
+        for number in waiting:
+            calls.setdefault(self._left(self._rows[number]), []).append(number)
+        for params, numbers in calls.items():
+            rows = [self._rows[number] for number in numbers]
+            for number, row in zip(numbers, rows, strict=True):
+                row.name = f"{self._id}-{number}-{len(row.parts)}"
+            futures = self._worker.submit([row.prompt + row.tokens for row in rows], params, request_ids=[row.name for row in rows])
+            for row, future in zip(rows, futures, strict=True):
+                row.future = future
         return len(waiting)
+
+    def _left(self, row: _Row) -> SamplingParams:
+        """What a row is still to be asked for."""
+        params, count, seed = self._params, len(row.tokens), self._params.seed
+        if seed is not None and params.temperature != 0:
+            # Prompts differ by their place: rows of one call would share their chances.
+            seed = (seed + _APART * (row.place + (count * params.n + row.sample) * len(self._rows))) % 2**31
+        return msgspec.structs.replace(params, n=1, seed=seed, response_length=params.response_length - count)
 
     def interrupt(self, timeout: float = 60.0) -> int:
         """End what is under way, and keep what came of it. Returns the rows that wait to be started again. ``WorkerError`` if one

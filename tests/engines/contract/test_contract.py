@@ -5,18 +5,26 @@ import copy
 import random
 import threading
 from concurrent.futures import wait
+from contextlib import suppress
 
 import msgspec
 import pytest
 import torch
 
 from rollout_core.errors import IntegrityError, PlanMismatchError, WorkerError
-from rollout_core.workers import SamplingParams, to_batch
+from rollout_core.testing import check_worker, select_checks
+from rollout_core.workers import HFWorker, RolloutGroup, SamplingParams, to_batch
 
 PROMPTS = [[5], [17, 3, 60], list(range(100, 137)), [9, 2, 2, 12, 7, 55]]
 GREEDY = SamplingParams(response_length=10)
 LONG = SamplingParams(response_length=40, ignore_eos=True)
 EOS = (2, 7)
+#: The kit's checks, but those that want a worker that has just started, or look at what is left of one. Preflight makes those.
+ONLY = [
+    check.id
+    for check in select_checks("worker")
+    if check.id not in ("worker/W2-start", "worker/T3-left-behind", "worker/W4-killed")
+]
 
 
 @torch.no_grad()
@@ -302,3 +310,155 @@ def test_one_changed_value_is_seen(place):
     place.worker.sync_weights(other)
     after = place.worker.tensor_digests()
     assert {name for name in digests if digests[name] != after[name]} == {"model.layers.1.self_attn.k_proj.weight"}
+
+
+# Memory
+
+
+def test_w6_memory_is_released_and_taken_again(place):
+    """What is under way waits, with what it has; nothing is sampled before weights have come; after that all is as it was."""
+    worker = place.worker
+    before = tokens_of(worker.generate(PROMPTS, GREEDY))
+    full = [argmax_loop(place.model, prompt, 40) for prompt in PROMPTS]
+    worker.pause()
+    futures = worker.submit(PROMPTS, LONG)
+    worker.step(6)
+    worker.resume()
+    freed = worker.release_memory()
+    assert worker.release_memory() == 0
+    if isinstance(worker, HFWorker):
+        assert freed == sum(tensor.nbytes for tensor in place.model.parameters())
+    else:
+        assert freed == 0  # on a CPU vLLM and SGLang let go of nothing, and say so
+    for call in (lambda: worker.generate(PROMPTS, GREEDY), worker.weights_digest, lambda: worker.sync_weights(place.model)):
+        with pytest.raises(WorkerError, match="the worker's memory is released: call resume_memory"):
+            call()
+    worker.resume_memory()
+    worker.resume_memory()
+    with pytest.raises(WorkerError, match="their memory was released, and none have come since"):
+        worker.generate(PROMPTS, GREEDY)
+    assert not wait(futures, timeout=0.3).done
+    worker.sync_weights(place.model)
+    assert tokens_of(future.result(60) for future in futures) == full
+    assert tokens_of(worker.generate(PROMPTS, GREEDY)) == before
+    assert worker.release_memory() >= 0
+    worker.resume_memory()
+
+
+def test_w6_what_waits_for_weights_can_be_aborted(place):
+    worker = place.worker
+    worker.pause()
+    futures = worker.submit(PROMPTS, LONG, request_ids=list("abcd"))
+    worker.step(3)
+    worker.release_memory()
+    assert sorted(worker.abort(["a", "c"])) == ["a", "c"]
+    worker.resume_memory()
+    assert worker.abort(["b"]) == ["b"]
+    worker.sync_weights(place.other)
+    worker.resume()
+    assert [future.result(60).status for future in futures] == ["aborted", "aborted", "aborted", "length"]
+
+
+# Updates that fail under requests
+
+
+def test_t5_requests_under_way_do_not_go_on_from_half_an_update(place):
+    def flip(bucket):
+        if bucket.index == 3:
+            bucket.buffer[bucket.nbytes // 2] ^= 1
+        return bucket
+
+    worker = place.worker
+    worker.pause()
+    futures = worker.submit(PROMPTS, LONG)
+    worker.step(5)
+    old = worker.version
+    with pytest.raises(IntegrityError, match="bucket 3"):
+        worker.sync_weights(place.other, capacity=100_000, inject=flip)
+    worker.resume()
+    for prompt, future in zip(PROMPTS, futures, strict=True):
+        done = future.result(60)
+        assert done.status == "failed"
+        assert "weights are unusable" in done.error
+        assert done.versions == (old,) * len(done.token_ids)
+        assert list(done.token_ids) == argmax_loop(place.model, prompt, len(done.token_ids))
+    worker.sync_weights(place.other)
+    assert tokens_of(worker.generate(PROMPTS[:1], GREEDY)) == [argmax_loop(place.other, PROMPTS[0], 10, EOS)]
+
+
+def test_t5_an_update_that_is_refused_at_once_disturbs_no_request(place):
+    worker = place.worker
+    worker.pause()
+    futures = worker.submit(PROMPTS, LONG)
+    worker.step(4)
+    worker.resume()
+    with pytest.raises(PlanMismatchError):
+        worker.sync_weights({**place.other.state_dict(), "model.extra": torch.zeros(3)})
+    assert tokens_of(future.result(60) for future in futures) == [argmax_loop(place.model, prompt, 40) for prompt in PROMPTS]
+
+
+def test_t5_weights_that_are_nan_are_delivered_and_reported(place):
+    """The engine has what was sent; what it makes of it is an error, and no token."""
+    worker, bad = place.worker, copy.deepcopy(place.model)
+    with torch.no_grad():
+        bad.model.norm.weight[5] = float("nan")
+    if worker.reads_values:  # see docs/workers.md: packed weights are read through a product
+        with suppress(WorkerError):
+            worker.sync_weights(bad)
+    else:
+        worker.sync_weights(bad)
+        assert worker.tensor_digests()[NORM] != worker.tensor_digests()["model.layers.0.input_layernorm.weight"]
+    with pytest.raises(WorkerError, match="NaN"):
+        worker.generate(PROMPTS, GREEDY)
+    worker.sync_weights(place.model)
+    assert tokens_of(worker.generate(PROMPTS[:1], GREEDY)) == [argmax_loop(place.model, PROMPTS[0], 10, EOS)]
+
+
+# Groups
+
+
+def test_w4_a_group_outlives_interruptions_and_updates(place):
+    worker = place.worker
+    group = RolloutGroup(worker, PROMPTS, LONG)
+    worker.pause()
+    parts = []
+    for model, steps in ((place.model, 7), (place.other, 9)):
+        worker.sync_weights(model)
+        group.start()
+        worker.step(steps)
+        assert group.interrupt() == len(PROMPTS)
+        parts.append((model, steps, worker.version))
+    worker.sync_weights(place.model)
+    worker.resume()
+    group.start()
+    for prompt, done in zip(PROMPTS, group.result(60), strict=True):
+        tokens, versions = list(prompt), []
+        for model, steps, version in (*parts, (place.model, 24, worker.version)):
+            tokens += argmax_loop(model, tokens, steps)
+            versions += [version] * steps
+        assert (list(done.token_ids), list(done.versions), done.status) == (tokens[len(prompt) :], versions, "length")
+
+
+# The kit
+
+
+def test_the_kit_finds_nothing(place):
+    """Preflight's checks and programs over requests, weights and memory, smallest counterexample first."""
+
+    class Here:
+        """The worker that runs; the kit closes what it makes."""
+
+        def __init__(self, folder):
+            self._worker = place.worker
+            self.capabilities = place.worker.capabilities
+
+        def __getattr__(self, name):
+            return getattr(place.worker, name)
+
+        def close(self):
+            place.worker.resume()
+            place.worker.abort()
+
+    # What ends or replaces the engine's processes is tried on engines of its own, by preflight and tests/engines/hf.
+    report = check_worker(Here, model=place.folder, only=ONLY, max_examples=12, timeout=60)
+    assert report.ok, str(report)

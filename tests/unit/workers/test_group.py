@@ -73,7 +73,7 @@ def test_w5_each_part_is_of_the_weights_that_it_was_sampled_with(made):
 
 
 def test_some_rows_are_enough(made):
-    worker, model = made
+    worker, _ = made
     group = RolloutGroup(worker, PROMPTS, SamplingParams(response_length=200, ignore_eos=True))
     assert not group.wait(1)
     worker.pause()
@@ -112,7 +112,7 @@ def test_sampled_parts_do_not_repeat_their_chances(made):
     class Notes:
         def submit(self, prompts, params, *, request_ids):
             asked.append(params)
-            return [Future()]
+            return [Future() for _ in prompts]
 
         def abort(self, request_ids=None):
             for one in group._rows:
@@ -137,6 +137,7 @@ def test_w4_a_worker_that_passes_the_budget_is_found(status):
         def submit(self, prompts, params, *, request_ids):
             future = Future()
             tokens = (3,) * (params.response_length + 1)
+            assert len(prompts) == 1
             future.set_result(
                 Completion(token_ids=tokens, logprobs=None, status=status, weight_version=0, prompt_index=0, sample_index=0)
             )
@@ -154,7 +155,7 @@ def test_w4_a_worker_that_passes_the_budget_is_found(status):
 def test_a_request_that_does_not_end_when_aborted_is_reported():
     class Deaf:
         def submit(self, prompts, params, *, request_ids):
-            return [Future()]
+            return [Future() for _ in prompts]
 
         def abort(self, request_ids=None):
             return list(request_ids)

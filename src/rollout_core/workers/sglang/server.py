@@ -31,8 +31,8 @@ class SGLangServerEngine(SGLangBase):
     """``url``: of the server. ``model``: the folder of its model, if that is not where it says."""
 
     def __init__(self, url: str, *, model: str | None, timeout: float, connections: int) -> None:
-        loop = asyncio.new_event_loop()
         self._client = Client(url, timeout=Timeouts(total=timeout, silence=timeout), connections=connections)
+        loop = asyncio.new_event_loop()
         try:
             info = loop.run_until_complete(_server_info(self._client))
             version = str(info.get("version"))

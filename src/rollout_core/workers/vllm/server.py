@@ -31,8 +31,8 @@ class VLLMServerEngine(VLLMStreamed):
     may take, and for which a stream may be silent. ``connections``: most that are open at once."""
 
     def __init__(self, url: str, *, model: str | None, mend: bool, timeout: float, connections: int) -> None:
-        loop = asyncio.new_event_loop()
         self._client = Client(url, timeout=Timeouts(total=timeout, silence=timeout), connections=connections)
+        loop = asyncio.new_event_loop()
         try:
             check_version("vLLM", str(loop.run_until_complete(self._client.get("/version"))["version"]))
             listed = loop.run_until_complete(self._client.get("/v1/models"))["data"][0]
