@@ -156,7 +156,7 @@ def engines_sglang(session: nox.Session) -> None:
     session.install("--no-deps", "-r", "tests/engines/sglang/requirements.txt")
     _stand_in(session, "triton", "sgl_kernel")
     install(session, "test", extras="[http,testing]")
-    places = ("tests/engines/contract", "tests/engines/sglang")
+    places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/sglang")
     session.run("pytest", *places, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "sglang"})
 
 

@@ -1,4 +1,4 @@
-"""A VLLMEngine with a door for tests: it can be made to forget pictures, as vLLM may at any time."""
+"""vLLM's engines with a door for tests: they can be made to forget pictures, as vLLM may at any time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rollout_core.workers.link.hosts import Spec
+from rollout_core.workers.vllm.async_engine import VLLMAsyncEngine
 from rollout_core.workers.vllm.engine import VLLMEngine
 
 FORGET = "forget all pictures"
@@ -23,12 +24,21 @@ class ForgetfulEngine(VLLMEngine):
         return super().read_tensor(name)
 
 
+class ForgetfulAsyncEngine(VLLMAsyncEngine):
+    def read_tensor(self, name: str) -> torch.Tensor:
+        if name == FORGET:
+            self._run(self._llm.reset_mm_cache())
+            return torch.empty(0)
+        return super().read_tensor(name)
+
+
 @contextmanager
 def forgetful() -> Iterator[None]:
     """A VLLMWorker that is made within it has such an engine."""
 
     def spec(*given: object, **more: object) -> Spec:
-        return replace(Spec(*given, **more), place=f"{__name__}:ForgetfulEngine")
+        made = Spec(*given, **more)
+        return replace(made, place=f"{__name__}:{'ForgetfulAsyncEngine' if 'async' in made.place else 'ForgetfulEngine'}")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rollout_core.workers.vllm.worker.Spec", spec)

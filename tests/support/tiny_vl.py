@@ -76,6 +76,7 @@ def make_model(family: str, *, tied: bool = False, seed: int = 0) -> Any:
         **({"head_dim": 32} if family == "qwen3_vl" else {}),
     }
     common = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.3}
+    common |= {"in_channels": 3, "in_chans": 3}  # as the published ones say: SGLang has no default for it
     wide = {"hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 128}
     vision = {
         "qwen2_vl": {**common, "embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2, "patch_size": 14},

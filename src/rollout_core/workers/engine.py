@@ -19,7 +19,8 @@ from rollout_core.workers.contract import SamplingParams, Status
 
 class MediaItem(msgspec.Struct, frozen=True):
     """A picture of a prompt. ``identity``, 64 hexadecimal digits, is of its content and of the processor with its settings: what an
-    engine may keep it under. ``data``: what ``workers.media`` makes of it; None where the engine is believed to have it."""
+    engine may keep it under. ``data``: what ``workers.media`` makes of it; None where the engine is believed to have it, or an
+    earlier request of its call brings it."""
 
     kind: str  # "image"
     identity: str

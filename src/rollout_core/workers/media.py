@@ -2,8 +2,8 @@
 
 Engines with a processor of their own get the compact ids and, at their placeholders, pictures: each under an identity that no
 other picture has, and as a PNG, which loses nothing. A picture that an engine was given goes by its identity alone from then on.
-An engine may drop what it was given; it says so, and the request is sent once more with all data. Engines without a processor get
-the tensors that the conversation has, each time.
+An engine may drop what it was given; it says so, and the request is sent once more with all data. Engines that know pictures by
+no name get them with every request, and engines without a processor the tensors that the conversation has.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from rollout_core.workers.contract import SamplingParams
 from rollout_core.workers.engine import Group, MediaItem, Request
 from rollout_core.workers.rollouts import Rollout
 
-#: In what form an engine takes the media of a prompt, if it does.
-Form: TypeAlias = Literal["none", "pictures", "tensors"]
+#: In what form an engine takes the media of a prompt, if it does. "pictures": with data once, then by name; "pictures_each_time":
+#: with data in every request.
+Form: TypeAlias = Literal["none", "pictures", "pictures_each_time", "tensors"]
 #: Identities that are remembered as sent. An engine that keeps fewer says what it misses.
 _REMEMBERED: Final = 1 << 16
 
@@ -36,9 +37,9 @@ _REMEMBERED: Final = 1 << 16
 class MediaReport(msgspec.Struct, frozen=True, kw_only=True):
     """What became of the pictures of all requests so far, each counted at every place of every sample where it stands.
 
-    ``sent``: with data, of ``nbytes`` bytes in all; ``named``: by identity alone; ``misses``: of these, how many the engine did not
-    have, which were then sent with data. ``hits`` of ``queries``: pictures that the engine found in its own cache of what it has
-    processed; None where it does not say."""
+    ``sent``: with data, of ``nbytes`` bytes in all, counted each time that the engine is given it; ``named``: by identity alone;
+    ``misses``: of these, how many the engine did not have, which were then sent with data. ``hits`` of ``queries``: pictures that
+    the engine found in its own cache of what it has processed; None where it does not say."""
 
     sent: int = 0
     named: int = 0
@@ -93,12 +94,13 @@ class Media:
         """A request for each of these, in their order; of a picture that is new, the first of them has the data."""
         made = []
         told: set[int] = set()  # places whose tensors an earlier request has
+        written: dict[str, bytes] = {}
         for rollout in rollouts:
             place = rollout.prompt_index
             prompt = prompts[place]
             inputs = b"" if place in told else prompt.inputs
             told.add(place)
-            made.append(self._request(prompt, rollout, params, most, inputs))
+            made.append(self._request(prompt, rollout, params, most, inputs, written))
         return made
 
     def again(self, rollout: Rollout, missing: Sequence[str]) -> Group:
@@ -120,7 +122,7 @@ class Media:
         if tokens:
             prompt = replace(prompt, ids=[*prompt.ids, *tokens], input_ids=[*prompt.input_ids, *tokens])
             params = msgspec.structs.replace(params, response_length=params.response_length - len(tokens))
-        return Group(params, [self._request(prompt, rollout, params, held.max_batch, b"")], held.max_batch)
+        return Group(params, [self._request(prompt, rollout, params, held.max_batch, b"", {})], held.max_batch)
 
     def drop(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> None:
         """These were refused: nobody knows which of their media the engine has."""
@@ -137,14 +139,21 @@ class Media:
                 for identity in identities:
                     self._believed.pop(identity, None)
 
-    def _request(self, prompt: Prompt, rollout: Rollout, params: SamplingParams, most: int, inputs: bytes) -> Request:
-        media = self._media(prompt.items) if self._form == "pictures" else []
+    def _request(
+        self, prompt: Prompt, rollout: Rollout, params: SamplingParams, most: int, inputs: bytes, written: dict[str, bytes]
+    ) -> Request:
+        """``written``: of engines that are given a picture each time, the data of those that earlier requests of this call have."""
+        media: list[MediaItem] = []
+        if self._form == "pictures":
+            media = self._media(prompt.items)
+        elif self._form == "pictures_each_time":
+            media = self._media_each_time(prompt.items, written)
         if self._form == "tensors" and prompt.items:
             with self._lock:
                 count = len(prompt.items)
                 new = {"sent": count, "nbytes": len(inputs)} if inputs else {"named": count}
                 self._report = _added(self._report, **new)
-        if media and rollout.key not in self._open:
+        if media and self._form == "pictures" and rollout.key not in self._open:
             self._open[rollout.key] = _Open(prompt, params, most)
             rollout.future.add_done_callback(lambda _: self._close(rollout.key))
         place, sample = rollout.prompt_index, rollout.sample_index
@@ -168,6 +177,24 @@ class Media:
                 self._report = _added(self._report, named=1) if data is None else _added(self._report, sent=1, nbytes=len(data))
             found.append(MediaItem(item.modality, identity, data))
         return found
+
+    def _media_each_time(self, items: Sequence[Item], written: dict[str, bytes]) -> list[MediaItem]:
+        """Each picture's data comes once in a call, and the engine is given it with each of its requests (``data_in``)."""
+        found = []
+        for item in items:
+            identity = item.uuid()
+            known = identity in written
+            data = written[identity] if known else encode_picture(item.payload.media)
+            written[identity] = data
+            with self._lock:
+                self._report = _added(self._report, sent=1, nbytes=len(data))
+            found.append(MediaItem(item.modality, identity, None if known else data))
+        return found
+
+
+def data_in(requests: Iterable[Request]) -> dict[str, bytes]:
+    """The data that came with these requests, by identity: of a call, only the first request that shows a picture has it."""
+    return {item.identity: item.data for request in requests for item in request.media if item.data is not None}
 
 
 def encode_picture(media: Any) -> bytes:
@@ -222,7 +249,7 @@ def _taken(conversation: Conversation, place: int, form: Form) -> Prompt:
     for item in items:
         if item.modality != "image":
             raise WorkerError(f"{where} shows {item.modality} {item.modality_index}: workers take pictures, no other media yet")
-        if form == "pictures" and not isinstance(item.payload.media, Picture):
+        if form != "tensors" and not isinstance(item.payload.media, Picture):
             raise WorkerError(
                 f"{where} has no picture for image {item.modality_index}, only what a processor made of it: the engine wants the "
                 "picture itself"

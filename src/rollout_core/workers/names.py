@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 #: What a module has before the name that older checkpoints have, which ``save_pretrained`` still writes for them.
@@ -17,3 +18,8 @@ def canonical(name: str) -> str:
         if name.startswith(prefix):
             return shorter + name.removeprefix(prefix)
     return name
+
+
+def name_among(name: str, names: Iterable[str]) -> str | None:
+    """What these call the weight of this name, which may be its other one; None if they have it under neither."""
+    return next((one for one in names if canonical(one) == canonical(name)), None)

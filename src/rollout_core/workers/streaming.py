@@ -11,7 +11,7 @@ import asyncio
 import math
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeVar
@@ -21,7 +21,10 @@ from rollout_core.transfer.causes import cause_of
 from rollout_core.workers.contract import SamplingParams, Status
 from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
 from rollout_core.workers.limits import Limits
+from rollout_core.workers.media import data_in
 
+#: Seconds that requests which are cancelled have to let go of what they hold.
+_LAST: Final = 2.0
 #: Seconds between two calls to an engine to end a request: one that it has not taken in yet it does not know.
 _AGAIN: Final = 0.05
 
@@ -47,11 +50,13 @@ class Piece:
 
 @dataclass(eq=False, slots=True)
 class Flight:
-    """A request and what it has so far. ``name``: what the engine knows it by, another each time that it starts; ``most``: tokens
-    that it may bring this time; ``goal``: those that it has then."""
+    """A request and what it has so far. ``given``: the data of its pictures that came with its call, by identity; ``name``: what
+    the engine knows it by, another each time that it starts; ``most``: tokens that it may bring this time; ``goal``: those that it
+    has then."""
 
     request: Request
     params: SamplingParams
+    given: Mapping[str, bytes] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     name: str = ""
     most: int = 0
@@ -112,6 +117,10 @@ class StreamingEngine(ABC):
     def _update(self, update: Update) -> float:
         """Receive an update; nothing is in the air. Sets ``_unusable``; returns the seconds spent on loading."""
 
+    def _check(self, request: Request, params: SamplingParams) -> None:
+        """Raise ``WorkerError`` for a request that the engine cannot carry out."""
+        self._limits.check(request, params)
+
     async def _ping(self) -> None:
         """Raise if the engine does not answer; here, one whose end is noticed without being asked."""
         await asyncio.sleep(0)
@@ -129,8 +138,9 @@ class StreamingEngine(ABC):
     def submit(self, group: Group) -> None:
         self._check_usable()
         for request in group.requests:
-            self._limits.check(request, group.params)
-        flights = [Flight(request, group.params) for request in group.requests]
+            self._check(request, group.params)
+        data = data_in(group.requests)
+        flights = [Flight(request, group.params, _given(request, data)) for request in group.requests]
         self._flights.update((flight.request.key, flight) for flight in flights)
         if not self._is_paused:
             self._start(flights)
@@ -212,9 +222,11 @@ class StreamingEngine(ABC):
         """Take the memory again."""
 
     def close(self) -> None:
-        for flight in self._flights.values():
-            if flight.task is not None:
-                flight.task.cancel()
+        tasks = [flight.task for flight in self._flights.values() if flight.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self._run(asyncio.wait(tasks, timeout=_LAST))
 
     # For those who have such an engine
 
@@ -366,3 +378,8 @@ class StreamingEngine(ABC):
         finally:
             for descriptor in descriptors:
                 self._loop.remove_reader(descriptor)
+
+
+def _given(request: Request, data: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Of its pictures alone, as far as there is data."""
+    return {item.identity: data[item.identity] for item in request.media if item.identity in data}

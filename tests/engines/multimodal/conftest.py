@@ -1,26 +1,58 @@
 """Conversations with pictures on every engine: ROLLOUT_CORE_ENGINE says which. One that is missing fails them: none is skipped.
 
-vLLM has a processor of its own, is given pictures and keeps them; transformers is given tensors, each time anew.
+vLLM has a processor of its own, is given pictures and keeps them; SGLang has one, too, and is given pictures each time;
+transformers is given tensors, each time anew.
 """
 
 import os
+from typing import NamedTuple
 
 import pytest
 import transformers
 
 from rollout_core.multimodal import HFRenderer
-from rollout_core.workers import HFWorker, VLLMWorker
+from rollout_core.workers import HFWorker, SGLangWorker, VLLMWorker
 from support import tiny_vl
 from support.forgetful import FORGET, forgetful
 
+
+class Ways(NamedTuple):
+    """What the engines do differently. ``kinds``: families that are run, and how; ``keeps``: pictures, which go by name then;
+    ``shares``: of the samples of one prompt, the first alone is sent a picture; ``checkpoint``: weights go by a checkpoint's names,
+    too; ``stray``: of the words for a placeholder that was sampled; ``expands``: of those for other ids than the conversation's,
+    "" for an engine that makes none of its own."""
+
+    kinds: tuple[str, ...]
+    keeps: bool
+    shares: bool
+    checkpoint: bool
+    stray: str
+    expands: str
+
+
 ENGINE = os.environ.get("ROLLOUT_CORE_ENGINE", "hf")
-KEEPS = ENGINE != "hf"  # whether the engine keeps pictures
+#: Of an engine that is slow to start, one family is run, and all with ROLLOUT_CORE_FAMILIES=all.
+FAMILIES = tiny_vl.FAMILIES if ENGINE != "sglang" or os.environ.get("ROLLOUT_CORE_FAMILIES") == "all" else ("qwen2_5_vl",)
+STRAY = "shows 2 pictures, and SGLang would look for 3"
+WAYS = {
+    "hf": Ways(FAMILIES, keeps=False, shares=True, checkpoint=False, stray="it was sampled", expands=""),
+    "vllm": Ways(
+        (*FAMILIES, "qwen2_5_vl-async"),
+        keeps=True,
+        shares=True,
+        checkpoint=True,
+        stray="the first difference is at",
+        expands="vLLM made",
+    ),
+    "sglang": Ways(FAMILIES, keeps=False, shares=False, checkpoint=True, stray=STRAY, expands="SGLang made"),
+}[ENGINE]
 
 
 def make_worker(folder, **options):
     if ENGINE == "hf":
         return HFWorker(str(folder), threads=1, timeout=60, **options)
-    assert ENGINE == "vllm", f"ROLLOUT_CORE_ENGINE is {ENGINE!r}"
+    if ENGINE == "sglang":
+        return SGLangWorker(folder, max_model_len=tiny_vl.POSITIONS, timeout=60, **options)
     engine = {"kv_cache_memory_bytes": 32 << 20, **options.pop("engine_options", {})}
     with forgetful():
         return VLLMWorker(folder, max_model_len=tiny_vl.POSITIONS, engine_options=engine, timeout=60, **options)
@@ -46,15 +78,16 @@ class Place:
 
     def forget(self):
         """Make vLLM forget all pictures, behind the worker's back."""
-        if KEEPS:
+        if WAYS.keeps:
             self.worker.read_tensor(FORGET)
 
 
-@pytest.fixture(scope="session", params=tiny_vl.FAMILIES)
+@pytest.fixture(scope="session", params=WAYS.kinds)
 def running(request, tmp_path_factory):
+    family, _, mode = request.param.partition("-")
     folder = tmp_path_factory.mktemp(request.param)
-    model = tiny_vl.make(folder, request.param, tied=request.param == "qwen3_vl")
-    with make_worker(folder) as worker:
+    model = tiny_vl.make(folder, family, tied=family == "qwen3_vl")
+    with make_worker(folder, **({"mode": mode} if mode else {})) as worker:
         yield Place(worker, model, folder)
 
 

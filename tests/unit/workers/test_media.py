@@ -13,8 +13,12 @@ from rollout_core.errors import WorkerError
 from rollout_core.multimodal import Conversation, HFRenderer, Picture
 from rollout_core.testing.worlds import make_world
 from rollout_core.workers import SamplingParams
+from rollout_core.workers.engine import MediaItem, Request
 from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.media import Media, decode_picture, decode_tensors, encode_picture, encode_tensors
+from rollout_core.workers.names import name_among
+from rollout_core.workers.sglang.media import check_placeholders, placeholder_of, wrong_length
+from rollout_core.workers.vllm.media import check_expanded
 from rollout_core.workers.worker import Worker
 
 FOUR = SamplingParams(response_length=4)
@@ -181,6 +185,62 @@ def test_identities_that_are_remembered_are_bounded_and_the_oldest_goes(renderer
         sent.append([item.data is not None for item in media._media(items)])
     assert sent == [[True, True], [False], [True], [False], [True]]
     assert len(media._believed) == 2
+
+
+def test_w8_an_engine_that_keeps_nothing_gets_data_in_every_call_and_all_of_it_counts(renderer):
+    """In a call once, as its engine hands it on to each request that shows the picture."""
+
+    class EachTime(Worker):
+        media_form = "pictures_each_time"
+
+    with make_worker(EachTime) as worker:
+        for calls in (1, 2):
+            found = worker.generate([asked(renderer, 1, 2, 1), asked(renderer, 2)], FOUR)
+            assert [one.token_ids for one in found] == [lengths(1, 2, 1, 1), lengths(2, 2, 2, 2)]
+            assert [had for _, had in engine_of(worker).taken[-2:]] == [[True, True, False], [False]]
+            report = worker.media_report()
+            assert (report.sent, report.named, report.nbytes) == (4 * calls, 0, calls * sum(lengths(1, 2, 1, 2)))
+        assert not worker._media._open
+        started = asked(renderer, 1)
+        item = dataclasses.replace(started.items[0], payload=dataclasses.replace(started.items[0].payload, media=None))
+        with pytest.raises(WorkerError, match="prompt 0 has no picture for image 0"):
+            worker.submit([dataclasses.replace(started, tip=dataclasses.replace(started.tip, items=(item,)))], FOUR)
+
+
+def request(prompt, media=(), input_ids=()):
+    return Request(0, list(prompt), 3, 0, [MediaItem("image", name) for name in media], list(input_ids))
+
+
+def test_w8_placeholders_are_counted_before_sglang_looks_for_them():
+    assert placeholder_of({"image_token_id": 6, "image_token_index": 8}) == 6
+    assert placeholder_of({"image_token_index": 8}) == 8
+    assert placeholder_of({"image_token_id": None}) is None
+    check_placeholders(request([1, 6, 2, 6], "ab"), [1, 6, 2, 6, 9], 6)
+    check_placeholders(request([1, 6, 2]), [1, 6, 2], 6)  # without pictures it is an id as any
+    for ids, found in (([1, 6, 2], 1), ([1, 6, 2, 6, 9, 6], 3)):
+        with pytest.raises(WorkerError, match=f"prompt 3 shows 2 pictures, and SGLang would look for {found}"):
+            check_placeholders(request([1, 6, 2, 6], "ab"), ids, 6)
+
+
+def test_w8_sglang_and_vllm_are_held_to_the_ids_of_a_conversation_and_what_came_of_it():
+    of_a_conversation = request([1, 6, 2], "a", [1, 6, 6, 2])
+    assert wrong_length(of_a_conversation, [], 4) is None
+    assert wrong_length(of_a_conversation, [9, 9], 6) is None
+    assert wrong_length(request([1, 6, 2]), [], 7) is None
+    assert "SGLang made 4 tokens of prompt 3, whose conversation has 6" in str(wrong_length(of_a_conversation, [9, 9], 4))
+    check_expanded(of_a_conversation, [1, 6, 6, 2])
+    check_expanded(of_a_conversation, [1, 6, 6, 2, 9], [9])
+    check_expanded(request([1, 6, 2]), [5])
+    for found, tokens, place in (([1, 6, 6, 2, 8], [9], 4), ([1, 6, 6, 2], [9], 4), ([1, 6, 2], [], 2)):
+        with pytest.raises(WorkerError, match=f"vLLM made {len(found)} tokens of prompt 3, .* is at position {place}"):
+            check_expanded(of_a_conversation, found, tokens)
+
+
+def test_weights_are_found_under_either_name():
+    names = ["model.language_model.norm.weight", "visual.a", "lm_head.weight"]
+    assert name_among("model.norm.weight", names) == names[0]
+    assert name_among("model.visual.a", names) == name_among("visual.a", names) == names[1]
+    assert name_among("visual.b", names) is None
 
 
 def test_conversations_are_refused_where_they_cannot_be_served(renderer):

@@ -21,10 +21,13 @@ import torch
 from rollout_core.bucketing import TensorSpec
 from rollout_core.errors import WorkerError
 from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Read, Receive, raise_failed, unusable_of
-from rollout_core.workers.engine import Update
+from rollout_core.workers.contract import SamplingParams
+from rollout_core.workers.engine import Request, Update
 from rollout_core.workers.limits import Limits
 from rollout_core.workers.model_dir import Checkpoint, config_of
+from rollout_core.workers.names import name_among
 from rollout_core.workers.sglang.commands import LOADER, Named, Order, packed, read_answers
+from rollout_core.workers.sglang.media import check_placeholders, pictures_of, placeholder_of, wrong_length
 from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
 
 _NO_SEEDS: Final = "SGLang repeats samples only under enable_deterministic_inference, whose attention needs a GPU"
@@ -48,6 +51,7 @@ class SGLangBase(StreamingEngine):
         super().__init__(loop=loop, limits=limits, timeout=timeout)
         self._is_incremental = is_incremental
         self._checkpoint = Checkpoint(folder)
+        self._placeholder = placeholder_of(config_of(folder))
 
     # What differs between an Engine and a server
 
@@ -66,6 +70,11 @@ class SGLangBase(StreamingEngine):
 
     # An engine
 
+    def _check(self, request: Request, params: SamplingParams) -> None:
+        if request.media and self._placeholder is None:
+            raise WorkerError(f"prompt {request.place} shows {len(request.media)} pictures, and the model takes none")
+        super()._check(request, params)
+
     async def _stream(self, flight: Flight) -> AsyncIterator[Piece]:
         cuts = set(flight.params.stop_token_ids) if flight.params.ignore_eos else set()
         request = {
@@ -75,13 +84,22 @@ class SGLangBase(StreamingEngine):
             "stream": True,
             "rid": flight.name,
         }
+        if flight.request.media:
+            check_placeholders(flight.request, flight.prompt, self._placeholder)
+            request["image_data"] = pictures_of(flight.request, flight.given)
+        before = list(flight.tokens)
+        wrong: WorkerError | None = None
         seen = 0  # where each answer has all tokens so far
         cut = False
         async for answer in self._generate(request):
             piece = _piece(answer, seen)
             seen += 0 if self._is_incremental else len(piece.token_ids)
-            if cut:
+            if cut or wrong is not None:
                 continue  # until SGLang has ended it
+            wrong = wrong_length(flight.request, before, answer["meta_info"]["prompt_tokens"])
+            if wrong is not None:
+                await self._end([flight.name])
+                continue
             place = next((place for place, token in enumerate(piece.token_ids) if token in cuts), None)
             if place is None:
                 yield piece
@@ -90,6 +108,8 @@ class SGLangBase(StreamingEngine):
             yield Piece(piece.token_ids[: place + 1], piece.logprobs[: place + 1], "stop")
             if piece.finish is None:
                 await self._end([flight.name])
+        if wrong is not None:
+            raise wrong
 
     def _params(self, flight: Flight) -> dict[str, Any]:
         params = flight.params
@@ -124,10 +144,11 @@ class SGLangBase(StreamingEngine):
             return self._ask(Digests(wanted))[0].digests
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        if name not in self._checkpoint.shapes:
+        own = name_among(name, self._checkpoint.shapes)
+        if own is None:
             raise WorkerError(f"the worker has no tensor {name!r}")
         with self._on_the_ground():
-            return self._ask(Read(name, self._checkpoint.shapes[name]))[0].tensor
+            return self._ask(Read(own, self._checkpoint.shapes[own]))[0].tensor
 
     def _ask(self, what: Command) -> list[Answer]:
         """Have each rank carry this out."""
@@ -177,7 +198,7 @@ class SGLangEngine(SGLangBase):
 
     def __init__(self, model: str, *, options: Mapping[str, Any], timeout: float) -> None:
         folder = Path(model)
-        config_of(folder)  # if there is none, SGLang would take it for the name of a model to download
+        config = config_of(folder)  # if there is none, SGLang would take it for the name of a model to download
         from sglang import Engine
 
         given = {
@@ -187,6 +208,7 @@ class SGLangEngine(SGLangBase):
             "skip_server_warmup": True,
             "log_level": "error",
             "stream_interval": _INTERVAL,
+            **({"enable_multimodal": True} if "vision_config" in config else {}),
             **options,
         }
         if "incremental_streaming_output" in _fields():

@@ -6,6 +6,7 @@ scheduler.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from rollout_core.transfer.carriers.memory import MemoryReceiver
 from rollout_core.transfer.causes import cause_of
 from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Read, Receive, Settle, answer_with
 from rollout_core.workers.digests import weight_digest
+from rollout_core.workers.names import canonical
 from rollout_core.workers.sglang.commands import Named, unpacked, write_answer
 from rollout_core.workers.vllm.readback import read_weight
 
@@ -63,7 +65,7 @@ def _answer(model: Any, target: _Model, command: Command) -> Answer:
 def _read(model: Any, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """A weight without the zeros that SGLang pads it with on a CPU. ``WorkerError`` if there is something else in the padding,
     which would be computed with."""
-    whole = read_weight(model, name)
+    whole = read_weight(model, _name_in(model, name))
     if len(whole.shape) != len(shape):
         return whole
     part = whole
@@ -72,6 +74,15 @@ def _read(model: Any, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     if int(whole.count_nonzero()) != int(part.count_nonzero()):
         raise WorkerError(f"the padding of {name!r}, {list(whole.shape)} for {list(shape)}, is not zero")
     return part.contiguous()
+
+
+def _name_in(model: Any, name: str) -> str:
+    """What SGLang's model calls a weight that a module, or a checkpoint, has under this name. Its models that see have the names of
+    older checkpoints, with another in the tower that sees."""
+    if not hasattr(model, "visual"):
+        return name
+    name = canonical(name)
+    return name.replace(".attn.qkv.", ".attn.qkv_proj.") if name.startswith("visual.") else name
 
 
 class _Model:
@@ -87,7 +98,10 @@ class _Model:
 
     def load(self, pairs: list[Pair]) -> None:
         self.unusable = "an update to them was not completed"
-        self._model.load_weights(pairs)
+        # By the names of an older checkpoint, which all of its loaders know: some pass over those that they do not, without a word.
+        sees = hasattr(self._model, "visual")
+        self._model.load_weights([(canonical(name), tensor) for name, tensor in pairs] if sees else pairs)
+        _forget_pictures()
 
     def prepare(self) -> None:
         pass
@@ -98,6 +112,14 @@ class _Model:
     def abort(self, version: int) -> None:
         if self.version == version:
             self.version, self.unusable = version - 1, "an update to them was interrupted"
+
+
+def _forget_pictures() -> None:
+    """Of SGLang's cache of what its encoder made, which it keeps over an update: what the old weights saw."""
+    for name in ("sglang.srt.managers.mm_schedule", "sglang.srt.managers.mm_utils"):  # of newer versions, and of older ones
+        cache = getattr(sys.modules.get(name), "embedding_cache", None)
+        if cache is not None:
+            cache.clear()
 
 
 def _target_of(model: Any) -> _Model:

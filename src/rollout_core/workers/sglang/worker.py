@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from rollout_core.workers.link.hosts import Spec
+from rollout_core.workers.media import Form
 from rollout_core.workers.worker import Worker
 
+#: Calls of a server that one of ours may take: what bounds each says more of what is wrong than what bounds all of them.
+_CALLS: Final = 4
 #: What SGLang is started with, unless the caller's own environment says otherwise.
 _ENVIRONMENT: Final = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}  # of the logits themselves, before temperature, as every worker
-_CPU_ENVIRONMENT: Final = {"SGLANG_USE_CPU_ENGINE": "1"}
+_CPU_ENVIRONMENT: Final = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
 _CPU_OPTIONS: Final = {
     "device": "cpu",
     "attention_backend": "torch_native",
@@ -36,6 +39,7 @@ class SGLangWorker(Worker):
     """
 
     takes_computed = False
+    media_form: Form = "pictures_each_time"
     #: What runs in its process, as ``module:class``.
     engine: ClassVar[str] = "rollout_core.workers.sglang.engine:SGLangEngine"
 
@@ -83,4 +87,4 @@ class SGLangServerWorker(Worker):
         spec = Spec(
             "rollout_core.workers.sglang.server:SGLangServerEngine", {**given, "timeout": timeout, "connections": connections}
         )
-        super().__init__(spec, process=False, start_timeout=timeout, timeout=2 * timeout)
+        super().__init__(spec, process=False, start_timeout=2 * timeout, timeout=_CALLS * timeout)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from rollout_core.errors import WorkerError
+import msgspec
+
+from rollout_core.errors import RolloutCoreError, WorkerError
+from rollout_core.workers.contract import SamplingParams
+from rollout_core.workers.engine import Request
 from rollout_core.workers.model_dir import config_of
-from rollout_core.workers.streaming import Flight, Piece
+from rollout_core.workers.streaming import Flight, MissingMedia, Piece
 from rollout_core.workers.vllm.engine import check_can_sleep
+from rollout_core.workers.vllm.media import check_expanded, hits_of, missing_in, prompt_of, reading_options
 from rollout_core.workers.vllm.streamed import VLLMStreamed, options_of, piece_of
 
 
@@ -22,10 +28,9 @@ class VLLMAsyncEngine(VLLMStreamed):
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        config_of(Path(model))  # if there is none, vLLM would take it for the name of a model to download
-        given = options_of(
-            model, {"skip_tokenizer_init": True, "weight_transfer_config": WeightTransferConfig(backend="rollout_core"), **options}
-        )
+        config = config_of(Path(model))  # if there is none, vLLM would take it for the name of a model to download
+        transfer = WeightTransferConfig(backend="rollout_core")
+        given = options_of(model, {**reading_options(config), "weight_transfer_config": transfer, **options})
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
 
@@ -36,18 +41,47 @@ class VLLMAsyncEngine(VLLMStreamed):
             self._llm: Any = loop.run_until_complete(start())
         except Exception as error:  # of many kinds; what the operator needs is the folder and the cause
             raise WorkerError(f"vLLM did not start with the model in {model}: {type(error).__name__}: {error}") from error
-        config = self._llm.vllm_config.model_config
-        super().__init__(Path(model), loop=loop, positions=int(config.max_model_len), mend=mend, timeout=timeout)
+        self._model_config = self._llm.vllm_config.model_config
+        super().__init__(Path(model), loop=loop, positions=int(self._model_config.max_model_len), mend=mend, timeout=timeout)
+
+    def _check(self, request: Request, params: SamplingParams) -> None:
+        if request.media and not self._model_config.is_multimodal_model:
+            raise WorkerError(f"prompt {request.place} shows {len(request.media)} pictures, and the model takes none")
+        super()._check(request, params)
 
     async def _generate(self, flight: Flight, params: dict[str, Any]) -> AsyncGenerator[Piece, None]:
-        from vllm import SamplingParams
+        from vllm import SamplingParams as Their
         from vllm.sampling_params import RequestOutputKind
 
-        theirs = SamplingParams(**params, output_kind=RequestOutputKind.DELTA)
-        async for whole in self._llm.generate({"prompt_token_ids": flight.prompt}, theirs, request_id=flight.name):
-            output = whole.outputs[0]
-            rows = zip(output.token_ids, output.logprobs or (), strict=True)
-            yield piece_of(output.token_ids, [float(table[token].logprob) for token, table in rows], output.finish_reason)
+        theirs = Their(**params, output_kind=RequestOutputKind.DELTA)
+        request = msgspec.structs.replace(flight.request, prompt=flight.prompt)
+        self._check_media(flight)
+        before, is_first = list(flight.tokens), True
+        try:
+            async with aclosing(self._llm.generate(prompt_of(request, flight.given), theirs, request_id=flight.name)) as outputs:
+                async for whole in outputs:
+                    if is_first:
+                        check_expanded(request, whole.prompt_token_ids, before)
+                        is_first = False
+                    output = whole.outputs[0]
+                    rows = zip(output.token_ids, output.logprobs or (), strict=True)
+                    yield piece_of(output.token_ids, [float(table[token].logprob) for token, table in rows], output.finish_reason)
+        except RolloutCoreError:
+            raise
+        except Exception:
+            if is_first:  # others may have driven its pictures out of the cache between two looks at it
+                self._check_media(flight)
+            raise
+
+    def _check_media(self, flight: Flight) -> None:
+        """Raise ``MissingMedia`` for pictures that came without data and that vLLM does not have."""
+        missing = missing_in(flight.request, flight.given, self._llm.renderer.mm_processor_cache) if flight.request.media else []
+        if missing:
+            raise MissingMedia(missing)
+
+    def media_hits(self) -> tuple[int, int] | tuple[None, None]:
+        """Of vLLM's cache of what its processor made: pictures that were in it, and that were looked for."""
+        return hits_of(self._llm.renderer.mm_processor_cache)
 
     async def _end(self, names: Sequence[str]) -> None:
         await self._llm.abort(list(names))

@@ -17,9 +17,10 @@ from rollout_core.transfer.protocol.messages import Cause
 from rollout_core.workers.contract import SamplingParams, Status
 from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
 from rollout_core.workers.limits import Limits
+from rollout_core.workers.media import data_in
 from rollout_core.workers.model_dir import Checkpoint, config_of
 from rollout_core.workers.names import canonical
-from rollout_core.workers.vllm.media import check_expanded, data_in, missing_in, prompt_of
+from rollout_core.workers.vllm.media import check_expanded, hits_of, missing_in, prompt_of, reading_options
 
 _EXTENSION: Final = "rollout_core.workers.vllm.extension.RolloutExtension"
 _STATUSES: Final[dict[str, Status]] = {"stop": "stop", "length": "length", "abort": "aborted"}
@@ -38,12 +39,11 @@ class VLLMEngine:
         folder = Path(model)
         config = config_of(folder)  # if there is none, vLLM would take it for the name of a model to download
         self._checkpoint = Checkpoint(folder)
-        sees = {"limit_mm_per_prompt": {"video": 0}} if "vision_config" in config else {"skip_tokenizer_init": True}
         try:
             self._llm: Any = LLM(
                 **{
                     "model": model,
-                    **sees,
+                    **reading_options(config),
                     "generation_config": "vllm",  # not the folder's: a penalty in it would bend what a trainer believes in
                     "worker_extension_cls": _EXTENSION,
                     "weight_transfer_config": WeightTransferConfig(backend="rollout_core"),
@@ -179,11 +179,7 @@ class VLLMEngine:
 
     def media_hits(self) -> tuple[int, int] | tuple[None, None]:
         """Of vLLM's cache of what its processor made: pictures that were in it, and that were looked for."""
-        cache = self._engine.renderer.mm_processor_cache
-        if cache is None:
-            return None, None
-        found = cache.make_stats()
-        return found.hits, found.total
+        return hits_of(self._engine.renderer.mm_processor_cache)
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -11,9 +11,18 @@ from rollout_core.workers.engine import Request
 from rollout_core.workers.media import decode_picture
 
 
-def data_in(requests: Iterable[Request]) -> dict[str, bytes]:
-    """The data that came with these requests, by identity: of a call, only the first request that shows a picture has it."""
-    return {item.identity: item.data for request in requests for item in request.media if item.data is not None}
+def reading_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of vLLM's options says who makes a model's inputs: nobody for one of text, which gets ids; its processor for one that
+    sees, which would look for videos, too, and take memory for them."""
+    return {"limit_mm_per_prompt": {"video": 0}} if "vision_config" in config else {"skip_tokenizer_init": True}
+
+
+def hits_of(cache: Any) -> tuple[int, int] | tuple[None, None]:
+    """Of ``renderer.mm_processor_cache``: pictures that were in it, and that were looked for; None without a cache."""
+    if cache is None:
+        return None, None
+    found = cache.make_stats()
+    return found.hits, found.total
 
 
 def missing_in(request: Request, given: Mapping[str, bytes], cache: Any) -> list[str]:
@@ -34,10 +43,11 @@ def prompt_of(request: Request, given: Mapping[str, bytes]) -> dict[str, Any]:
     return prompt
 
 
-def check_expanded(request: Request, found: Sequence[int]) -> None:
-    """Raise ``WorkerError`` if vLLM made other ids of a conversation than its tracker (clause W8)."""
-    wanted = request.input_ids
-    if not wanted or list(found) == wanted:
+def check_expanded(request: Request, found: Sequence[int], tokens: Sequence[int] = ()) -> None:
+    """Raise ``WorkerError`` if vLLM made other ids of a conversation than its tracker (clause W8). ``tokens``: what came of the
+    request before, and was given to vLLM after its prompt."""
+    wanted = [*request.input_ids, *tokens]
+    if not request.input_ids or list(found) == wanted:
         return
     place = next(at for at, (ours, theirs) in enumerate(zip_longest(wanted, found)) if ours != theirs)
     ours, theirs = (str(ids[place]) if place < len(ids) else "the end" for ids in (wanted, found))

@@ -18,6 +18,7 @@ from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Exp
 from rollout_core.workers.engine import Update
 from rollout_core.workers.limits import Limits
 from rollout_core.workers.model_dir import Checkpoint
+from rollout_core.workers.names import name_among
 from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
 
 #: What of ours runs in vLLM's workers.
@@ -127,10 +128,11 @@ class VLLMStreamed(StreamingEngine):
         return self._run(self._ask(Digests(dict.fromkeys(wanted, ()))))[0].digests
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        if name not in self._checkpoint.shapes:
+        own = name_among(name, self._checkpoint.shapes)
+        if own is None:
             raise WorkerError(f"the worker has no tensor {name!r}")
         self._check_resumed()
-        return self._run(self._ask(Read(name, self._checkpoint.shapes[name])))[0].tensor
+        return self._run(self._ask(Read(own, self._checkpoint.shapes[own])))[0].tensor
 
     async def _ask(self, command: Command) -> list[Answer]:
         found = await self._rpc("rollout_core_carry_out", msgspec.json.encode(command).decode())

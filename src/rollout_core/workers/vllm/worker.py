@@ -10,6 +10,8 @@ from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.media import Form
 from rollout_core.workers.worker import Worker
 
+#: Calls of a server that one of ours may take: what bounds each says more of what is wrong than what bounds all of them.
+_CALLS: Final = 4
 #: What vLLM is started with, unless the caller's own environment says otherwise.
 _ENVIRONMENT: Final = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -62,8 +64,6 @@ class VLLMWorker(Worker):
             options["kv_cache_memory_bytes"] = _CPU_CACHE
         if mode not in self.engines:
             raise WorkerError(f"mode is {mode!r}: pass {' or '.join(map(repr, self.engines))}")
-        if mode == "async":
-            self.media_form = "none"
         given = {"model": str(model_dir), "options": options, "mend": mend}
         own = {
             **_ENVIRONMENT,
@@ -94,4 +94,4 @@ class VLLMServerWorker(Worker):
     ) -> None:
         given = {"url": url, "model": None if model_dir is None else str(model_dir), "mend": mend}
         spec = Spec("rollout_core.workers.vllm.server:VLLMServerEngine", {**given, "timeout": timeout, "connections": connections})
-        super().__init__(spec, process=False, start_timeout=timeout, timeout=2 * timeout)
+        super().__init__(spec, process=False, start_timeout=2 * timeout, timeout=_CALLS * timeout)
