@@ -1,99 +1,19 @@
 """The same tests on every engine: ROLLOUT_CORE_ENGINE says which. An engine that is missing fails them: none is skipped."""
 
-import copy
-import os
-from contextlib import contextmanager
-from pathlib import Path
-
 import pytest
 import torch
-import transformers
 
-from rollout_core.workers import HFWorker, SGLangServerWorker, SGLangWorker, VLLMServerWorker, VLLMWorker
+from support.engines import ENGINE, changed, make_model, running_worker
 
-ENGINE = os.environ.get("ROLLOUT_CORE_ENGINE", "hf")
-POSITIONS = 256
 #: The workers of an engine, each with a model whose embeddings are tied or not: both where an update is read by other code.
 KINDS = {
     "hf": ("hf-untied", "hf-tied"),
     "vllm": ("vllm-untied", "vllm-tied", "vllm_async-tied", "vllm_server-untied"),
     "sglang": ("sglang-untied", "sglang-tied", "sglang_server-untied"),
 }
-TIMEOUT = 60
-CPU = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-VLLM_CPU = {**CPU, "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
-VLLM_SERVER = ["--dtype=float32", "--enforce-eager", f"--max-model-len={POSITIONS}", f"--kv-cache-memory-bytes={32 << 20}"]
-SGLANG_SERVER = [
-    *("--device=cpu", "--dtype=float32", "--attention-backend=torch_native", "--sampling-backend=pytorch"),
-    *("--grammar-backend=none", "--disable-cuda-graph", "--disable-overlap-schedule", "--max-total-tokens=16384"),
-    *("--max-running-requests=64", f"--context-length={POSITIONS}", "--incremental-streaming-output", "--log-level=warning"),
-]
 
-
-@contextmanager
-def running_server(kind, folder, options=()):
-    """A server of an engine; nothing of it is left after."""
-    if kind == "vllm":
-        from rollout_core.workers.vllm.server import start_server
-
-        server = start_server(str(folder), [*VLLM_SERVER, *options], environment=VLLM_CPU, start_timeout=120)
-    else:
-        from rollout_core.workers.sglang.server import start_server
-
-        environment = {**CPU, "SGLANG_USE_CPU_ENGINE": "1"}
-        server = start_server(str(folder), [*SGLANG_SERVER, *options], environment=environment, start_timeout=120)
-    with server:
-        processes = server.processes
-        yield server
-    assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
-
-
-@contextmanager
-def running_worker(kind, folder):
-    folder = str(folder)
-    if kind == "hf":
-        making = HFWorker(folder, threads=1, timeout=TIMEOUT)
-    elif kind == "sglang":
-        making = SGLangWorker(folder, max_model_len=POSITIONS, timeout=TIMEOUT)
-    elif kind in ("vllm", "vllm_async"):
-        mode, options = ("stepped" if kind == "vllm" else "async"), {"kv_cache_memory_bytes": 32 << 20}
-        making = VLLMWorker(folder, mode=mode, max_model_len=POSITIONS, engine_options=options, timeout=TIMEOUT)
-    else:
-        assert kind in ("vllm_server", "sglang_server"), kind
-        with running_server(kind.partition("_")[0], folder) as server:
-            class_ = VLLMServerWorker if kind == "vllm_server" else SGLangServerWorker
-            with class_(server.url, timeout=TIMEOUT / 2) as worker:
-                yield worker
-        return
-    with making as worker:
-        yield worker
-
-
-def make_model(*, tied):
-    config = transformers.Qwen2Config(
-        vocab_size=512,
-        hidden_size=128,  # 4 heads of 32: vLLM's CPU attention takes no smaller ones
-        intermediate_size=200,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=[2, 7],
-        pad_token_id=0,
-    )
-    return transformers.Qwen2ForCausalLM(config).float().eval()
-
-
-def changed(model, seed):
-    """The model with other weights, biases included, which transformers begins with zeros."""
-    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for tensor in other.parameters():
-            tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
-    return other
+#: transformers is no server.
+collect_ignore = ["test_servers.py"] if ENGINE == "hf" else []
 
 
 class Place:
