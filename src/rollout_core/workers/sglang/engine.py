@@ -169,7 +169,14 @@ class SGLangBase(StreamingEngine):
 
     @contextmanager
     def _in_session(self) -> Any:
-        self._session(True)
+        try:
+            self._session(True)
+        except WorkerError as error:
+            if "already open" not in str(error):
+                raise
+            # Somebody was lost in the middle of an update, or an answer of this call was: the one that was left open is of no use.
+            self._session(False)
+            self._session(True)
         try:
             yield
         finally:
