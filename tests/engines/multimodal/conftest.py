@@ -61,8 +61,8 @@ def make_worker(folder, **options):
 class Place:
     """A running worker, the models that it is given, and what renders conversations for it."""
 
-    def __init__(self, worker, model, folder):
-        self.worker, self.folder = worker, folder
+    def __init__(self, worker, model, folder, mode):
+        self.worker, self.folder, self.mode = worker, folder, mode
         self.model, self.other = tiny_vl.changed(model, 1), tiny_vl.changed(model, 2)
         self.processor = transformers.AutoProcessor.from_pretrained(folder)
         self.renderer = HFRenderer(self.processor, vocab_size=tiny_vl.VOCABULARY)
@@ -88,7 +88,7 @@ def running(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model = tiny_vl.make(folder, family, tied=family == "qwen3_vl")
     with make_worker(folder, **({"mode": mode} if mode else {})) as worker:
-        yield Place(worker, model, folder)
+        yield Place(worker, model, folder, mode)
 
 
 @pytest.fixture

@@ -148,6 +148,25 @@ def test_w4_an_aborted_request_of_a_conversation_is_resumed(place):
     assert prefix + list(rest.token_ids) == expected
 
 
+def test_w8_pictures_that_an_engine_has_dropped_come_again(place):
+    """Before a request, and under one: an engine that starts requests anew looks for their pictures again."""
+    tracked, whole = started(place, picture(1), picture(2))
+    first = place.worker.generate([tracked], GREEDY)
+    assert tokens(first) == [whole.greedy(place.model, 8, (END,))]
+    before = place.worker.media_report().misses
+    place.forget()
+    assert tokens(place.worker.generate([tracked], GREEDY)) == tokens(first)
+    assert place.worker.media_report().misses - before == (2 if WAYS.keeps else 0)
+    place.worker.pause()
+    (future,) = place.worker.submit([tracked], LONG)
+    place.worker.step(5)
+    place.forget()
+    place.worker.resume()
+    assert tokens([future.result(60)]) == [whole.greedy(place.model, 24)]
+    starts_anew = place.mode == "async"
+    assert place.worker.media_report().misses - before == ((4 if starts_anew else 2) if WAYS.keeps else 0)
+
+
 def test_samples_of_one_conversation_share_its_pictures(place):
     tracked, _ = started(place, picture(1))
     repeats = "seeds" in place.worker.capabilities

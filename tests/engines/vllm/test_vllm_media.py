@@ -1,11 +1,16 @@
 """What is vLLM's own about pictures: it keeps and drops them, and has a processor of its own (clause W8)."""
 
+import asyncio
+
 import pytest
 import transformers
 
 from rollout_core.errors import WorkerError
 from rollout_core.multimodal import Conversation, HFRenderer
 from rollout_core.workers import SamplingParams, VLLMWorker
+from rollout_core.workers.engine import MediaItem, Request
+from rollout_core.workers.streaming import Flight
+from rollout_core.workers.vllm.async_engine import VLLMAsyncEngine
 from support import tiny_vl
 from support.forgetful import FORGET, forgetful
 
@@ -132,3 +137,40 @@ def test_a_model_of_text_refuses_pictures(processor, tmp_path):
         assert worker.abort() == []
         spoken = Conversation.start(HFRenderer(processor), [{"role": "user", "content": "hello"}])
         assert len(worker.generate([spoken], GREEDY)[0].token_ids) == 6
+
+
+class Llm:
+    """Of AsyncLLM, what a request of ours touches; its cache loses a picture between two looks at it, or keeps it."""
+
+    def __init__(self, looks, error):
+        self.looks, self.error = looks, error
+        self.renderer = self.mm_processor_cache = self
+
+    def is_cached(self, names):
+        return [self.looks.pop(0) for _ in names]
+
+    async def generate(self, prompt, params, request_id):
+        raise self.error
+        yield
+
+
+def error_of(looks, error):
+    engine = object.__new__(VLLMAsyncEngine)
+    engine._llm = Llm(looks, error)
+    flight = Flight(Request(1, [5, 6], 0, 0, [MediaItem("image", "a")], [5, 6, 6]), GREEDY)
+
+    async def go():
+        async for _ in engine._generate(flight, {"max_tokens": 1}):
+            pass
+
+    with pytest.raises(Exception) as raised:
+        asyncio.run(go())
+    assert engine._llm.looks == []
+    return raised.value
+
+
+def test_w8_a_picture_that_is_driven_out_just_then_is_missed_and_other_errors_are_what_they_are():
+    assert error_of([False], ValueError("never called")).identities == ["a"]
+    assert error_of([True, False], ValueError("its own words")).identities == ["a"]
+    assert str(error_of([True, True], ValueError("its own words"))) == "its own words"
+    assert isinstance(error_of([True], WorkerError("ours")), WorkerError)
