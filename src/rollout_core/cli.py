@@ -31,7 +31,10 @@ app.command("bench")(bench_command)
 
 @app.command("preflight")
 def preflight_command(
-    worker: Annotated[str, typer.Option(help="The kind of worker to check: hf or vllm.")] = "hf",
+    worker: Annotated[
+        str, typer.Option(help="The kind of worker: hf, vllm, vllm-async, vllm-server, sglang or sglang-server.")
+    ] = "hf",
+    url: Annotated[str | None, typer.Option(help="A server that runs, of --worker vllm or sglang; none: one is started.")] = None,
     model: Annotated[Path | None, typer.Option(help="A folder with config.json and weights; none: a small model is made.")] = None,
     capacity: Annotated[str, typer.Option(help="Bucket capacity, for example 64MiB.")] = "1MiB",
     json: Annotated[Path | None, typer.Option(help="Also write the report here, for machines.")] = None,
@@ -40,14 +43,17 @@ def preflight_command(
 
     Exits with 0 only if every check holds, 1 if one does not, 2 if it could not begin.
     """
-    from rollout_core.preflight.command import KINDS, preflight
+    from rollout_core.preflight.command import preflight
     from rollout_core.preflight.plan_report import parse_size  # brings torch
+    from rollout_core.preflight.workers import KINDS, SERVERS
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160  # in a file or pipe nothing has to fit 80 columns
     if worker not in KINDS:
         _refuse(f"--worker is {worker!r}; this version has {', '.join(KINDS)}")
+    if url is not None and worker not in SERVERS:
+        _refuse(f"--url: a server is of --worker {' or '.join(SERVERS)}, not {worker}")
     if model is not None and not (model / "config.json").is_file():
         _refuse(f"--model: {model} has no config.json; pass a folder as save_pretrained writes it")
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
@@ -59,10 +65,10 @@ def preflight_command(
     if nbytes == 0:
         _refuse("--capacity is 0; give a number of bytes, for example 64MiB")
     try:
-        held = preflight(model, worker=worker, capacity=nbytes, json_file=json, console=console)
+        held = preflight(model, worker=worker, url=url, capacity=nbytes, json_file=json, console=console)
     except ImportError as error:
         _refuse(f"{error}; pip install 'rollout-core[cli,hf]'")
-    except OSError as error:
+    except (OSError, RolloutCoreError) as error:
         _refuse(str(error))
     raise typer.Exit(0 if held else 1)
 

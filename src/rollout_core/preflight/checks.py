@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,11 +16,12 @@ from typing import Any, Final
 import torch
 
 from rollout_core.bucketing import Bucket, BucketPlan, plan_buckets, specs_of
-from rollout_core.errors import IntegrityError, RolloutCoreError, WorkerError
+from rollout_core.errors import IntegrityError, RolloutCoreError, TransferError, WorkerError
 from rollout_core.preflight import models
 from rollout_core.transfer.targets import named_weights, persistent_weights
 from rollout_core.workers.contract import Completion, SamplingParams, to_batch
 from rollout_core.workers.digests import weight_digest
+from rollout_core.workers.link.supervisor import descendants, parents
 from rollout_core.workers.worker import Worker
 
 MakeWorker = Callable[[Path], Worker]
@@ -415,11 +418,62 @@ def half_an_update_is_no_update(context: Context) -> str:
     return f"stopped after {len(sent)} of {len(plan.buckets)} buckets; generation refused until the next sync"
 
 
+def memory_comes_back(context: Context) -> str:
+    """Memory is released, twice too; nothing is sampled without weights; with them all is as it was."""
+    worker = context.running()
+    if "memory" not in worker.capabilities:
+        return "this worker keeps its memory, and says so"
+    before = _greedy(context)
+    freed = worker.release_memory()
+    again = worker.release_memory()
+    _expect(again == 0, f"a second release says that it freed {again} bytes")
+    worker.resume_memory()
+    worker.resume_memory()
+    try:
+        _greedy(context)
+    except WorkerError:
+        pass
+    else:
+        raise CheckFailed("the worker generated after its memory was released, before any weights came")
+    version = worker.sync_weights(context.trainer, capacity=context.capacity).version
+    tokens = [completion.token_ids for completion in _greedy(context)]
+    _expect(tokens == [completion.token_ids for completion in before], "the same weights gave other tokens after a release")
+    return f"{freed / 1e6:.1f} MB freed, as it says; the same tokens with version {version}"
+
+
+def death_is_reported(context: Context) -> str:
+    """The engine's processes are killed under requests: each request fails, in time, and so does what is asked after."""
+    worker = context.running()
+    processes = worker.processes()
+    if not processes:
+        return "it has no process of its own"
+    futures = worker.submit(context.prompts, SamplingParams(response_length=64, ignore_eos=True))
+    start = time.perf_counter()
+    for process in reversed(processes):  # children first, whose end their parents notice
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    statuses = {future.result(worker.timeout).status for future in futures}
+    _expect(statuses <= {"failed", "length"}, f"requests ended as {', '.join(sorted(statuses))} when the engine was killed")
+    for what, call in (
+        ("generate", lambda: _greedy(context)),
+        ("sync_weights", lambda: worker.sync_weights(context.trainer, capacity=context.capacity)),
+    ):
+        try:
+            call()
+        except (TransferError, WorkerError):
+            continue
+        raise CheckFailed(f"{what} returned after the engine was killed")
+    return f"{len(processes)} processes killed, reported within {time.perf_counter() - start:.1f} s"
+
+
 def nothing_is_left(context: Context) -> str:
     """After close there is no process, shared memory or socket that was not there before the worker."""
+    below = set(descendants(os.getpid()))
     context.running().close()
     gc.collect()  # errors of earlier checks hold the frames they came through, and buckets within
     left = [words for resource, words in _resources().items() if resource not in context.existing]
+    orphans = below & parents().keys() - set(descendants(os.getpid()))
+    left += [f"process {process}, whose parent has ended" for process in sorted(orphans)]
     _expect(not left, f"left behind: {', '.join(left)}")
     return "no process, shared memory or socket"
 
@@ -440,6 +494,14 @@ def _resources() -> dict[str, str]:
             if target.startswith(("/memfd:", "socket:")):
                 found[f"{link.name} {target}"] = f"file descriptor {link.name} ({target})"
     return found
+
+
+def put_back(context: Context) -> str:
+    """The worker has its folder's weights again, for whoever owns it."""
+    worker = context.running()
+    trainer = context.models.load_trainer(context.folder)
+    weights = named_weights(trainer) if worker.takes_computed else persistent_weights(trainer)
+    return f"as version {worker.sync_weights(weights, capacity=context.capacity).version}"
 
 
 @dataclass(frozen=True)
@@ -463,6 +525,8 @@ CHECKS: Final = (
     Check("weights change under requests", "W5", weights_change_under_requests, "changed weights arrive"),
     Check("a flipped bit is refused", "B13 T5", damage_is_refused, "changed weights arrive"),
     Check("half an update is refused", "B16 T5", half_an_update_is_no_update, "changed weights arrive"),
+    Check("memory comes back", "W6", memory_comes_back, "changed weights arrive"),
+    Check("death is reported", "W7 T2", death_is_reported, "changed weights arrive"),
     Check("nothing is left behind", "T3", nothing_is_left, "worker starts"),
 )
 

@@ -14,22 +14,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from rollout_core.preflight.workers import KINDS, connect, make_worker
+
 if TYPE_CHECKING:
     from rollout_core.preflight.runner import Report
-    from rollout_core.workers.worker import Worker
 
 _COLOURS: Final = {"pass": "green", "fail": "bold red", "skip": "yellow"}
 #: Columns of a terminal in which a figure has room beside the rest.
 _WIDE: Final = 110
 
 
-#: The kinds of worker, with the shape of a small model's attention that their kernels take.
-KINDS: Final = {"hf": {"heads": 6, "head_dim": 20}, "vllm": {"heads": 4, "head_dim": 32}}
-
-
-def preflight(model: Path | None, *, worker: str, capacity: int, json_file: Path | None, console: Console) -> bool:
+def preflight(
+    model: Path | None, *, worker: str, url: str | None = None, capacity: int, json_file: Path | None, console: Console
+) -> bool:
     """Run every check on a worker of one of ``KINDS`` and the model in a folder (a small one is made if None), print the table,
-    write JSON. True if all hold."""
+    write JSON. True if all hold.
+
+    ``url``: of a server that runs, which is checked instead of one that is started. Its weights are changed meanwhile, and are its
+    folder's again after it. ``WorkerError`` or ``TransferError`` if it cannot be used at all.
+    """
     with tempfile.TemporaryDirectory(prefix="rollout-core-") as scratch:
         with _progress(console) as bar:
             task = bar.add_task("loading torch and transformers", total=None)
@@ -37,26 +40,33 @@ def preflight(model: Path | None, *, worker: str, capacity: int, json_file: Path
             from transformers.utils import logging
 
             from rollout_core.preflight import models
-            from rollout_core.preflight.checks import CHECKS, Check, Context
+            from rollout_core.preflight.checks import CHECKS, Check, Context, put_back
             from rollout_core.preflight.runner import Outcome, run_checks
 
             logging.disable_progress_bar()
-            folder = model
+            folder, connected = model, None
+            if url is not None:
+                connected = connect(worker, url, model)
+                folder = Path(connected.model_dir)
             if folder is None:
                 folder = Path(scratch) / "model"
                 models.make_small_model(folder, **KINDS[worker])
-            bar.update(task, total=len(CHECKS))
+            *most, last = CHECKS
+            again = Check("the folder's weights again", "-", put_back, "worker starts")
+            checks = CHECKS if url is None else (*most, again, last)
+            bar.update(task, total=len(checks))
 
             def show(check: Check, outcome: Outcome | None) -> None:
                 bar.update(task, description=check.id, advance=0 if outcome is None else 1)
 
             threads = torch.get_num_threads()
-            if model is None:  # so small that threads would only wait for each other
+            if model is None and url is None:  # so small that threads would only wait for each other
                 threads = 1
                 torch.set_num_threads(1)
-            context = Context(folder, partial(_make_worker, worker, threads=threads), capacity)
-            words = str(model) if model else "small random Qwen2"
-            report = run_checks(context, worker=worker, model=words, progress=show)
+            make = partial(make_worker, worker, threads=threads)
+            context = Context(folder, make if connected is None else lambda folder: connected, capacity)
+            words = str(folder) if model or url else "small random Qwen2"
+            report = run_checks(context, worker=url or worker, model=words, checks=checks, progress=show)
         console.print(table_of(report, console.width))
         for outcome in report.checks:
             if outcome.trace:
@@ -65,16 +75,6 @@ def preflight(model: Path | None, *, worker: str, capacity: int, json_file: Path
         if json_file is not None:
             json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     return report.ok
-
-
-def _make_worker(kind: str, folder: Path, *, threads: int) -> Worker:
-    if kind == "vllm":
-        from rollout_core.workers.vllm.worker import VLLMWorker
-
-        return VLLMWorker(str(folder), environment={"OMP_NUM_THREADS": str(threads)})
-    from rollout_core.workers.hf.worker import HFWorker
-
-    return HFWorker(str(folder), threads=threads)
 
 
 def verdict_of(report: Report) -> str:

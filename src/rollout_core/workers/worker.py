@@ -319,6 +319,10 @@ class Worker:
         assert isinstance(answer, Returned)
         return answer.value
 
+    def processes(self) -> list[int]:
+        """The ids of the processes that are this worker's own: its engine's, and theirs."""
+        return self._alive().host.processes()
+
     # Its end
 
     def close(self) -> None:

@@ -48,6 +48,10 @@ class Host(Protocol):
         """End it at once, where that can be done."""
         ...
 
+    def processes(self) -> list[int]:
+        """The ids of its processes that run, if it has some of its own."""
+        ...
+
     @property
     def words(self) -> str:
         """What it is, and how it ended if it did."""
@@ -89,6 +93,10 @@ class ProcessHost:
         with suppress(OSError, ValueError):  # the supervisor's word for the end of all of them
             os.write(self.process.stdin.fileno(), b"k")
 
+    def processes(self) -> list[int]:
+        pid = self.process.pid
+        return [] if self.process.poll() is not None else [pid, *supervisor.descendants(pid)]
+
     @property
     def words(self) -> str:
         code = self.process.poll()
@@ -118,6 +126,9 @@ class ThreadHost:
 
     def kill(self) -> None:
         pass
+
+    def processes(self) -> list[int]:
+        return []
 
     @property
     def words(self) -> str:

@@ -50,6 +50,7 @@ class SGLangBase(StreamingEngine):
         limits = Limits.of(folder, positions, no_seeds="" if repeats else _NO_SEEDS)
         super().__init__(loop=loop, limits=limits, timeout=timeout)
         self._is_incremental = is_incremental
+        self._folder = folder
         self._checkpoint = Checkpoint(folder)
         self._placeholder = placeholder_of(config_of(folder))
 
@@ -133,6 +134,11 @@ class SGLangBase(StreamingEngine):
             with self._on_the_ground():
                 self._version = version - 1
                 self._ask(Abandon(version, f"the update to version {version} was not completed"))
+
+    def call_model_dir(self, argument: bytes) -> bytes:
+        """Where the model is."""
+        del argument
+        return str(self._folder).encode()
 
     def specs(self) -> list[TensorSpec]:
         return self._checkpoint.specs_in(self)

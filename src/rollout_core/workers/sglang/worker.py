@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final, Self
 
+from rollout_core.workers.http.server import ServerProcess
+from rollout_core.workers.http.worker import ServerWorker
 from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.media import Form
 from rollout_core.workers.worker import Worker
 
-#: Calls of a server that one of ours may take: what bounds each says more of what is wrong than what bounds all of them.
-_CALLS: Final = 4
 #: What SGLang is started with, unless the caller's own environment says otherwise.
 _ENVIRONMENT: Final = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}  # of the logits themselves, before temperature, as every worker
 _CPU_ENVIRONMENT: Final = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
@@ -70,21 +70,52 @@ class SGLangWorker(Worker):
         super().__init__(spec, start_timeout=start_timeout, timeout=timeout)
 
 
-class SGLangServerWorker(Worker):
+class SGLangServerWorker(ServerWorker):
     """An SGLang server by HTTP, on this machine: weights go through shared memory.
 
     ``url``: of the server, which was started by ``rollout_core.workers.sglang.server.start_server``, or with what that gives it.
     ``model_dir``: the folder of its model, if that is not where the server says. ``timeout`` bounds each answer in seconds, and how
     long a stream may be silent; ``connections``: requests that are under way at once, others wait. ``close`` ends what this worker
-    has under way, and leaves the server as it is, with the weights that it has.
+    has under way, and leaves the server as it is, with the weights that it has, unless it is the worker's own (``start``).
     """
 
-    takes_computed = False
     capabilities = frozenset({"memory"})
 
-    def __init__(self, url: str, *, model_dir: str | None = None, timeout: float = 300.0, connections: int = 256) -> None:
-        given = {"url": url, "model": None if model_dir is None else str(model_dir)}
-        spec = Spec(
-            "rollout_core.workers.sglang.server:SGLangServerEngine", {**given, "timeout": timeout, "connections": connections}
-        )
-        super().__init__(spec, process=False, start_timeout=2 * timeout, timeout=_CALLS * timeout)
+    def __init__(
+        self,
+        url: str,
+        *,
+        model_dir: str | None = None,
+        timeout: float = 300.0,
+        connections: int = 256,
+        server: ServerProcess | None = None,
+    ) -> None:
+        given = {"url": url, "model": None if model_dir is None else str(model_dir), "connections": connections}
+        super().__init__("rollout_core.workers.sglang.server:SGLangServerEngine", given, timeout=timeout, server=server)
+
+    @classmethod
+    def start(
+        cls,
+        model_dir: str,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        max_model_len: int | None = None,
+        server_options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        start_timeout: float = 300.0,
+        timeout: float = 300.0,
+    ) -> Self:
+        """With a server of its own, for the model in a folder; see ``SGLangWorker`` for what the arguments are. ``server_options``
+        are words of SGLang's command line."""
+        from rollout_core.workers.sglang.server import start_server
+
+        chosen: dict[str, Any] = dict(_CPU_OPTIONS) if device == "cpu" else {"device": device}
+        if max_model_len is not None:
+            chosen["context_length"] = max_model_len
+        options = [f"--dtype={dtype}", "--incremental-streaming-output", "--log-level=warning"]
+        for name, value in chosen.items():
+            options.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
+        own = {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if device == "cpu" else {}), **(environment or {})}
+        server = start_server(model_dir, [*options, *server_options], environment=own, start_timeout=start_timeout)
+        return cls(server.url, timeout=timeout, server=server)

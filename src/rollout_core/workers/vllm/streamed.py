@@ -31,6 +31,7 @@ class VLLMStreamed(StreamingEngine):
 
     def __init__(self, folder: Path, *, loop: asyncio.AbstractEventLoop, positions: int, mend: bool, timeout: float) -> None:
         super().__init__(loop=loop, limits=Limits.of(folder, positions), timeout=timeout)
+        self._folder = folder
         self._checkpoint = Checkpoint(folder)
         self._mend = mend
 
@@ -118,6 +119,11 @@ class VLLMStreamed(StreamingEngine):
 
     def _resume(self) -> None:
         self._run(self._sleep(False))
+
+    def call_model_dir(self, argument: bytes) -> bytes:
+        """Where the model is."""
+        del argument
+        return str(self._folder).encode()
 
     def specs(self) -> list[TensorSpec]:
         return self._checkpoint.specs_in(self)

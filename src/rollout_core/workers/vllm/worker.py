@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final, Literal, Self
 
 from rollout_core.errors import WorkerError
+from rollout_core.workers.http.server import ServerProcess
+from rollout_core.workers.http.worker import ServerWorker
 from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.media import Form
 from rollout_core.workers.worker import Worker
 
-#: Calls of a server that one of ours may take: what bounds each says more of what is wrong than what bounds all of them.
-_CALLS: Final = 4
 #: What vLLM is started with, unless the caller's own environment says otherwise.
 _ENVIRONMENT: Final = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -76,22 +76,52 @@ class VLLMWorker(Worker):
         super().__init__(spec, start_timeout=start_timeout, timeout=timeout)
 
 
-class VLLMServerWorker(Worker):
+class VLLMServerWorker(ServerWorker):
     """A vLLM server by HTTP, on this machine: weights go through shared memory.
 
     ``url``: of the server, which was started by ``rollout_core.workers.vllm.server.start_server``, or with what that gives it.
     ``model_dir``: the folder of its model, if that is not where the server says. ``timeout`` bounds each answer in seconds, and how
     long a stream may be silent; ``connections``: requests that are under way at once, others wait. ``close`` ends what this worker
-    has under way, and leaves the server as it is, with the weights that it has.
+    has under way, and leaves the server as it is, with the weights that it has, unless it is the worker's own (``start``).
     """
 
     reads_values = True
-    takes_computed = False
     capabilities = frozenset({"seeds", "memory"})
 
     def __init__(
-        self, url: str, *, model_dir: str | None = None, mend: bool = True, timeout: float = 300.0, connections: int = 256
+        self,
+        url: str,
+        *,
+        model_dir: str | None = None,
+        mend: bool = True,
+        timeout: float = 300.0,
+        connections: int = 256,
+        server: ServerProcess | None = None,
     ) -> None:
-        given = {"url": url, "model": None if model_dir is None else str(model_dir), "mend": mend}
-        spec = Spec("rollout_core.workers.vllm.server:VLLMServerEngine", {**given, "timeout": timeout, "connections": connections})
-        super().__init__(spec, process=False, start_timeout=2 * timeout, timeout=_CALLS * timeout)
+        given = {"url": url, "model": None if model_dir is None else str(model_dir), "mend": mend, "connections": connections}
+        super().__init__("rollout_core.workers.vllm.server:VLLMServerEngine", given, timeout=timeout, server=server)
+
+    @classmethod
+    def start(
+        cls,
+        model_dir: str,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        max_model_len: int | None = None,
+        server_options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        start_timeout: float = 300.0,
+        timeout: float = 300.0,
+    ) -> Self:
+        """With a server of its own, for the model in a folder; see ``VLLMWorker`` for what the arguments are. ``server_options``
+        are words of vLLM's command line."""
+        from rollout_core.workers.vllm.server import start_server
+
+        options = [f"--dtype={dtype}", "--enforce-eager"]
+        options += [] if max_model_len is None else [f"--max-model-len={max_model_len}"]
+        if device == "cpu" and not any(word.startswith("--kv-cache-memory-bytes") for word in server_options):
+            options.append(f"--kv-cache-memory-bytes={_CPU_CACHE}")
+        own = {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if device == "cpu" else {}), **(environment or {})}
+        server = start_server(model_dir, [*options, *server_options], environment=own, start_timeout=start_timeout)
+        return cls(server.url, timeout=timeout, server=server)
