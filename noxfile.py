@@ -134,7 +134,7 @@ def engines_hf(session: nox.Session) -> None:
     install(session, "test", extras="[hf,cli,testing]")
     session.install("--no-deps", TORCHVISION)
     _stand_in(session)
-    places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/hf")
+    places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/hf", "tests/examples")
     session.run("pytest", *places, *PARALLEL, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "hf"})
 
 
@@ -145,7 +145,7 @@ def engines_vllm(session: nox.Session) -> None:
     session.install("--no-deps", "-r", "tests/doors/requirements.txt")
     _stand_in(session)
     install(session, "test", extras="[http,testing]")
-    places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/vllm", "tests/doors")
+    places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/vllm", "tests/doors", "tests/examples")
     session.run("pytest", *places, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "vllm"})
 
 
@@ -156,7 +156,7 @@ def engines_sglang(session: nox.Session) -> None:
     session.install("--no-deps", "-r", "tests/engines/sglang/requirements.txt")
     _stand_in(session, "triton", "sgl_kernel")
     install(session, "test", extras="[http,testing]")
-    places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/sglang")
+    places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/sglang", "tests/examples")
     session.run("pytest", *places, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "sglang"})
 
 
