@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from rollout_core.multimodal import HFRenderer
-from rollout_core.workers import HFWorker, SGLangWorker, VLLMWorker
+from rollout_core.workers import HFWorker, SGLangServerWorker, SGLangWorker, VLLMWorker
 from support import tiny_vl
 from support.forgetful import FORGET, forgetful
 
@@ -44,18 +44,21 @@ WAYS = {
         stray="the first difference is at",
         expands="vLLM made",
     ),
-    "sglang": Ways(FAMILIES, keeps=False, shares=False, checkpoint=True, stray=STRAY, expands="SGLang made"),
+    "sglang": Ways(
+        (*FAMILIES, "qwen2_5_vl-server"), keeps=False, shares=False, checkpoint=True, stray=STRAY, expands="SGLang made"
+    ),
 }[ENGINE]
 
 
-def make_worker(folder, **options):
+def make_worker(folder, mode):
     if ENGINE == "hf":
-        return HFWorker(str(folder), threads=1, timeout=60, **options)
+        return HFWorker(str(folder), threads=1, timeout=60)
     if ENGINE == "sglang":
-        return SGLangWorker(folder, max_model_len=tiny_vl.POSITIONS, timeout=60, **options)
-    engine = {"kv_cache_memory_bytes": 32 << 20, **options.pop("engine_options", {})}
+        making = SGLangServerWorker.start if mode == "server" else SGLangWorker
+        return making(str(folder), max_model_len=tiny_vl.POSITIONS, timeout=60)
     with forgetful():
-        return VLLMWorker(folder, max_model_len=tiny_vl.POSITIONS, engine_options=engine, timeout=60, **options)
+        engine = {"kv_cache_memory_bytes": 32 << 20}
+        return VLLMWorker(folder, mode=mode or "stepped", max_model_len=tiny_vl.POSITIONS, engine_options=engine, timeout=60)
 
 
 class Place:
@@ -87,7 +90,7 @@ def running(request, tmp_path_factory):
     family, _, mode = request.param.partition("-")
     folder = tmp_path_factory.mktemp(request.param)
     model = tiny_vl.make(folder, family, tied=family == "qwen3_vl")
-    with make_worker(folder, **({"mode": mode} if mode else {})) as worker:
+    with make_worker(folder, mode) as worker:
         yield Place(worker, model, folder, mode)
 
 

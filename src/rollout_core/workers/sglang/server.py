@@ -60,6 +60,9 @@ class SGLangServerEngine(SGLangBase):
             raise
 
     async def _generate(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        if "image_data" in request:
+            urls = ["data:image/png;base64," + base64.b64encode(picture).decode() for picture in request["image_data"]]
+            request = {**request, "image_data": urls}
         async with aclosing(self._client.stream("/generate", request)) as events:
             async for event in events:
                 yield event

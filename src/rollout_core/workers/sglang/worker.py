@@ -41,7 +41,7 @@ class SGLangWorker(Worker):
     takes_computed = False
     media_form: Form = "pictures_each_time"
     #: What runs in its process, as ``module:class``.
-    engine: ClassVar[str] = "rollout_core.workers.sglang.engine:SGLangEngine"
+    engine_class: ClassVar[str] = "rollout_core.workers.sglang.engine:SGLangEngine"
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class SGLangWorker(Worker):
         repeats = bool(options.get("enable_deterministic_inference"))
         self.capabilities = frozenset({"memory", *(("seeds",) if repeats else ())})
         spec = Spec(
-            self.engine,
+            self.engine_class,
             {"model": str(model_dir), "options": options, "timeout": timeout},
             {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if device == "cpu" else {}), **(environment or {})},
             has_children=True,
@@ -80,6 +80,7 @@ class SGLangServerWorker(ServerWorker):
     """
 
     capabilities = frozenset({"memory"})
+    media_form: Form = "pictures_each_time"
 
     def __init__(
         self,
