@@ -1,11 +1,11 @@
 """Reinforcement learning from pictures that a tool returns, on a small random Qwen2.5-VL: conversations that grow by deltas.
 
     python examples/pictures.py                   # transformers; half a minute on two CPU cores
-    python examples/pictures.py --worker vllm     # which is given each picture once, and by its name from then on
+    python examples/pictures.py --worker vllm     # or vllm-async, sglang; vLLM gets each picture once, and then by its name
 
 The policy is asked for a colour. Its first turn stands for the call of a tool, whatever it says; the tool returns a drawing; the
-second turn is the answer. The toy reward is the share of the answer's places that hold an even token id if the drawing was red, an
-odd one if it was blue: who does not look earns one half at most. Exits with 1 if the reward did not rise. Needs torchvision, which
+second turn is the answer. The toy reward is the share of the answer's places that hold an even token id if the drawing was black, an
+odd one if it was white: who does not look earns one half at most. Exits with 1 if the reward did not rise. Needs torchvision, which
 transformers wants for the processor.
 """
 
@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from rollout_core.multimodal import Conversation, HFRenderer
-from rollout_core.workers import Completion, HFWorker, SamplingParams, VLLMWorker, Worker
+from rollout_core.workers import Completion, HFWorker, SamplingParams, SGLangWorker, VLLMWorker, Worker
 
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 ID = {word: number for number, word in enumerate(SPECIAL)}
@@ -42,7 +42,7 @@ TEMPLATE = (
     "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VOCABULARY, POSITIONS = 264, 256
-COLOURS = ("red", "blue")
+COLOURS = ("black", "white")
 CALL, ANSWER, SAMPLES = 2, 2, 16  # most tokens of each turn; conversations of each colour
 #: As in policy_gradient.py: steps that are compared, the rise that a policy that does not learn passes in less than one run of a
 #: million (Hoeffding's inequality), and how near the logprobs of worker and trainer are.
@@ -104,11 +104,20 @@ def make_model() -> Qwen2_5_VLForConditionalGeneration:
     return Qwen2_5_VLForConditionalGeneration(config).float().eval()
 
 
+def start_worker(name: str, folder: str) -> Worker:
+    """From here on all of them are the same to the trainer."""
+    if name == "hf":
+        return HFWorker(folder)
+    if name == "sglang":
+        return SGLangWorker(folder)
+    return VLLMWorker(folder, mode="async" if name == "vllm-async" else "stepped")
+
+
 def draw(colour: str, choose: random.Random) -> Image.Image:
-    """What the tool returns: a sheet of that colour with a white disc on it, somewhere."""
+    """What the tool returns: a sheet of that colour with a grey disc on it, somewhere."""
     picture = Image.new("RGB", (56, 56), colour)
     x, y = choose.randint(0, 36), choose.randint(0, 36)
-    ImageDraw.Draw(picture).ellipse((x, y, x + 20, y + 20), fill="white")
+    ImageDraw.Draw(picture).ellipse((x, y, x + 20, y + 20), fill="grey")
     return picture
 
 
@@ -135,7 +144,7 @@ def roll_out(
                 raise SystemExit(f"step {step}: {completion.place} has weights {completion.versions}, not {worker.version}")
         return completions
 
-    asked = Conversation.start(renderer, [{"role": "user", "content": "Which colour?"}])
+    asked = Conversation.start(renderer, [{"role": "user", "content": "Black or white?"}])
     colours = [colour for colour in COLOURS for _ in range(SAMPLES)]
     shown: dict[int, Conversation] = {}
     for place, call in enumerate(sample([asked], CALL, n=len(colours))):
@@ -207,9 +216,9 @@ def run(worker: Worker, model: torch.nn.Module, renderer: HFRenderer, steps: int
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--worker", choices=("hf", "vllm"), default="hf")
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--worker", choices=("hf", "vllm", "vllm-async", "sglang"), default="hf")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     arguments = parser.parse_args()
     if arguments.steps < 2 * COMPARED:
         parser.error(f"--steps is at least {2 * COMPARED}: the first {COMPARED} are compared with the last")
@@ -219,7 +228,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        with HFWorker(folder) if arguments.worker == "hf" else VLLMWorker(folder) as worker:
+        with start_worker(arguments.worker, folder) as worker:
             return run(worker, model, renderer, arguments.steps, arguments.learning_rate)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ENGINE = os.environ.get("ROLLOUT_CORE_ENGINE", "hf")
-collect_ignore = ["test_pictures.py"] if ENGINE == "sglang" else []  # SGLangWorker takes no pictures
 FOLDER = Path(__file__).parents[2] / "examples"
 STEP = re.compile(r"^step (\d+)  reward (\d\.\d+)  .*weights (\d+) in (\d+) buckets.*logprobs differ by (\S+)$", re.MULTILINE)
 
