@@ -4,9 +4,9 @@
     python examples/pictures.py --worker vllm     # or vllm-async, sglang; vLLM gets each picture once, and then by its name
 
 The policy is asked for a colour. Its first turn stands for the call of a tool, whatever it says; the tool returns a drawing; the
-second turn is the answer. The toy reward is the share of the answer's places that hold an even token id if the drawing was black, an
-odd one if it was white: who does not look earns one half at most. Exits with 1 if the reward did not rise. Needs torchvision, which
-transformers wants for the processor.
+second turn is the answer. The toy reward is the share of the answer's places that hold an even token id if the drawing was black,
+an odd one if it was white: who does not look earns one half at most. Exits with 1 if the reward did not rise. Needs torchvision,
+which transformers wants for the processor.
 """
 
 from __future__ import annotations
