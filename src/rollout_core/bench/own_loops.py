@@ -116,12 +116,12 @@ class OwnSGLang(SGLangEngine):
 
 
 class OwnHFWorker(HFWorker):
-    engine: ClassVar[str] = f"{__name__}:OwnHF"
+    engine_class: ClassVar[str] = f"{__name__}:OwnHF"
 
 
 class OwnVLLMWorker(VLLMWorker):
-    engines: ClassVar[Mapping[str, str]] = {"stepped": f"{__name__}:OwnVLLM", "async": f"{__name__}:OwnVLLMAsync"}
+    engine_classes: ClassVar[Mapping[str, str]] = {"stepped": f"{__name__}:OwnVLLM", "async": f"{__name__}:OwnVLLMAsync"}
 
 
 class OwnSGLangWorker(SGLangWorker):
-    engine: ClassVar[str] = f"{__name__}:OwnSGLang"
+    engine_class: ClassVar[str] = f"{__name__}:OwnSGLang"

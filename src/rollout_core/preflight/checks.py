@@ -423,6 +423,7 @@ def memory_comes_back(context: Context) -> str:
     worker = context.running()
     if "memory" not in worker.capabilities:
         return "this worker keeps its memory, and says so"
+    worker.sync_weights(context.trainer, capacity=context.capacity)
     before = _greedy(context)
     freed = worker.release_memory()
     again = worker.release_memory()

@@ -5,7 +5,7 @@ SGLang's ranks by its loader of weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 import torch
@@ -56,8 +56,10 @@ Command: TypeAlias = Receive | Abandon | Digests | Read | Expect | Settle
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """``unusable``: why the weights are of no use after it, if they are not. The rest is what was asked for."""
+    """``unusable``: why the weights are of no use after it, if they are not; ``version``: of the last update that was committed
+    there. The rest is what was asked for."""
 
+    version: int = -1
     unusable: str | None = None
     failed: Cause | None = None
     loading: float = 0.0
@@ -83,6 +85,23 @@ def answer_with(tensor: torch.Tensor) -> Answer:
 def unusable_of(answers: Sequence[Answer]) -> str | None:
     """Why the weights of any are of no use."""
     return next((answer.unusable for answer in answers if answer.unusable is not None), None)
+
+
+def asked(found: Sequence[Any]) -> list[Answer]:
+    """The answers of vLLM's workers, as an RPC brings them. Raises what one of them raised."""
+    answers = [msgspec.convert(answer, type=Answer) for answer in found]
+    raise_failed(answers, "vLLM's worker")
+    return answers
+
+
+def left_by(answers: Sequence[Answer], version: int, before: str | None) -> str | None:
+    """Why the weights are of no use after an update to ``version`` that failed, given why they were not ``before``."""
+    committed = any(answer.version == version for answer in answers)
+    return unusable_of(answers) or (not_completed(version) if committed else before)
+
+
+def not_completed(version: int) -> str:
+    return f"the update to version {version} was not completed"
 
 
 def raise_failed(answers: Sequence[Answer], engine: str) -> None:

@@ -11,6 +11,14 @@ from rollout_core.workers.engine import Request
 from rollout_core.workers.model_dir import config_of, eos_token_ids
 
 
+def seed_of(params: SamplingParams, request: Request, tokens: int = 0) -> int | None:
+    """The seed of one request that has so many tokens already. Engines seed each request by itself: those of one call, and the
+    parts of one, would share their chances under one and the same."""
+    if params.seed is None:
+        return None
+    return (params.seed + request.sample + 1_000_003 * request.place + 0x9E3779B1 * tokens) % 2**31
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """``vocabulary``: number of ids. ``positions``: most tokens of a prompt and its response. ``eos``: ids that end a response.

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from rollout_core.errors import TransferError, WorkerError
+from rollout_core.transfer.causes import cause_of, error_of
+from rollout_core.transfer.protocol.messages import Cause
 from rollout_core.workers.contract import Completion, Status
 from rollout_core.workers.engine import Progress
 
@@ -25,11 +27,25 @@ class Rollout:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    status: Status | None = None  # once it has ended
+    cause: Cause | None = None  # of its end, if it failed
     first_token: float | None = None  # when it was heard of, by time.perf_counter
     resent: int = 0  # times that it was sent again, because the engine missed the data of its media
     resent_at: int | None = None  # tokens that it had then
 
-    def completion(self, status: Status, version: int, error: str = "") -> Completion:
+    def end(self, status: Status, version: int, cause: Cause | None = None) -> None:
+        """With what it has; ``version``: of the weights, if it has nothing."""
+        self.status, self.cause = status, cause
+        try:
+            completion = self._completion(status, version, cause.message if cause is not None else "")
+        except WorkerError as error:  # the engine said what cannot be; one future without an end would be worse
+            self.status, self.cause = "failed", cause_of(error)
+            self.token_ids, self.logprobs, self.versions = [], [], []
+            completion = self._completion("failed", max(0, version), str(error))
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(completion)
+
+    def _completion(self, status: Status, version: int, error: str) -> Completion:
         return Completion(
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs),
@@ -54,7 +70,6 @@ class Rollouts:
         self._last = 0
         self._version = 0  # of the newest progress, for who is lost without any
         self.told = 0  # how often the engine has said anything
-        self.why_lost: str | None = None  # why nothing comes any more
 
     def add(self, wanted: Sequence[tuple[str, int, int]]) -> list[Rollout]:
         """New ones, each of a request id, a prompt's index and a sample's. ``WorkerError`` for an id that is under way."""
@@ -68,11 +83,12 @@ class Rollouts:
             self._open.update((rollout.key, rollout) for rollout in made)
         return made
 
-    def drop(self, rollouts: Iterable[Rollout]) -> None:
+    def drop(self, rollouts: Iterable[Rollout], why: str) -> None:
         """These were refused, and never under way."""
         with self._lock:
-            for rollout in rollouts:
-                self._open.pop(rollout.key, None)
+            found = [rollout for rollout in rollouts if self._open.pop(rollout.key, None) is not None]
+        for rollout in found:  # another thread may have found them meanwhile
+            rollout.end("failed", self._version, Cause("WorkerError", why, ""))
 
     def find(self, request_ids: Iterable[str] | None) -> list[Rollout]:
         """Those of these ids that are under way; all of them for None."""
@@ -80,19 +96,20 @@ class Rollouts:
         with self._lock:
             return [rollout for rollout in self._open.values() if wanted is None or rollout.request_id in wanted]
 
-    def hear(self, progress: Sequence[Progress] | None) -> None:
-        """Take in what the engine says. None: it says nothing any more; what is under way has failed."""
+    def hear(self, progress: Sequence[Progress] | str) -> None:
+        """Take in what the engine says. Why, if it says nothing any more: what is under way has failed."""
         self.told += 1
-        if progress is None:
+        if isinstance(progress, str):
             with self._lock:
                 left, self._open = list(self._open.values()), {}
-            for rollout in left:
-                _settle(rollout, rollout.completion("failed", self._version, self.why_lost or "the worker is gone"))
+            for one_left in left:
+                one_left.end("failed", self._version, Cause("TransferError", progress, ""))
             return
         for one in progress:
-            if one.key not in self._open:  # it was dropped
+            with self._lock:
+                rollout = self._open.get(one.key)
+            if rollout is None:  # it was dropped
                 continue
-            rollout = self._open[one.key]
             if one.missing:
                 self._missed(rollout, one.missing)
                 continue
@@ -105,16 +122,13 @@ class Rollouts:
             if one.status is not None:
                 with self._lock:
                     self._open.pop(one.key, None)
-                _settle(rollout, rollout.completion(one.status, one.version, one.cause.message if one.cause else ""))
+                rollout.end(one.status, one.version, one.cause)
 
 
-def _settle(rollout: Rollout, completion: Completion) -> None:
-    if rollout.future.set_running_or_notify_cancel():
-        rollout.future.set_result(completion)
-
-
-def raise_failed(completions: Iterable[Completion], lost: str | None) -> None:
+def raise_failed(rollouts: Iterable[Rollout], lost: str | None) -> None:
     """Raise the error of the first that failed: ``TransferError`` if its engine is gone."""
-    for completion in completions:
-        if completion.status == "failed":
-            raise TransferError(lost) if lost is not None else WorkerError(completion.error)
+    for rollout in rollouts:
+        if rollout.status == "failed":
+            if lost is not None:
+                raise TransferError(lost)
+            raise error_of(rollout.cause or Cause("WorkerError", "a request failed", ""), WorkerError)

@@ -18,9 +18,10 @@ from typing import Final, Literal, TypeVar
 
 from rollout_core.errors import RolloutCoreError, TransferError, WorkerError
 from rollout_core.transfer.causes import cause_of
+from rollout_core.workers.commands import not_completed
 from rollout_core.workers.contract import SamplingParams, Status
 from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
-from rollout_core.workers.limits import Limits
+from rollout_core.workers.limits import Limits, seed_of
 from rollout_core.workers.media import data_in
 
 #: Seconds that requests which are cancelled have to let go of what they hold.
@@ -78,9 +79,8 @@ class Flight:
 
     @property
     def seed(self) -> int | None:
-        """Samples of one prompt have seeds of their own; so has each start, or the same chances would come again."""
-        seed = self.params.seed
-        return None if seed is None else (seed + self.request.sample + 0x9E3779B1 * len(self.tokens)) % 2**31
+        """What the engine is given: each start has one of its own, or the same chances would come again."""
+        return seed_of(self.params, self.request, len(self.tokens))
 
 
 class StreamingEngine(ABC):
@@ -93,7 +93,7 @@ class StreamingEngine(ABC):
         self._loop = loop
         self._limits = limits
         self._timeout = timeout
-        self._version = 0
+        self._version = self._before = 0  # the one before the last update, too
         self._unusable: str | None = None
         self._is_released = False
         self._is_paused = False
@@ -112,6 +112,10 @@ class StreamingEngine(ABC):
     async def _end(self, names: Sequence[str]) -> None:
         """Have the engine end these requests, which then give their last piece. A name that it does not know is none of its
         business."""
+
+    @abstractmethod
+    def _abandon(self, version: int) -> None:
+        """Tell the engine that the weights which it has committed as this version are of no use."""
 
     @abstractmethod
     def _update(self, update: Update) -> float:
@@ -166,6 +170,7 @@ class StreamingEngine(ABC):
             self._call_back(self._flights.values())
         else:
             flights = list(self._flights.values())
+            self._call_back(flights)
             self._start(flights, steps)
             self._run(self._landed(flights))
         self._tell(emit)
@@ -181,22 +186,17 @@ class StreamingEngine(ABC):
     # Weights
 
     def update(self, update: Update) -> float:
-        before = self._version
         with self._on_the_ground():
-            try:
-                loading = self._update(update)
-                self._version = update.version
-            except Exception:
-                self._version = before
-                raise
+            loading = self._update(update)
+            self._before, self._version = self._version, update.version
         return loading
 
     def abandon(self, version: int) -> None:
         """What was committed here has failed for its sender."""
         if self._version == version:
-            self._version = version - 1
             with self._on_the_ground():
-                self._unusable = f"the update to version {version} was not completed"
+                self._version, self._unusable = self._before, not_completed(version)
+                self._abandon(version)
 
     # Memory
 

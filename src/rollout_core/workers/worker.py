@@ -104,6 +104,7 @@ class Worker:
     def __init__(self, spec: Spec, *, process: bool = True, start_timeout: float = 300.0, timeout: float = 300.0) -> None:
         self._lock = threading.RLock()  # of the weights
         self._version = 0
+        self._next = 1  # the next update's
         self._specs: dict[str, TensorSpec] | None = None  # that an update has to have; empty: the engine looks itself
         self._media = Media(self.media_form)
         # Weakly: the link's thread keeps the rollouts, and must not keep a worker that is forgotten.
@@ -159,7 +160,7 @@ class Worker:
                 source = persistent_weights(source)
             plan = plan_buckets(specs_of(source), capacity, oversize=oversize, order=order)
             self._check_specs(link, plan)
-            version = self._version + 1
+            before, version = self._version, self._next
             sent = SentDigests(plan, values=self.reads_values) if readback else None
 
             def tap(bucket: Bucket) -> Bucket:
@@ -169,13 +170,14 @@ class Worker:
 
             try:
                 report, loading = self._send(link, plan, source, version, tap)
+                self._next = version + 1  # the engine has committed it: no other update may have this version
                 reading = time.perf_counter()
                 found = None if sent is None else self._read_back(link, sent)
                 reading = time.perf_counter() - reading
                 self._version = version
             except BaseException:
                 # Interrupted at the very end, either side may have counted on; to the caller this update has failed.
-                self._version = version - 1
+                self._version = before
                 self._abandon(link, version)
                 raise
             return SyncReport(
@@ -237,7 +239,7 @@ class Worker:
                 self._abort(link, rollouts)
             raise
         completions = [future.result() for future in futures]
-        raise_failed(completions, link.lost)
+        raise_failed(rollouts, link.lost)
         return completions
 
     def submit(
@@ -252,7 +254,8 @@ class Worker:
 
         Every future gets a completion, whatever becomes of the request or the engine: its status says how it ended (clause W4), and
         its tokens are what there was by then. ``request_ids``: one for each prompt, by which ``abort`` finds it; its n samples
-        share it; without, only all are aborted. Raises ``WorkerError`` for a request that is refused; then none was made.
+        share it; without, only all are aborted. Ask nothing of the worker in a future's callback: it runs in the thread that hears
+        the engine. Raises ``WorkerError`` for a request that is refused; then none was made.
         """
         return _futures(self._start(prompts, params, request_ids, max_batch)[1], params)
 
@@ -378,8 +381,11 @@ class Worker:
         rollouts = self._rollouts.add([(ids[place], place, sample) for place in range(len(prompts)) for sample in range(samples)])
         try:
             link.ask(Submit(Group(params, self._media.requests(taken, rollouts, params, max_batch), max_batch)))
-        except BaseException:
-            self._rollouts.drop(rollouts)
+        except BaseException as error:
+            if not isinstance(error, RolloutCoreError):  # interrupted: the engine may have them
+                with suppress(RolloutCoreError):
+                    link.post(Abort([rollout.key for rollout in rollouts]))
+            self._rollouts.drop(rollouts, str(error) or type(error).__name__)
             self._media.drop(taken, rollouts)
             raise
         return link, rollouts
@@ -392,7 +398,8 @@ class Worker:
         again = [rollout.key for rollout, count in zip(rollouts, resent, strict=True) if rollout.resent != count]
         if again:
             link.ask(Abort(again))
-        ended = [rollout for rollout in rollouts if rollout.future.result(link.timeout).status == "aborted"]
+        # What this ended was told before the answer. One that another thread is about to submit is not under way yet.
+        ended = [rollout for rollout in rollouts if rollout.status == "aborted"]
         return list(dict.fromkeys(rollout.request_id for rollout in ended))
 
     def _resend(self, rollout: Rollout, missing: Sequence[str]) -> None:
@@ -425,11 +432,14 @@ class Worker:
                 link.result(received, Received)
 
         with MemorySender.listen(address, timeout=link.timeout, check=check) as carrier:
+            link.is_updating = True
             try:
                 report = send(plan, source, carrier, version=version, timeout=link.timeout, tap=tap)
             except TransferError:
                 link.check(_LAST_WORDS if received.done() else 0.0)
                 raise
+            finally:
+                link.is_updating = False
         answer = link.result(received, Received)
         assert isinstance(answer, Received)
         return report, answer.loading
@@ -492,7 +502,8 @@ def _copies(future: Future[Completion], samples: int) -> list[Future[Completion]
 
     def settle(made: Future[Completion]) -> None:
         for sample, copy in enumerate(copies):
-            copy.set_result(msgspec.structs.replace(made.result(), sample_index=sample))
+            if copy.set_running_or_notify_cancel():  # else its owner has cancelled it
+                copy.set_result(msgspec.structs.replace(made.result(), sample_index=sample))
 
     future.add_done_callback(settle)
     return copies

@@ -30,7 +30,7 @@ from rollout_core.transfer.carriers.memory import MemoryReceiver
 from rollout_core.workers import HFWorker
 from support.tensors import from_bytes
 
-PLAN, START, EQUAL, ARRIVE, GREEDY, SHAPES, ABORTS, CHANGE, FLIP, HALF, LEFT = (check.id for check in CHECKS)
+PLAN, START, EQUAL, ARRIVE, GREEDY, SHAPES, ABORTS, CHANGE, FLIP, HALF, MEMORY, DEATH, LEFT = (check.id for check in CHECKS)
 NORM, INV_FREQ, EMBEDDING = "model.norm.weight", "model.rotary_emb.inv_freq", "model.embed_tokens.weight"
 CAPACITY = 1 << 20
 
@@ -422,12 +422,40 @@ class LeavesASocket(Local):
         self.socket = socket.socket()
 
 
+class FreesTwice(Local):
+    def release_memory(self):
+        super().release_memory()
+        return 4096
+
+
+class KeepsGoingWithoutWeights(Local):
+    """Memory that comes back is taken for weights."""
+
+    def resume_memory(self):
+        super().resume_memory()
+        self.engine.weights.unusable = None
+
+
+class LosesItsWeightsInARelease(Local):
+    """The update after a release does not reach one tensor."""
+
+    released = False
+
+    def release_memory(self):
+        self.released = True
+        return super().release_memory()
+
+    def spoil(self):
+        if self.released:
+            self.tensor(NORM).zero_()
+
+
 class DoesNotClose(Local):
     def close(self):
         raise ZeroDivisionError("planted in close")
 
 
-SKIPPED = {GREEDY, ABORTS, CHANGE, FLIP, HALF}  # what cannot be judged unless changed weights arrive
+SKIPPED = {GREEDY, ABORTS, CHANGE, FLIP, HALF, MEMORY, DEATH}  # what cannot be judged unless changed weights arrive
 PROMPT_0 = r"prompt 0 \(1 tokens\): response token \d+ is \d+ from the worker and \d+ from the trainer's model"
 #: For each fault the checks that fail, with their words, and those that could not be judged then.
 FAULTS = {
@@ -491,7 +519,12 @@ FAULTS = {
         SKIPPED,
     ),
     CannotGenerate: (
-        {GREEDY: "ZeroDivisionError: planted", SHAPES: "ZeroDivisionError: planted", HALF: "ZeroDivisionError"},
+        {
+            GREEDY: "ZeroDivisionError: planted",
+            SHAPES: "ZeroDivisionError: planted",
+            HALF: "ZeroDivisionError",
+            MEMORY: "ZeroDivisionError",
+        },
         set(),
     ),
     AbortSaysSoAndDoesNothing: ({ABORTS: r"while it decodes, .* ended \['preflight-0', 'preflight-1'\]"}, set()),
@@ -503,6 +536,9 @@ FAULTS = {
     GivesAllTokensTheNewVersion: ({CHANGE: r"prompt 0 sample 0: \[\] before|: \[.*\] after the change, expected"}, set()),
     GoesOnFromWhatOldWeightsComputed: ({CHANGE: r"prompt \d sample 0: \[.*\] after the change, expected"}, set()),
     EndsRequestsInAnUpdate: ({CHANGE: "prompt 0 sample 0: status aborted after the weights changed"}, set()),
+    FreesTwice: ({MEMORY: "a second release says that it freed 4096 bytes"}, set()),
+    KeepsGoingWithoutWeights: ({MEMORY: "generated after its memory was released|gave NaN or infinite logits"}, set()),
+    LosesItsWeightsInARelease: ({MEMORY: "the same weights gave other tokens after a release"}, set()),
     LeavesAProcess: ({LEFT: r"left behind: process \d+ \(sleep 30, state [RS]\)"}, set()),
     LeavesAZombie: ({LEFT: r"left behind: process \d+ \(ended, not waited for, state Z\)"}, set()),
     LeavesSharedMemory: ({LEFT: r"left behind: file descriptor \d+ \(/memfd:left-behind \(deleted\)\)"}, set()),
@@ -801,7 +837,7 @@ def test_a_real_run_passes_well_within_a_minute(tmp_path):
     content = assert_report(tmp_path / "report.json")
     assert [(outcome["id"], outcome["clause"]) for outcome in content["checks"]] == [(check.id, check.clause) for check in CHECKS]
     assert {outcome["result"] for outcome in content["checks"]} == {"pass"}
-    assert re.search(r"all 11 checks hold in \d+\.\d s", done.output)
+    assert re.search(r"all 13 checks hold in \d+\.\d s", done.output)
     assert max(map(len, done.output.splitlines())) <= 80
     for outcome in content["checks"]:
         assert f"{outcome['id']} " in done.output
@@ -813,7 +849,7 @@ def test_a_failing_run_exits_with_1_and_shows_why(folder, tmp_path, monkeypatch)
     assert done.exit_code == 1, done.output
     content = assert_report(tmp_path / "report.json")
     assert content["model"] == str(folder)
-    assert "3 of 11 checks do not hold in" in done.output
+    assert "4 of 13 checks do not hold in" in done.output
     assert "ZeroDivisionError: planted" in done.output
     assert "Traceback" in done.output
     assert max(map(len, done.output.splitlines())) > 80, "in a pipe nothing has to fit 80 columns"
@@ -860,7 +896,7 @@ def test_a_capacity_too_small_for_the_model_is_a_check_that_fails(folder, monkey
     monkeypatch.setattr("rollout_core.workers.hf.worker.HFWorker", lambda path, threads: Sound(path))
     done = invoke("--model", folder, "--capacity", "2", columns="80")
     assert done.exit_code == 1
-    assert "1 of 11 checks do not hold, 10 could not be judged" in done.output
+    assert "1 of 13 checks do not hold, 12 could not be judged" in done.output
 
 
 # The table

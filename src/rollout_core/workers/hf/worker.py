@@ -24,7 +24,7 @@ class HFWorker(Worker):
 
     media_form: Form = "tensors"
     #: What runs in its process, as ``module:class``.
-    engine: ClassVar[str] = "rollout_core.workers.hf.engine:HFEngine"
+    engine_class: ClassVar[str] = "rollout_core.workers.hf.engine:HFEngine"
 
     def __init__(
         self,
@@ -41,5 +41,5 @@ class HFWorker(Worker):
         if not isinstance(named, torch.dtype) or not named.is_floating_point:
             raise WorkerError(f"dtype is {dtype!r}; it is the name of a floating-point torch dtype, for example 'float32'")
         options = {"model": str(model_dir), "dtype": dtype, "device": device, "threads": threads if process else 0}
-        spec = Spec(self.engine, options)
+        spec = Spec(self.engine_class, options)
         super().__init__(spec, process=process, start_timeout=start_timeout, timeout=timeout)

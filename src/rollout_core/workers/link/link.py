@@ -25,7 +25,7 @@ _EVENTS: Final = select.POLLIN | select.POLLHUP | select.POLLERR
 
 class Link:
     """An engine, and the way to it. Every wait has an end: ``timeout`` seconds, or the engine's. A process that did not answer is
-    killed: it could do anything, at any time. ``hear`` is called with progress, in a thread of this link's own; and with None once
+    killed: it could do anything, at any time. ``hear`` is called with progress, in a thread of this link's own; and with why, once
     nothing comes any more."""
 
     def __init__(
@@ -35,9 +35,10 @@ class Link:
         process: bool,
         start_timeout: float,
         timeout: float,
-        hear: Callable[[Sequence[Progress] | None], None],
+        hear: Callable[[Sequence[Progress] | str], None],
     ) -> None:
         self.timeout = timeout
+        self.is_updating = False  # weights are being sent
         ours, theirs = socket.socketpair()
         try:
             with theirs:
@@ -77,10 +78,13 @@ class Link:
         """Wait for an answer, ``timeout`` seconds if not this link's own, after which the engine is given up; ``silent``: seconds
         that it has said nothing before."""
         timeout = self.timeout if timeout is None else timeout
-        try:
-            return _expect(kind, answer.result(timeout))
-        except TimeoutError:
-            raise self._pump.give_up(self._pump.silence(silent + timeout)) from None
+        while True:
+            try:
+                return _expect(kind, answer.result(timeout))
+            except TimeoutError:
+                # An engine that takes in an update may answer nothing else meanwhile. Whoever sends it sees to its end.
+                if not self.is_updating:
+                    raise self._pump.give_up(self._pump.silence(silent + timeout)) from None
 
     def check(self, seconds: float) -> None:
         """Raise ``TransferError`` if the engine has ended, or does within that time."""
@@ -110,7 +114,7 @@ class Link:
 class _Pump:
     """The one thread that touches the channel. Others hand it messages, and wait for futures."""
 
-    def __init__(self, channel: Channel[Answered], host: Host, hear: Callable[[Sequence[Progress] | None], None]) -> None:
+    def __init__(self, channel: Channel[Answered], host: Host, hear: Callable[[Sequence[Progress] | str], None]) -> None:
         self.lost: str | None = None
         self._channel = channel
         self._host = host
@@ -212,7 +216,7 @@ class _Pump:
         for answer in waiting.values():
             if answer.set_running_or_notify_cancel():
                 answer.set_exception(why)
-        self._hear(None)
+        self._hear(self.lost or "the worker was closed")
 
     def _send(self) -> None:
         while self._outbox:

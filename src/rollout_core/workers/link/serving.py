@@ -67,6 +67,7 @@ class Serving:
         self._started: set[int] = set()  # keys of requests of which a token was told
         self._told = 0.0  # when
         self._updating: _Updating | None = None
+        self._held: list[Asked] = []  # requests that came during an update
 
     def run(self) -> None:
         with suppress(_Closed):
@@ -93,6 +94,9 @@ class Serving:
             if self._updating is not None and self._updating.is_done:
                 updating, self._updating = self._updating, None
                 self._answer(updating.number, updating.join())
+                held, self._held = self._held, []
+                for asked in held:
+                    self._take(asked)
             elif self._channel.has_message():
                 self._take(self._channel.receive(None))
             elif may_step:
@@ -112,6 +116,9 @@ class Serving:
         poll.poll()
 
     def _take(self, asked: Asked) -> None:
+        if isinstance(asked.request, Submit) and self._updating is not None:
+            self._held.append(asked)  # until it is known what weights there are
+            return
         if isinstance(asked.request, Receive) and self._engine.is_read_in_update:
             self._updating = _Updating(asked.number, self._engine, asked.request.update)
             return
@@ -208,7 +215,7 @@ def _joined(progress: list[Progress]) -> list[Progress]:
     found: dict[tuple[int, int], Progress] = {}
     for one in progress:
         place = (one.key, one.version)
-        if place in found:
+        if place in found and not one.missing and not found[place].missing:
             one.token_ids[:0], one.logprobs[:0] = found[place].token_ids, found[place].logprobs
         found[place] = one
     return list(found.values())

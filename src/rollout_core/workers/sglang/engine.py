@@ -20,7 +20,18 @@ import torch
 
 from rollout_core.bucketing import TensorSpec
 from rollout_core.errors import WorkerError
-from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Read, Receive, raise_failed, unusable_of
+from rollout_core.workers.commands import (
+    Abandon,
+    Answer,
+    Command,
+    Digests,
+    Read,
+    Receive,
+    left_by,
+    not_completed,
+    raise_failed,
+    unusable_of,
+)
 from rollout_core.workers.contract import SamplingParams
 from rollout_core.workers.engine import Request, Update
 from rollout_core.workers.limits import Limits
@@ -129,11 +140,8 @@ class SGLangBase(StreamingEngine):
     def _update(self, update: Update) -> float:
         return max(answer.loading for answer in self._ask(Receive(update)))
 
-    def abandon(self, version: int) -> None:
-        if self._version == version:
-            with self._on_the_ground():
-                self._version = version - 1
-                self._ask(Abandon(version, f"the update to version {version} was not completed"))
+    def _abandon(self, version: int) -> None:
+        self._ask(Abandon(version, not_completed(version)))
 
     def call_model_dir(self, argument: bytes) -> bytes:
         """Where the model is."""
@@ -159,16 +167,19 @@ class SGLangBase(StreamingEngine):
     def _ask(self, what: Command) -> list[Answer]:
         """Have each rank carry this out."""
         self._check_resumed()
-        changes = not isinstance(what, Digests | Read)
+        before, changes = self._unusable, isinstance(what, Receive | Abandon)
+        if changes:
+            self._unusable = self._unusable or "an update to them was not completed"  # unless the following says otherwise
         with tempfile.TemporaryDirectory(prefix="rollout-core-") as folder:
             with self._in_session():
                 # What was computed with other weights is flushed, too: nothing is in the air that would need it.
                 worked, said = self._load(packed(Order(what, folder)), changes)
             answers = read_answers(Path(folder), said=said)
-        if changes:
-            self._unusable = unusable_of(answers)
+        failed = any(answer.failed is not None for answer in answers)
+        if isinstance(what, Receive):
+            self._unusable = left_by(answers, what.update.version, before) if failed else unusable_of(answers)
         raise_failed(answers, "SGLang's loader")
-        if not worked:
+        if changes and not worked:
             self._unusable = f"SGLang did not flush what it computed with others: {said}"
             raise WorkerError(self._unusable)
         return answers

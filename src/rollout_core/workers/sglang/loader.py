@@ -6,8 +6,9 @@ scheduler.
 
 from __future__ import annotations
 
+import logging
 import sys
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -24,17 +25,23 @@ from rollout_core.workers.names import canonical
 from rollout_core.workers.sglang.commands import Named, unpacked, write_answer
 from rollout_core.workers.vllm.readback import read_weight
 
+_LOG: Final = logging.getLogger(__name__)
+
 
 def load(model: Any, named: Named) -> None:
-    """SGLang's ``custom_weight_loader``: ``named`` is a command, see ``commands``."""
-    order = unpacked(named)
-    target = _target_of(model)
+    """SGLang's ``custom_weight_loader``: ``named`` is a command, see ``commands``. What goes wrong is in the answer; where none can
+    be given, as who asked is gone, in SGLang's log."""
     try:
-        with torch.no_grad():
-            answer = _answer(model, target, order.what)
-    except Exception as error:
-        answer = Answer(failed=cause_of(error))
-    write_answer(order.folder, _rank(), msgspec.structs.replace(answer, unusable=target.unusable))
+        order = unpacked(named)
+        target = _target_of(model)
+        try:
+            with torch.no_grad():
+                answer = _answer(model, target, order.what)
+        except Exception as error:
+            answer = Answer(failed=cause_of(error))
+        write_answer(order.folder, _rank(), msgspec.structs.replace(answer, unusable=target.unusable, version=target.version))
+    except Exception:
+        _LOG.exception("rollout_core's loader could not answer")
 
 
 def _answer(model: Any, target: _Model, command: Command) -> Answer:
@@ -58,7 +65,9 @@ def _answer(model: Any, target: _Model, command: Command) -> Answer:
             return Answer(digests=found)
         case Read(name=name, shape=shape):
             return answer_with(_read(model, name, shape))
-        case Expect() | Settle():
+        case Settle():
+            return Answer()
+        case Expect():
             raise WorkerError("SGLang's loader is not asked that")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rollout_core.errors import WorkerError
+from rollout_core.workers.commands import Settle, unusable_of
 from rollout_core.workers.http.client import Client, RequestError, Timeouts
 from rollout_core.workers.http.server import ServerProcess, free_port
 from rollout_core.workers.model_dir import config_of
@@ -31,7 +32,9 @@ class SGLangServerEngine(SGLangBase):
     """``url``: of the server. ``model``: the folder of its model, if that is not where it says."""
 
     def __init__(self, url: str, *, model: str | None, timeout: float, connections: int) -> None:
-        self._client = Client(url, timeout=Timeouts(total=timeout, silence=timeout), connections=connections)
+        timeouts = Timeouts(total=timeout, silence=timeout)
+        self._streams = Client(url, timeout=timeouts, connections=connections)
+        self._client = Client(url, timeout=timeouts)  # for what ends requests, and must not wait until some have ended
         loop = asyncio.new_event_loop()
         try:
             info = loop.run_until_complete(_server_info(self._client))
@@ -53,9 +56,10 @@ class SGLangServerEngine(SGLangBase):
                 repeats=bool(info.get("enable_deterministic_inference")),
                 timeout=timeout,
             )
-            self.specs()  # whether the loader is really there
+            # Whether the loader is really there, and whether somebody has left the weights half done.
+            self._unusable = unusable_of(self._ask(Settle(mend=False)))
         except BaseException:
-            loop.run_until_complete(self._client.close())
+            loop.run_until_complete(self._close_clients())
             loop.close()
             raise
 
@@ -63,7 +67,7 @@ class SGLangServerEngine(SGLangBase):
         if "image_data" in request:
             urls = ["data:image/png;base64," + base64.b64encode(picture).decode() for picture in request["image_data"]]
             request = {**request, "image_data": urls}
-        async with aclosing(self._client.stream("/generate", request)) as events:
+        async with aclosing(self._streams.stream("/generate", request)) as events:
             async for event in events:
                 yield event
 
@@ -101,8 +105,12 @@ class SGLangServerEngine(SGLangBase):
 
     def close(self) -> None:
         super().close()
-        self._run(self._client.close())
+        self._run(self._close_clients())
         self._loop.close()
+
+    async def _close_clients(self) -> None:
+        await self._streams.close()
+        await self._client.close()
 
 
 async def _server_info(client: Client) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from rollout_core.errors import RolloutCoreError, WorkerError
+from rollout_core.errors import RolloutCoreError, TransferError, WorkerError
 from rollout_core.workers.contract import SamplingParams
 from rollout_core.workers.engine import Request
 from rollout_core.workers.model_dir import config_of
@@ -52,6 +52,7 @@ class VLLMAsyncEngine(VLLMStreamed):
     async def _generate(self, flight: Flight, params: dict[str, Any]) -> AsyncGenerator[Piece, None]:
         from vllm import SamplingParams as Their
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         theirs = Their(**params, output_kind=RequestOutputKind.DELTA)
         request = msgspec.structs.replace(flight.request, prompt=flight.prompt)
@@ -68,7 +69,9 @@ class VLLMAsyncEngine(VLLMStreamed):
                     yield piece_of(output.token_ids, [float(table[token].logprob) for token, table in rows], output.finish_reason)
         except RolloutCoreError:
             raise
-        except Exception:
+        except Exception as error:
+            if isinstance(error, EngineDeadError):
+                raise TransferError("vLLM's engine core has ended") from error
             if is_first:  # others may have driven its pictures out of the cache between two looks at it
                 self._check_media(flight)
             raise
@@ -87,7 +90,8 @@ class VLLMAsyncEngine(VLLMStreamed):
         await self._llm.abort(list(names))
 
     async def _ping(self) -> None:
-        await self._llm.check_health()
+        if self._llm.errored:
+            raise TransferError("vLLM's engine core has ended")
 
     async def _official(self, call: str, seconds: float = 0.0, **arguments: Any) -> None:
         del seconds  # the link's own timeout ends a process that does not answer

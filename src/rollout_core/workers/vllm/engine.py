@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,9 +15,20 @@ from rollout_core.bucketing import TensorSpec
 from rollout_core.errors import TransferError, WorkerError
 from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.protocol.messages import Cause
+from rollout_core.workers.commands import (
+    Abandon,
+    Answer,
+    Command,
+    Expect,
+    Settle,
+    asked,
+    left_by,
+    not_completed,
+    unusable_of,
+)
 from rollout_core.workers.contract import SamplingParams, Status
 from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
-from rollout_core.workers.limits import Limits
+from rollout_core.workers.limits import Limits, seed_of
 from rollout_core.workers.media import data_in
 from rollout_core.workers.model_dir import Checkpoint, config_of
 from rollout_core.workers.names import canonical
@@ -55,7 +67,7 @@ class VLLMEngine:
         self._engine: Any = self._llm.llm_engine
         self._limits = Limits.of(folder, int(self._llm.model_config.max_model_len))
         self._mend = mend
-        self._version = 0
+        self._version = self._before = 0  # the one before the last update, too
         self._unusable: str | None = None
         self._is_released = False
         self._names: dict[int, str] = {}  # of the requests under way, as vLLM calls them
@@ -123,31 +135,37 @@ class VLLMEngine:
     def update(self, update: Update) -> float:
         if self._is_released:
             raise WorkerError(RELEASED)
-        llm, before = self._llm, self._version
-        llm.init_weight_transfer_engine({"init_info": {"address": update.address, "timeout": update.timeout}})
-        llm.start_weight_update()
+        llm, before, self._unusable = (
+            self._llm,
+            self._unusable,
+            not_completed(update.version),
+        )  # unless the following says otherwise
         try:
+            llm.init_weight_transfer_engine({"init_info": {"address": update.address, "timeout": update.timeout}})
+            self._ask(Expect(update.version))
+            llm.start_weight_update()
             llm.update_weights({"update_info": {"version": update.version}})
             llm.finish_weight_update(weight_version=str(update.version))
-            if self._mend:
-                llm.collective_rpc("rollout_core_mend")
+            answers = self._ask(Settle(self._mend))
             # What was computed with the old weights: requests under way are computed anew, and no other may build on them.
             self._engine.reset_encoder_cache()
             if not self._engine.reset_prefix_cache(reset_running_requests=True):
                 raise TransferError("vLLM did not reset its prefix cache, and would go on from what the old weights computed")
-            self._version = update.version
         except Exception:
-            self._version = before
+            with suppress(Exception):  # the error that led here says more
+                self._unusable = left_by(self._ask(Settle(mend=False)), update.version, before)
             raise
-        finally:
-            self._unusable = self._why_unusable()
-        return float(max(llm.collective_rpc("rollout_core_loading")))
+        self._before, self._version = self._version, update.version
+        self._unusable = unusable_of(answers)
+        return max(answer.loading for answer in answers)
 
     def abandon(self, version: int) -> None:
         if self._version == version:
-            self._version = version - 1
-            self._llm.collective_rpc("rollout_core_abandon", args=(version,))
-            self._unusable = self._why_unusable()
+            self._version, self._unusable = self._before, not_completed(version)
+            self._ask(Abandon(version, not_completed(version)))
+
+    def _ask(self, command: Command) -> list[Answer]:
+        return asked(self._llm.collective_rpc("rollout_core_carry_out", args=(msgspec.json.encode(command).decode(),)))
 
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:
         self._check_resumed()
@@ -196,8 +214,7 @@ class VLLMEngine:
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
-            # As vLLM does for its own n: samples of one prompt have seeds of their own.
-            seed=None if params.seed is None else params.seed + request.sample,
+            seed=seed_of(params, request),
             stop_token_ids=self._limits.ends(params),
             ignore_eos=True,  # said by stop_token_ids: without a tokenizer vLLM knows no EOS
             logprobs=0,  # of the sampled token alone
@@ -234,9 +251,6 @@ class VLLMEngine:
         del self._names[key], self._keys[str(key)]
         self._started.pop(key, None)
         return Progress(key, [], [], self._version, status, cause)
-
-    def _why_unusable(self) -> str | None:
-        return next((why for why in self._llm.collective_rpc("rollout_core_unusable") if why is not None), None)
 
     def _check_resumed(self) -> None:
         if self._is_released:

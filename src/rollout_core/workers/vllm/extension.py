@@ -75,7 +75,8 @@ class RolloutExtension(WorkerExtension):
         except Exception as error:  # vLLM would hand it on as its text alone
             answer = Answer(failed=cause_of(error))
         target = self._rollout_core_target()
-        answer = msgspec.structs.replace(answer, unusable=target.unusable, loading=self.rollout_core_loading())
+        known = {"unusable": target.unusable, "version": target.version, "loading": self.rollout_core_loading()}
+        answer = msgspec.structs.replace(answer, **known)
         return msgspec.to_builtins(answer)  # type: ignore[no-any-return]
 
     def _rollout_core_answer(self, command: Command) -> Answer:

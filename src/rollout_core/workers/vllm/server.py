@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rollout_core.errors import WorkerError
+from rollout_core.workers.commands import Settle, unusable_of
 from rollout_core.workers.http.client import Client, RequestError, Timeouts
 from rollout_core.workers.http.server import ServerProcess, free_port
 from rollout_core.workers.streaming import Flight, Piece
@@ -31,7 +32,9 @@ class VLLMServerEngine(VLLMStreamed):
     may take, and for which a stream may be silent. ``connections``: most that are open at once."""
 
     def __init__(self, url: str, *, model: str | None, mend: bool, timeout: float, connections: int) -> None:
-        self._client = Client(url, timeout=Timeouts(total=timeout, silence=timeout), connections=connections)
+        timeouts = Timeouts(total=timeout, silence=timeout)
+        self._streams = Client(url, timeout=timeouts, connections=connections)
+        self._client = Client(url, timeout=timeouts)  # for what ends requests, and must not wait until some have ended
         loop = asyncio.new_event_loop()
         try:
             check_version("vLLM", str(loop.run_until_complete(self._client.get("/version"))["version"]))
@@ -40,15 +43,16 @@ class VLLMServerEngine(VLLMStreamed):
             if not (folder / "config.json").is_file():
                 raise WorkerError(f"{url} serves the model in {folder}, which is not on this machine: pass model_dir")
             super().__init__(folder, loop=loop, positions=int(listed["max_model_len"]), mend=mend, timeout=timeout)
-            self.specs()  # whether the extension is there
+            # Whether the extension is there, and whether somebody has left the weights half done.
+            self._unusable = unusable_of(self._run(self._ask(Settle(mend=False))))
         except BaseException:
-            loop.run_until_complete(self._client.close())
+            loop.run_until_complete(self._close_clients())
             loop.close()
             raise
 
     async def _generate(self, flight: Flight, params: dict[str, Any]) -> AsyncGenerator[Piece, None]:
         request = {"request_id": flight.name, "token_ids": flight.prompt, "sampling_params": params, "stream": True}
-        async with aclosing(self._client.stream("/inference/v1/generate", request)) as events:
+        async with aclosing(self._streams.stream("/inference/v1/generate", request)) as events:
             async for event in events:
                 for choice in event["choices"]:
                     rows = (choice.get("logprobs") or {}).get("content") or ()
@@ -84,8 +88,12 @@ class VLLMServerEngine(VLLMStreamed):
 
     def close(self) -> None:
         super().close()
-        self._run(self._client.close())
+        self._run(self._close_clients())
         self._loop.close()
+
+    async def _close_clients(self) -> None:
+        await self._streams.close()
+        await self._client.close()
 
 
 def start_server(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +14,19 @@ import torch
 
 from rollout_core.bucketing import TensorSpec
 from rollout_core.errors import TransferError, WorkerError
-from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Read, Settle, raise_failed, unusable_of
+from rollout_core.workers.commands import (
+    Abandon,
+    Answer,
+    Command,
+    Digests,
+    Expect,
+    Read,
+    Settle,
+    asked,
+    left_by,
+    not_completed,
+    unusable_of,
+)
 from rollout_core.workers.engine import Update
 from rollout_core.workers.limits import Limits
 from rollout_core.workers.model_dir import Checkpoint
@@ -83,30 +95,29 @@ class VLLMStreamed(StreamingEngine):
 
     async def _updated(self, update: Update) -> float:
         self._check_resumed()
-        await self._official(
-            "init_weight_transfer_engine", init_info={"address": update.address, "timeout": update.timeout}, seconds=update.timeout
-        )
-        await self._ask(Expect(update.version))
-        await self._official("start_weight_update")
+        before, self._unusable = self._unusable, not_completed(update.version)  # unless the following says otherwise
         try:
+            await self._official(
+                "init_weight_transfer_engine",
+                init_info={"address": update.address, "timeout": update.timeout},
+                seconds=update.timeout,
+            )
+            await self._ask(Expect(update.version))
+            await self._official("start_weight_update")
             await self._official("update_weights", update_info={"version": update.version}, seconds=update.timeout)
             await self._official("finish_weight_update", weight_version=str(update.version))
+            answers = await self._ask(Settle(self._mend))
+            if not await self._reset():
+                raise TransferError("vLLM did not reset its prefix cache, and would go on from what old weights computed")
         except Exception:
-            self._unusable = unusable_of(await self._ask(Settle(mend=False)))
+            with suppress(Exception):  # the error that led here says more
+                self._unusable = left_by(await self._ask(Settle(mend=False)), update.version, before)
             raise
-        answers = await self._ask(Settle(self._mend))
         self._unusable = unusable_of(answers)
-        if not await self._reset():
-            self._unusable = "vLLM did not reset its prefix cache, and would go on from what old weights computed"
-            raise TransferError(self._unusable)
         return max(answer.loading for answer in answers)
 
-    def abandon(self, version: int) -> None:
-        if self._version == version:
-            with self._on_the_ground():
-                self._version = version - 1
-                why = f"the update to version {version} was not completed"
-                self._unusable = unusable_of(self._run(self._ask(Abandon(version, why))))
+    def _abandon(self, version: int) -> None:
+        self._run(self._ask(Abandon(version, not_completed(version))))
 
     def _release(self) -> int:
         return self._run(self._released())
@@ -141,10 +152,7 @@ class VLLMStreamed(StreamingEngine):
         return self._run(self._ask(Read(own, self._checkpoint.shapes[own])))[0].tensor
 
     async def _ask(self, command: Command) -> list[Answer]:
-        found = await self._rpc("rollout_core_carry_out", msgspec.json.encode(command).decode())
-        answers = [msgspec.convert(answer, type=Answer) for answer in found]
-        raise_failed(answers, "vLLM's worker")
-        return answers
+        return asked(await self._rpc("rollout_core_carry_out", msgspec.json.encode(command).decode()))
 
 
 def piece_of(tokens: Sequence[int], logprobs: Sequence[float], reason: str | None) -> Piece:

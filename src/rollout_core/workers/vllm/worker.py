@@ -37,7 +37,7 @@ class VLLMWorker(Worker):
     takes_computed = False
     media_form: Form = "pictures"
     #: What runs in its process, as ``module:class``, by mode.
-    engines: ClassVar[Mapping[str, str]] = {
+    engine_classes: ClassVar[Mapping[str, str]] = {
         "stepped": "rollout_core.workers.vllm.engine:VLLMEngine",
         "async": "rollout_core.workers.vllm.async_engine:VLLMAsyncEngine",
     }
@@ -62,8 +62,8 @@ class VLLMWorker(Worker):
         options |= engine_options or {}
         if device == "cpu" and not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & options.keys():
             options["kv_cache_memory_bytes"] = _CPU_CACHE
-        if mode not in self.engines:
-            raise WorkerError(f"mode is {mode!r}: pass {' or '.join(map(repr, self.engines))}")
+        if mode not in self.engine_classes:
+            raise WorkerError(f"mode is {mode!r}: pass {' or '.join(map(repr, self.engine_classes))}")
         given = {"model": str(model_dir), "options": options, "mend": mend}
         own = {
             **_ENVIRONMENT,
@@ -72,7 +72,7 @@ class VLLMWorker(Worker):
         }
         if mode == "async":
             given["timeout"] = timeout
-        spec = Spec(self.engines[mode], given, {**own, **(environment or {})}, has_children=True)
+        spec = Spec(self.engine_classes[mode], given, {**own, **(environment or {})}, has_children=True)
         super().__init__(spec, start_timeout=start_timeout, timeout=timeout)
 
 
