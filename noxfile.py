@@ -52,7 +52,7 @@ def unit(session: nox.Session) -> None:
     """The pure tests, with every branch of bucketing covered."""
     install(session, "test", extras="[hf,http,cli,testing]")
     session.run(
-        *("pytest", "tests/unit", "-m", "not slow", "--cov", "--cov-report=term-missing", "--cov-fail-under=100"),
+        *("pytest", "tests/unit", "-m", "not slow", *PARALLEL, "--cov", "--cov-report=term-missing", "--cov-fail-under=100"),
         *session.posargs,
         env=QUIET,
     )

@@ -7,14 +7,21 @@ python3 run.py SESSION...   run any sessions of noxfile.py; what follows `--` go
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE / ".nox" / "tools"
-TESTS = ("lint", "typing", "unit", "kit", "wheel", "processors", "engines_hf", "engines_vllm", "faults")
+#: All tests that need no GPU, in two lanes that run side by side: one computes while the other installs, or waits for an engine.
+LANES = (
+    ("lint", "typing", "unit", "kit", "wheel", "faults"),
+    ("engines_vllm", "engines_sglang", "engines_hf", "processors"),
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -29,9 +36,42 @@ def main(arguments: list[str]) -> int:
         venv.create(TOOLS, with_pip=True)
     subprocess.run([python, "-m", "pip", "install", "--quiet", "nox==2026.10.20"], check=True)
     sessions, _, rest = " ".join(arguments).partition(" -- ")
-    names = TESTS if sessions == "tests" else tuple(sessions.split())
     options = ["--", *arguments[arguments.index("--") + 1 :]] if rest else []
-    return subprocess.run([python, "-m", "nox", "-f", HERE / "noxfile.py", "-s", *names, *options]).returncode
+    if sessions == "tests":
+        return run_lanes(python)
+    return subprocess.run([*nox(python, sessions.split()), *options]).returncode
+
+
+def nox(python: Path, sessions: Sequence[str]) -> list[str]:
+    return [str(python), "-m", "nox", "-f", str(HERE / "noxfile.py"), "-s", *sessions]
+
+
+def run_lanes(python: Path) -> int:
+    """Each line comes with the number of its lane; what failed is said again at the end."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    running = [
+        subprocess.Popen(nox(python, sessions), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        for sessions in LANES
+    ]
+    summaries: list[list[str]] = [[] for _ in LANES]
+
+    def show(lane: int) -> None:
+        output = running[lane].stdout
+        assert output is not None
+        for line in output:
+            text = line.decode(errors="replace").rstrip()
+            print(f"{lane + 1} | {text}", flush=True)
+            if text.startswith("nox > * "):
+                summaries[lane].append(text.removeprefix("nox > "))
+
+    threads = [threading.Thread(target=show, args=(lane,)) for lane in range(len(LANES))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    codes = [process.wait() for process in running]
+    print("\n".join(line for summary in summaries for line in summary), flush=True)
+    return max(codes)
 
 
 if __name__ == "__main__":
