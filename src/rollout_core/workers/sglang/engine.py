@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import tempfile
+import time
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,11 +43,15 @@ from rollout_core.workers.sglang.media import check_placeholders, pictures_of, p
 from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
 
 _NO_SEEDS: Final = "SGLang repeats samples only under enable_deterministic_inference, whose attention needs a GPU"
+_LETS_GO: Final = 5.0  # seconds in which SGLang has let go of what has ended
 _INTERVAL: Final = 8  # tokens that are told at once; a first one is told by itself
 
 
 class SGLangBase(StreamingEngine):
     """``folder``: of the model. ``repeats``: whether it was started so that seeds hold."""
+
+    #: Where its weights are: cuda, cpu.
+    _device: str
 
     def __init__(
         self,
@@ -75,6 +80,14 @@ class SGLangBase(StreamingEngine):
     def _load(self, named: Named, flush: bool) -> tuple[bool, str]:
         """``update_weights_from_tensor`` through the loader, with its ``flush_cache``; returns whether it worked, and what SGLang
         says."""
+
+    @abstractmethod
+    def _flush(self) -> bool:
+        """``flush_cache``: whether it was done, which it is not while there are requests."""
+
+    @abstractmethod
+    def _occupy(self, memory: bool) -> None:
+        """``release_memory_occupation`` or ``resume_memory_occupation``."""
 
     @abstractmethod
     def _session(self, begin: bool) -> None:
@@ -108,7 +121,8 @@ class SGLangBase(StreamingEngine):
             seen += 0 if self._is_incremental else len(piece.token_ids)
             if cut or wrong is not None:
                 continue  # until SGLang has ended it
-            wrong = wrong_length(flight.request, before, answer["meta_info"]["prompt_tokens"])
+            if piece.token_ids:  # one that was ended before it began says nothing of its prompt
+                wrong = wrong_length(flight.request, before, answer["meta_info"]["prompt_tokens"])
             if wrong is not None:
                 await self._end([flight.name])
                 continue
@@ -179,10 +193,30 @@ class SGLangBase(StreamingEngine):
         if isinstance(what, Receive):
             self._unusable = left_by(answers, what.update.version, before) if failed else unusable_of(answers)
         raise_failed(answers, "SGLang's loader")
-        if changes and not worked:
+        if changes and not worked and not self._is_flushed():
             self._unusable = f"SGLang did not flush what it computed with others: {said}"
             raise WorkerError(self._unusable)
         return answers
+
+    def _is_flushed(self) -> bool:
+        """SGLang tells of a request's end a little before it lets go of it, and flushes nothing until then."""
+        end = time.monotonic() + _LETS_GO
+        while not self._flush():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def _release(self) -> int:
+        # Asked for its memory while it has a request, its scheduler would end.
+        if not self._is_flushed():
+            raise WorkerError("SGLang has requests of others, and keeps its memory: wait for them, or end them")
+        before = used_memory(self._device)
+        self._occupy(False)
+        return max(0, before - used_memory(self._device))
+
+    def _resume(self) -> None:
+        self._occupy(True)
 
     @contextmanager
     def _in_session(self) -> Any:
@@ -271,13 +305,14 @@ class SGLangEngine(SGLangBase):
             if not done:
                 raise WorkerError(f"SGLang did not {'begin' if begin else 'end'} an update: {message}")
 
-    def _release(self) -> int:
-        before = used_memory(self._device)
-        self._engine.release_memory_occupation()
-        return max(0, before - used_memory(self._device))
+    def _flush(self) -> bool:
+        return bool(self._engine.flush_cache().success)
 
-    def _resume(self) -> None:
-        self._engine.resume_memory_occupation()
+    def _occupy(self, memory: bool) -> None:
+        if memory:
+            self._engine.resume_memory_occupation()
+        else:
+            self._engine.release_memory_occupation()
 
     def close(self) -> None:
         super().close()

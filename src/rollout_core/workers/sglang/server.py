@@ -19,7 +19,7 @@ from rollout_core.workers.http.client import Client, RequestError, Timeouts
 from rollout_core.workers.http.server import ServerProcess, free_port
 from rollout_core.workers.model_dir import config_of
 from rollout_core.workers.sglang.commands import LOADER, Named
-from rollout_core.workers.sglang.engine import SGLangBase, used_memory
+from rollout_core.workers.sglang.engine import SGLangBase
 from rollout_core.workers.versions import check_version
 
 #: What belongs to a server's environment: logprobs of the logits themselves, before temperature.
@@ -95,13 +95,17 @@ class SGLangServerEngine(SGLangBase):
         if self._has_sessions:
             self._run(self._client.post("/begin_weight_update" if begin else "/end_weight_update", {}))
 
-    def _release(self) -> int:
-        before = used_memory(self._device)
-        self._run(self._client.post("/release_memory_occupation", {}))
-        return max(0, before - used_memory(self._device))
+    def _flush(self) -> bool:
+        try:
+            self._run(self._client.post("/flush_cache"))
+        except RequestError as error:
+            if error.status is None:
+                raise
+            return False
+        return True
 
-    def _resume(self) -> None:
-        self._run(self._client.post("/resume_memory_occupation", {}))
+    def _occupy(self, memory: bool) -> None:
+        self._run(self._client.post("/resume_memory_occupation" if memory else "/release_memory_occupation", {}))
 
     def close(self) -> None:
         super().close()

@@ -186,7 +186,7 @@ class VLLMEngine:
         check_can_sleep(self._llm.model_config, self._llm.llm_engine.vllm_config.device_config)
         self._engine.reset_prefix_cache(reset_running_requests=True)  # what was under way waits, and is computed anew
         before = int(sum(self._llm.collective_rpc("rollout_core_memory")))
-        self._llm.sleep(level=2)
+        self._llm.sleep(level=2, mode="keep")  # its default ends what is under way
         self._is_released = True
         return max(0, before - int(sum(self._llm.collective_rpc("rollout_core_memory"))))
 
