@@ -1,3 +1,4 @@
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -7,7 +8,10 @@ from rollout_core.workers import Completion, to_batch
 
 from .conftest import ENGINE, check_run
 
-WORKERS = {"hf": ("hf",), "vllm": ("vllm", "vllm-async", "vllm by url"), "sglang": ("sglang", "sglang by url")}
+#: In the session of each engine; the others under ROLLOUT_CORE_EXAMPLES=all.
+WORKERS = {"hf": ("hf",), "vllm": ("vllm",), "sglang": ("sglang",)}
+if os.environ.get("ROLLOUT_CORE_EXAMPLES") == "all":
+    WORKERS = {"hf": ("hf",), "vllm": ("vllm", "vllm-async", "vllm by url"), "sglang": ("sglang", "sglang by url")}
 CPU = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 

@@ -460,5 +460,5 @@ def test_the_kit_finds_nothing(place):
             place.worker.abort()
 
     # What ends or replaces the engine's processes is tried on engines of its own, by preflight and tests/engines/hf.
-    report = check_worker(Here, model=place.folder, only=ONLY, max_examples=12, timeout=60)
+    report = check_worker(Here, model=place.folder, only=ONLY, max_examples=6, timeout=60)
     assert report.ok, str(report)

@@ -132,9 +132,3 @@ def test_w7_a_server_that_is_killed_is_reported_at_once(server):
     assert server.wait(20) is not None
     with pytest.raises(TransferError, match="no connection"):
         WORKER(server.url, timeout=5)
-
-
-def test_a_server_that_does_not_come_up_says_why(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(WorkerError, match="ended with exit code"), running_server(ENGINE, tmp_path):
-        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -52,12 +53,17 @@ class VLLMServerEngine(VLLMStreamed):
 
     async def _generate(self, flight: Flight, params: dict[str, Any]) -> AsyncGenerator[Piece, None]:
         request = {"request_id": flight.name, "token_ids": flight.prompt, "sampling_params": params, "stream": True}
-        async with aclosing(self._streams.stream("/inference/v1/generate", request)) as events:
-            async for event in events:
-                for choice in event["choices"]:
-                    rows = (choice.get("logprobs") or {}).get("content") or ()
-                    logprobs = [float("nan") if row["logprob"] is None else float(row["logprob"]) for row in rows]
-                    yield piece_of(choice.get("token_ids") or (), logprobs, choice.get("finish_reason"))
+        try:
+            async with aclosing(self._streams.stream("/inference/v1/generate", request)) as events:
+                async for event in events:
+                    for choice in event["choices"]:
+                        rows = (choice.get("logprobs") or {}).get("content") or ()
+                        logprobs = [math.nan if row["logprob"] is None else float(row["logprob"]) for row in rows]
+                        yield piece_of(choice.get("token_ids") or (), logprobs, choice.get("finish_reason"))
+        except RequestError as error:
+            if "Out of range float values" in str(error):  # what vLLM says of a NaN that it cannot write
+                raise WorkerError("the model gave NaN logits: check the weights it was last given") from error
+            raise
 
     async def _end(self, names: Sequence[str]) -> None:
         # The server puts a word of its own before a request's name.
