@@ -19,7 +19,13 @@ VLLM_SERVER = ["--dtype=float32", "--enforce-eager", f"--max-model-len={POSITION
 SGLANG_SERVER = [
     *("--device=cpu", "--dtype=float32", "--attention-backend=torch_native", "--sampling-backend=pytorch"),
     *("--grammar-backend=none", "--disable-cuda-graph", "--disable-overlap-schedule", "--max-total-tokens=16384"),
-    *("--max-running-requests=64", f"--context-length={POSITIONS}", "--incremental-streaming-output", "--log-level=warning"),
+    *(
+        "--max-running-requests=64",
+        f"--context-length={POSITIONS}",
+        "--incremental-streaming-output",
+        "--log-level=warning",
+        "--sleep-on-idle",
+    ),
 ]
 
 

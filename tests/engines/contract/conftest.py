@@ -24,7 +24,7 @@ class Place:
         self.model, self.other = changed(model, 1), changed(model, 2)
 
 
-@pytest.fixture(scope="session", params=KINDS[ENGINE])
+@pytest.fixture(scope="module", params=KINDS[ENGINE])  # not longer: an engine takes memory, and time, while it is there
 def running(request, tmp_path_factory):
     kind, _, embeddings = request.param.partition("-")
     folder = tmp_path_factory.mktemp("model")

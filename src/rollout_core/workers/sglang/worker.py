@@ -23,6 +23,7 @@ _CPU_OPTIONS: Final = {
     "disable_overlap_schedule": True,
     "max_total_tokens": 16_384,  # of the cache; SGLang itself takes most of the memory
     "max_running_requests": 64,
+    "sleep_on_idle": True,  # or its scheduler takes a whole core while there is nothing to do
 }
 
 
