@@ -22,6 +22,8 @@ from rollout_core.workers.vllm.streamed import EXTENSION, VLLMStreamed, piece_of
 
 #: What belongs to a server's environment.
 _ENVIRONMENT: Final = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+#: What a vLLM server writes for a logprob that is no number.
+_NO_LOGPROB: Final = -9999.0
 _ADVICE: Final = (
     f"start it with VLLM_SERVER_DEV_MODE=1, --enable-scale-out, --worker-extension-cls {EXTENSION} and "
     """--weight-transfer-config '{"backend": "rollout_core"}', on this machine"""
@@ -58,7 +60,7 @@ class VLLMServerEngine(VLLMStreamed):
                 async for event in events:
                     for choice in event["choices"]:
                         rows = (choice.get("logprobs") or {}).get("content") or ()
-                        logprobs = [math.nan if row["logprob"] is None else float(row["logprob"]) for row in rows]
+                        logprobs = [_logprob(row["logprob"]) for row in rows]
                         yield piece_of(choice.get("token_ids") or (), logprobs, choice.get("finish_reason"))
         except RequestError as error:
             if "Out of range float values" in str(error):  # what vLLM says of a NaN that it cannot write
@@ -100,6 +102,11 @@ class VLLMServerEngine(VLLMStreamed):
     async def _close_clients(self) -> None:
         await self._streams.close()
         await self._client.close()
+
+
+def _logprob(said: float | None) -> float:
+    """NaN for what the server writes in its place, so that JSON can say it: no sampled token has such a logprob otherwise."""
+    return math.nan if said is None or said <= _NO_LOGPROB else float(said)
 
 
 def start_server(
