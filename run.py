@@ -19,8 +19,8 @@ HERE = Path(__file__).resolve().parent
 TOOLS = HERE / ".nox" / "tools"
 #: All tests that need no GPU, in two lanes that run side by side: one computes while the other installs, or waits for an engine.
 LANES = (
-    ("lint", "typing", "unit", "kit", "wheel", "faults", "processors"),
-    ("engines_vllm", "engines_sglang", "engines_hf"),
+    ("lint", "typing", "unit", "kit", "wheel", "faults"),
+    ("engines_vllm", "engines_sglang", "engines_hf", "processors"),
 )
 
 
