@@ -550,7 +550,8 @@ def model_dir(tmp_path):
 def run(*arguments):
     app = typer.Typer()
     app.command("plan")(plan_command.plan_command)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    # As into a file or pipe, whatever the width of whoever runs this.
+    return CliRunner(env={"COLUMNS": None}).invoke(app, [str(argument) for argument in arguments])
 
 
 def test_the_command_prints_writes_and_leaves_the_model_alone(model_dir, tmp_path):

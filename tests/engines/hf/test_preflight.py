@@ -537,7 +537,7 @@ FAULTS = {
     GoesOnFromWhatOldWeightsComputed: ({CHANGE: r"prompt \d sample 0: \[.*\] after the change, expected"}, set()),
     EndsRequestsInAnUpdate: ({CHANGE: "prompt 0 sample 0: status aborted after the weights changed"}, set()),
     FreesTwice: ({MEMORY: "a second release says that it freed 4096 bytes"}, set()),
-    KeepsGoingWithoutWeights: ({MEMORY: "generated after its memory was released|gave NaN or infinite logits"}, set()),
+    KeepsGoingWithoutWeights: ({MEMORY: "generated after its memory was released|refused to generate for another reason"}, set()),
     LosesItsWeightsInARelease: ({MEMORY: "the same weights gave other tokens after a release"}, set()),
     LeavesAProcess: ({LEFT: r"left behind: process \d+ \(sleep 30, state [RS]\)"}, set()),
     LeavesAZombie: ({LEFT: r"left behind: process \d+ \(ended, not waited for, state Z\)"}, set()),

@@ -1,6 +1,8 @@
+
 """Envelopes as bytes: what was encoded comes back, and anything else is a TransferError."""
 
 import math
+import re
 
 import msgspec
 import pytest
@@ -108,7 +110,7 @@ def test_a_timeout_is_a_length_of_time(body, timeout):
 def test_words():
     assert str(refused(b"\xc0")).startswith("1 bytes that are no message of this protocol: ")
     text = str(refused(wire.encode(Envelope(1, 0, Abort(Cause("a", "b")))).replace(b"\xa1a", b"\xa1\xff")))
-    assert "no message of this protocol: 'utf-8' codec" in text
+    assert re.search("no message of this protocol: .*utf-8", text, re.IGNORECASE)  # msgspec's words, another in 0.23
 
 
 def test_no_more_is_read_than_the_largest_manifest_needs(monkeypatch):
