@@ -1,4 +1,3 @@
-
 """Envelopes as bytes: what was encoded comes back, and anything else is a TransferError."""
 
 import math
