@@ -44,7 +44,7 @@ from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
 
 _NO_SEEDS: Final = "SGLang repeats samples only under enable_deterministic_inference, whose attention needs a GPU"
 _LETS_GO: Final = 5.0  # seconds in which SGLang has let go of what has ended
-_INTERVAL: Final = 8  # tokens that are told at once; a first one is told by itself
+_INTERVAL: Final = 16  # tokens that are told at once; a first one is told by itself
 
 
 class SGLangBase(StreamingEngine):
