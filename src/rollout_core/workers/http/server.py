@@ -37,6 +37,27 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def start_module(
+    module: str,
+    words: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    port: int | None = None,
+    log: str | None = None,
+    start_timeout: float = 300.0,
+) -> ServerProcess:
+    """A server that is a Python module, run by this interpreter on the loopback interface, with this process's path; ``words`` are
+    those of its command line beside ``--host`` and ``--port``. See ``ServerProcess``, whose errors these are."""
+    port = port or free_port()
+    return ServerProcess(
+        [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *words],
+        f"http://127.0.0.1:{port}",
+        environment={"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
+        log=log,
+        start_timeout=start_timeout,
+    )
+
+
 class ServerProcess:
     """A server that is ready: ``command`` was started, and one of its processes answers a GET of ``health`` at ``url`` with 200.
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import os
-import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from multiprocessing.reduction import ForkingPickler
@@ -16,7 +14,7 @@ from typing import Any, Final
 from rollout_core.errors import WorkerError
 from rollout_core.workers.commands import Settle, unusable_of
 from rollout_core.workers.http.client import Client, RequestError, Timeouts
-from rollout_core.workers.http.server import ServerProcess, free_port
+from rollout_core.workers.http.server import ServerProcess, start_module
 from rollout_core.workers.model_dir import config_of
 from rollout_core.workers.sglang.commands import LOADER, Named
 from rollout_core.workers.sglang.engine import SGLangBase
@@ -142,15 +140,14 @@ def start_server(
     of a configuration. ``environment`` goes beside what this process has. Raises ``WorkerError`` with the end of its log if it does
     not come up.
     """
-    port = port or free_port()
-    return ServerProcess(
+    return start_module(
+        "sglang.launch_server",
         [
-            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model_dir)),
-            *("--host", "127.0.0.1", "--port", str(port), "--custom-weight-loader", LOADER),
+            *("--model-path", str(model_dir), "--custom-weight-loader", LOADER),
             *("--skip-tokenizer-init", "--skip-server-warmup", *options),
         ],
-        f"http://127.0.0.1:{port}",
-        environment={**_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(environment or {})},
+        environment={**_ENVIRONMENT, **(environment or {})},
+        port=port,
         log=log,
         start_timeout=start_timeout,
     )

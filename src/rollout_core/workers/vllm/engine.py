@@ -31,10 +31,10 @@ from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress
 from rollout_core.workers.limits import Limits, seed_of
 from rollout_core.workers.media import data_in
 from rollout_core.workers.model_dir import Checkpoint, config_of
-from rollout_core.workers.names import canonical
+from rollout_core.workers.names import name_among
 from rollout_core.workers.vllm.media import check_expanded, hits_of, missing_in, prompt_of, reading_options
+from rollout_core.workers.vllm.streamed import options_of
 
-_EXTENSION: Final = "rollout_core.workers.vllm.extension.RolloutExtension"
 _STATUSES: Final[dict[str, Status]] = {"stop": "stop", "length": "length", "abort": "aborted"}
 
 
@@ -53,14 +53,10 @@ class VLLMEngine:
         self._checkpoint = Checkpoint(folder)
         try:
             self._llm: Any = LLM(
-                **{
-                    "model": model,
-                    **reading_options(config),
-                    "generation_config": "vllm",  # not the folder's: a penalty in it would bend what a trainer believes in
-                    "worker_extension_cls": _EXTENSION,
-                    "weight_transfer_config": WeightTransferConfig(backend="rollout_core"),
-                    **options,
-                }
+                **options_of(
+                    model,
+                    {**reading_options(config), "weight_transfer_config": WeightTransferConfig(backend="rollout_core"), **options},
+                )
             )
         except Exception as error:  # of many kinds; what the operator needs is the folder and the cause
             raise WorkerError(f"vLLM did not start with the model in {model}: {type(error).__name__}: {error}") from error
@@ -133,13 +129,9 @@ class VLLMEngine:
         self._missed = {}
 
     def update(self, update: Update) -> float:
-        if self._is_released:
-            raise WorkerError(RELEASED)
-        llm, before, self._unusable = (
-            self._llm,
-            self._unusable,
-            not_completed(update.version),
-        )  # unless the following says otherwise
+        self._check_resumed()
+        llm, before = self._llm, self._unusable
+        self._unusable = not_completed(update.version)  # unless the following says otherwise
         try:
             llm.init_weight_transfer_engine({"init_info": {"address": update.address, "timeout": update.timeout}})
             self._ask(Expect(update.version))
@@ -175,7 +167,7 @@ class VLLMEngine:
 
     def read_tensor(self, name: str) -> torch.Tensor:
         self._check_resumed()
-        if canonical(name) not in {canonical(one) for one in self._checkpoint.shapes}:
+        if name_among(name, self._checkpoint.shapes) is None:
             raise WorkerError(f"the worker has no tensor {name!r}")
         tensor: torch.Tensor = self._llm.collective_rpc("rollout_core_read", args=(name,))[0]
         return tensor

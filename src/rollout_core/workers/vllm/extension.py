@@ -34,10 +34,6 @@ class RolloutExtension(WorkerExtension):
         with torch.no_grad():
             return read_weight(self._rollout_core_model(), name)
 
-    def rollout_core_unusable(self) -> str | None:
-        """Why the weights are of no use, if they are not."""
-        return self._rollout_core_target().unusable  # type: ignore[no-any-return]
-
     def rollout_core_loading(self) -> float:
         """Seconds of the last update that went into digests and loading."""
         return float(self.weight_transfer_engine.loading)  # type: ignore[attr-defined]

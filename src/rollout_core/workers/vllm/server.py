@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
-import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -15,7 +13,7 @@ from typing import Any, Final
 from rollout_core.errors import WorkerError
 from rollout_core.workers.commands import Settle, unusable_of
 from rollout_core.workers.http.client import Client, RequestError, Timeouts
-from rollout_core.workers.http.server import ServerProcess, free_port
+from rollout_core.workers.http.server import ServerProcess, start_module
 from rollout_core.workers.streaming import Flight, Piece
 from rollout_core.workers.versions import check_version
 from rollout_core.workers.vllm.streamed import EXTENSION, VLLMStreamed, piece_of
@@ -124,16 +122,15 @@ def start_server(
     of a configuration. ``environment`` goes beside what this process has. Raises ``WorkerError`` with the end of its log if it does
     not come up.
     """
-    port = port or free_port()
-    return ServerProcess(
+    return start_module(
+        "vllm.entrypoints.openai.api_server",
         [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)),
-            *("--host", "127.0.0.1", "--port", str(port), "--worker-extension-cls", EXTENSION),
+            *("--model", str(model_dir), "--worker-extension-cls", EXTENSION),
             *("--weight-transfer-config", '{"backend": "rollout_core"}', "--generation-config", "vllm"),
             *("--skip-tokenizer-init", "--enable-scale-out", *options),
         ],
-        f"http://127.0.0.1:{port}",
-        environment={**_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(environment or {})},
+        environment={**_ENVIRONMENT, **(environment or {})},
+        port=port,
         log=log,
         start_timeout=start_timeout,
     )
