@@ -487,8 +487,14 @@ FAULTS = {
     CountsFailures: ({FLIP: "version went from 2 to 3 in an update that failed", HALF: r"version went from \d to \d in an"}, set()),
     SkipsVerification: ({FLIP: r"a flipped bit in bucket \[0\] was not noticed"}, set()),
     SkipsVerificationAndReadsBack: ({FLIP: r"bucket \[0\] got past the bucket's digest: 1 of 41 tensors .* first 'model"}, set()),
-    ForgetsThatItIsBroken: ({HALF: r"generated with \d of 5 buckets of an update loaded"}, set()),
-    RefusesForAnotherReason: ({HALF: "refused to generate for another reason: come back later"}, set()),
+    ForgetsThatItIsBroken: (
+        {HALF: r"generated with \d of 5 buckets of an update loaded", MEMORY: "refused to generate for another reason: .*NaN"},
+        set(),
+    ),
+    RefusesForAnotherReason: (
+        dict.fromkeys((HALF, MEMORY), "refused to generate for another reason: come back later"),
+        set(),
+    ),
     WrapsTheError: ({HALF: r"ArithmeticError\('planted by preflight'\), and what came out is WorkerError"}, set()),
     SwallowsTheError: ({HALF: "the source failed at 'model.*', and no error came out"}, set()),
     GeneratesFromOldWeights: ({GREEDY: PROMPT_0}, set()),
