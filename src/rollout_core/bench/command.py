@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from rich.console import Console
@@ -22,7 +22,14 @@ def bench_command(
     repeats: Annotated[int | None, typer.Option(min=1, help="Repeats of each measurement: 21, of rollouts 5.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads for packing.")] = 2,
     worker: Annotated[str, typer.Option(help="rollout: hf, vllm, vllm-async or sglang.")] = "hf",
-    model: Annotated[Path | None, typer.Option(help="rollout: a folder; none: a random model of 135M.", show_default=False)] = None,
+    model: Annotated[Path | None, typer.Option(help="rollout: a folder; none: a random model.", show_default=False)] = None,
+    shape: Annotated[
+        str, typer.Option(help="rollout: whose shape the random model has: SmolLM2-135M, Qwen2.5-7B or Qwen3-30B-A3B.")
+    ] = "SmolLM2-135M",
+    layers: Annotated[int | None, typer.Option(min=1, help="rollout: fewer layers than that has.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="rollout: cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="rollout: float32 or bfloat16.")] = "float32",
+    graphs: Annotated[bool, typer.Option("--graphs", help="rollout: with CUDA graphs.")] = False,
     concurrency: Annotated[list[int] | None, typer.Option(min=1, help="rollout: requests at once; may be repeated.")] = None,
     requests: Annotated[int, typer.Option(min=1, help="rollout: requests for each concurrency.")] = 8,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="rollout: tokens of a prompt.")] = 64,
@@ -38,7 +45,9 @@ def bench_command(
     if ROLLOUT in (which or ()):
         if which != [ROLLOUT]:
             _refuse("rollout is measured by itself: name no other bench")
-        _rollout(worker, model, concurrency or [1, 8], requests, prompt_tokens, response_tokens, repeats or 5, plot, json)
+        load = {"concurrencies": concurrency or [1, 8], "requests": requests, "prompt_tokens": prompt_tokens}
+        load |= {"response_tokens": response_tokens, "repeats": repeats or 5, "shape": shape, "layers": layers}
+        _rollout(worker, model, load, {"device": device, "dtype": dtype, "graphs": graphs}, plot, json)
         return
     repeats = repeats or 21
     from rollout_core.bench.report import bench
@@ -50,17 +59,9 @@ def bench_command(
 
 
 def _rollout(
-    worker: str,
-    model: Path | None,
-    concurrencies: list[int],
-    requests: int,
-    prompt_tokens: int,
-    response_tokens: int,
-    repeats: int,
-    plot: Path | None,
-    json: Path | None,
+    worker: str, model: Path | None, load: dict[str, Any], setting: dict[str, Any], plot: Path | None, json: Path | None
 ) -> None:
-    from rollout_core.bench.rollout import KINDS, bench_rollout
+    from rollout_core.bench.rollout import KINDS, Setting, bench_rollout
     from rollout_core.bench.rollout_report import check_ending, print_rollout, write_json, write_plot
     from rollout_core.errors import RolloutCoreError
 
@@ -81,11 +82,8 @@ def _rollout(
             bench = bench_rollout(
                 worker,
                 model,
-                concurrencies=concurrencies,
-                requests=requests,
-                prompt_tokens=prompt_tokens,
-                response_tokens=response_tokens,
-                repeats=repeats,
+                **load,
+                setting=Setting(**setting),
                 progress=lambda words: status.update(words),
             )
         print_rollout(bench, console)

@@ -41,8 +41,9 @@ class OwnHF(HFEngine):
     def call_own_loop(self, argument: bytes) -> bytes:
         loop = msgspec.msgpack.decode(argument, type=Loop)
         width = max(map(len, loop.prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in loop.prompts])
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in loop.prompts]).to(self.model.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in loop.prompts])
+        mask = mask.to(self.model.device)
         start = time.perf_counter()
         with torch.no_grad():
             found = self.model.generate(

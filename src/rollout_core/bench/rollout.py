@@ -6,10 +6,11 @@ Both run in turns on one engine with one model, so that neither is measured on a
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -17,27 +18,21 @@ from typing import Any, Final
 import msgspec
 import torch
 
+from rollout_core.bench.models import config_of, random_weights, write_folder
 from rollout_core.bench.own_loops import Loop, Looped, OwnHFWorker, OwnSGLangWorker, OwnVLLMWorker
 from rollout_core.bench.timing import Timing, measure
+from rollout_core.bucketing import SafetensorsSource
 from rollout_core.errors import WorkerError
 from rollout_core.workers.contract import SamplingParams
 from rollout_core.workers.worker import Worker
 
-#: Shape of the model that is made where none is given: SmolLM2-135M's.
-SHAPE: Final = {
-    "vocab_size": 49_152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-}
+#: The model where none is given.
+SHAPE: Final = "SmolLM2-135M"
 KINDS: Final = ("hf", "vllm", "vllm-async", "sglang")
 #: One thread for the model: engines have processes beside it, and threads that wait for each other measure the machine's load.
 _ONE: Final = {"OMP_NUM_THREADS": "1"}
 _CAPACITY: Final = 64 << 20
+_GPU_CAPACITY: Final = 512 << 20
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,32 +71,49 @@ class Sync(msgspec.Struct, frozen=True, kw_only=True):
     copy: Timing  # a plain copy of the same bytes, in one thread
 
 
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker runs on. ``graphs``: CUDA graphs, where the engine has them. ``share``: the engine's, of the GPU's memory; the
+    rest is the trainer's."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    graphs: bool = False
+    share: float = 0.4
+    positions: int = 1024
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        found = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(self.dtype)
+        if found is None:
+            raise WorkerError(f"dtype is {self.dtype!r}: pass float32 or bfloat16")
+        return found
+
+
 class RolloutBench(msgspec.Struct, frozen=True, kw_only=True):
     worker: str
     model: str
+    setting: Setting
     versions: dict[str, str]
     loads: list[Load]
     sync: Sync
 
 
-def make_model(folder: Path) -> None:
-    """Write a random model of ``SHAPE``."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        config = LlamaConfig(**SHAPE, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def make_worker(kind: str, folder: Path) -> Worker:
+def make_worker(kind: str, folder: Path, setting: Setting) -> Worker:
     """A worker whose engine has the engine's own loop, too."""
+    is_cpu = setting.device == "cpu"
+    given: dict[str, Any] = {"device": setting.device, "dtype": setting.dtype}
     if kind == "hf":
-        return OwnHFWorker(str(folder), threads=1)
+        return OwnHFWorker(str(folder), **given, threads=1 if is_cpu else 0)
+    options: dict[str, Any] = {} if is_cpu else {"load_format": "dummy"}  # weights come by an update
+    given |= {"max_model_len": setting.positions, "environment": _ONE if is_cpu else None}
     if kind in ("vllm", "vllm-async"):
-        return OwnVLLMWorker(str(folder), mode="stepped" if kind == "vllm" else "async", max_model_len=1024, environment=_ONE)
+        if not is_cpu:
+            options |= {"gpu_memory_utilization": setting.share, "enforce_eager": not setting.graphs}
+        return OwnVLLMWorker(str(folder), mode="stepped" if kind == "vllm" else "async", engine_options=options, **given)
     if kind == "sglang":
-        return OwnSGLangWorker(str(folder), max_model_len=1024, environment=_ONE)
+        if not is_cpu:
+            options |= {"mem_fraction_static": setting.share, "disable_cuda_graph": not setting.graphs}
+        return OwnSGLangWorker(str(folder), engine_options=options, **given)
     raise WorkerError(f"there is no bench of rollouts for {kind!r}: pass {', '.join(KINDS)}")
 
 
@@ -109,6 +121,9 @@ def bench_rollout(
     kind: str,
     model: Path | None,
     *,
+    shape: str = SHAPE,
+    layers: int | None = None,
+    setting: Setting | None = None,
     concurrencies: Sequence[int] = (1, 8),
     requests: int = 8,
     prompt_tokens: int = 64,
@@ -117,33 +132,37 @@ def bench_rollout(
     syncs: int = 5,
     progress: Callable[[str], None] = lambda words: None,
 ) -> RolloutBench:
-    """Measure a worker of this kind on the model in a folder, or on a random one of ``SHAPE``."""
-    from transformers import AutoModelForCausalLM
-
+    """Measure a worker of this kind on the model in a folder, or on a random one of ``shape``, see ``bench.models``."""
+    setting = setting or Setting()
+    dtype = setting.torch_dtype
     with ExitStack() as stack:
-        folder = model
-        if folder is None:
+        if model is None:
             progress("making a model")
+            config = config_of(shape, layers)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rollout-core-"))) / "model"
-            make_model(folder)
+            write_folder(folder, config, dtype)
+            weights = random_weights(config, dtype, setting.device)
+            words = f"random, of the shape of {shape}" + ("" if layers is None else f" with {layers} layers")
+        else:
+            folder, words = model, str(model)
+            weights = {name: tensor.to(setting.device, dtype) for name, tensor in SafetensorsSource(model).items()}
         progress(f"starting {kind}")
-        worker = stack.enter_context(make_worker(kind, folder))
-        trainer = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
-        vocabulary = int(trainer.config.get_text_config().vocab_size)
+        worker = stack.enter_context(make_worker(kind, folder, setting))
+        progress("updates of the weights")
+        sync = _sync(worker, weights, syncs)
+        vocabulary = _vocabulary(folder)
         loads = []
         for concurrency in concurrencies:
             progress(f"{concurrency} at once")
             loads.append(
                 _load(worker, vocabulary, concurrency, max(requests, concurrency), prompt_tokens, response_tokens, repeats)
             )
-        progress("updates of the weights")
-        return RolloutBench(
-            worker=kind,
-            model=str(model) if model is not None else "random, of the shape of SmolLM2-135M",
-            versions=_versions(kind),
-            loads=loads,
-            sync=_sync(worker, trainer, syncs),
-        )
+        return RolloutBench(worker=kind, model=words, setting=setting, versions=_versions(kind), loads=loads, sync=sync)
+
+
+def _vocabulary(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    return int(config.get("text_config", config)["vocab_size"])
 
 
 def _load(worker: Worker, vocabulary: int, concurrency: int, requests: int, width: int, length: int, repeats: int) -> Load:
@@ -207,14 +226,11 @@ def _load(worker: Worker, vocabulary: int, concurrency: int, requests: int, widt
     )
 
 
-def _sync(worker: Worker, trainer: torch.nn.Module, repeats: int) -> Sync:
-    reports = [worker.sync_weights(trainer, capacity=_CAPACITY) for _ in range(repeats + 1)][1:]
-    flat = torch.cat([tensor.detach().reshape(-1).view(torch.uint8) for tensor in trainer.parameters()])
-    target = torch.zeros_like(flat)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    copy = measure({"copy": lambda: target.copy_(flat)}, repeats=repeats)["copy"]
-    torch.set_num_threads(threads)
+def _sync(worker: Worker, weights: Mapping[str, torch.Tensor], repeats: int) -> Sync:
+    """The first update, which fills caches and compiles, is not counted."""
+    is_cpu = all(tensor.device.type == "cpu" for tensor in weights.values())
+    capacity = _CAPACITY if is_cpu else _GPU_CAPACITY
+    reports = [worker.sync_weights(weights, capacity=capacity) for _ in range(repeats + 1)][1:]
     return Sync(
         nbytes=reports[0].nbytes,
         buckets=reports[0].buckets,
@@ -222,8 +238,29 @@ def _sync(worker: Worker, trainer: torch.nn.Module, repeats: int) -> Sync:
         apply=_timing([1e3 * report.loading for report in reports]),
         whole=_timing([1e3 * (report.seconds - report.reading) for report in reports]),
         reading=_timing([1e3 * report.reading for report in reports]),
-        copy=copy,
+        copy=_copy(weights, reports[0].nbytes, repeats),
     )
+
+
+def _copy(weights: Mapping[str, torch.Tensor], nbytes: int, repeats: int) -> Timing:
+    """As many bytes as the weights have, copied on their device, on a CPU by one thread; in pieces of 1 GiB."""
+    device = next(iter(weights.values())).device
+    piece = torch.randint(0, 256, (min(nbytes, 1 << 30),), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(piece)
+
+    def copy() -> None:
+        for start in range(0, nbytes, piece.numel()):
+            most = min(piece.numel(), nbytes - start)
+            target[:most].copy_(piece[:most])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return measure({"copy": copy}, repeats=repeats)["copy"]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _timing(found: Sequence[float]) -> Timing:

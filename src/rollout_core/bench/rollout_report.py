@@ -18,7 +18,7 @@ ENDINGS: Final = (".png", ".svg", ".pdf")
 
 def print_rollout(bench: RolloutBench, console: Console) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in bench.versions.items())
-    console.print(f"{hardware()}, {versions}; model {bench.model}", highlight=False, soft_wrap=True)
+    console.print(f"{hardware()}, {versions}; model {bench.model}; {_setting(bench)}", highlight=False, soft_wrap=True)
     loads = Table(title=f"rollouts, {bench.worker} beside the engine's own loop", title_justify="left")
     names = ("requests", "tokens", "worker ms", "min to max", "own loop ms", "min to max", "tokens/s", "overhead", "repeats'")
     for name in ("at once", *names, "first token ms", "other tokens"):
@@ -53,6 +53,16 @@ def print_rollout(bench: RolloutBench, console: Console) -> None:
     for name, timing in rows.items():
         table.add_row(name, f"{timing.median:.1f}", _spread(timing, 1), f"{timing.median / sync.copy.median:.2f} x")
     console.print(table)
+
+
+def _setting(bench: RolloutBench) -> str:
+    setting = bench.setting
+    device = setting.device
+    if device != "cpu":
+        import torch
+
+        device = torch.cuda.get_device_name(device)
+    return f"{device}, {setting.dtype}" + (", CUDA graphs" if setting.graphs else "")
 
 
 def _spread(timing: Timing, digits: int = 0) -> str:
@@ -93,5 +103,8 @@ def write_plot(bench: RolloutBench, file: Path) -> None:
     right.barh(list(parts), medians, xerr=spread, capsize=3, color="#7a9e7e")
     right.invert_yaxis()
     right.set_xlabel(f"ms for {sync.nbytes / 1e6:.0f} MB of weights, median and spread")
-    figure.suptitle(f"{bench.model}; {', '.join(f'{name} {version}' for name, version in bench.versions.items())}", fontsize=8)
+    figure.suptitle(
+        f"{bench.model}; {_setting(bench)}; {', '.join(f'{name} {version}' for name, version in bench.versions.items())}",
+        fontsize=8,
+    )
     figure.savefig(file, format=file.suffix[1:].lower())
