@@ -141,6 +141,32 @@ def test_w7_requests_share_connections(serve):
     assert [asked.connection for asked in server.asked] == [0] * 5
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["in one piece", "in two"])
+def test_w7_no_request_is_lost_on_the_connection_of_a_failure(serve, whole):
+    """As servers do whose code raised: they close behind the answer, which is heard later."""
+    failure = answer(status="500 Internal Server Error", body=b"failed")
+
+    def closes_late(line, asked):
+        if whole:
+            line.say(failure)
+        else:
+            line.say(failure[:-3])
+            time.sleep(0.05)
+            line.say(failure[-3:])
+        time.sleep(0.1)
+        return False
+
+    server = serve(closes_late, says(answer(body=b"2")))
+
+    async def ask():
+        async with Client(server.url) as client:
+            with pytest.raises(RequestError, match="500 Internal Server Error: failed"):
+                await client.post("/run", {})
+            return await client.post("/run", {})
+
+    assert run(ask()) == 2
+
+
 def test_w7_proxies_of_the_environment_are_not_used(serve, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

@@ -60,6 +60,7 @@ class Exchange:
         status, reason = self.response.status, self.response.reason
         if 200 <= status <= 299:
             return
+        self._use_no_more()
         happened = f"the server answered {status} {reason or ''}".rstrip()
         location = self.response.headers.get(hdrs.LOCATION)
         if location is not None:
@@ -69,6 +70,16 @@ class Exchange:
         except _CUT:
             said = "(its words were cut)"
         raise self._wrong(happened + (f": {said}" if said else ""))
+
+    def _use_no_more(self) -> None:
+        """A server whose code failed closes the connection behind its answer (Starlette raises the error on, uvicorn then closes):
+        what is sent on it until that is heard would be lost. Nobody waited since the status came, so where the connection is with
+        its pool already, no other request has it."""
+        connection = self.response.connection
+        if connection is not None and connection.protocol is not None:
+            connection.protocol.force_close()
+        elif isinstance(self._transport, asyncio.WriteTransport):
+            self._transport.abort()
 
     async def value(self, limit: int) -> Any:
         """JSON decoded, plain text as a str, ``""`` where there is no body. What does not say what it is, is text."""
