@@ -22,6 +22,7 @@ LANES = (
     ("lint", "typing", "unit", "kit", "wheel", "faults"),
     ("engines_vllm", "engines_sglang", "engines_hf", "processors"),
 )
+WIDTH = 300  # characters of a line that is said again
 
 
 def main(arguments: list[str]) -> int:
@@ -61,8 +62,8 @@ def run_lanes(python: Path) -> int:
         for line in output:
             text = line.decode(errors="replace").rstrip()
             print(f"{lane + 1} | {text}", flush=True)
-            if text.startswith("nox > * "):
-                summaries[lane].append(text.removeprefix("nox > "))
+            if text.startswith(("nox > * ", "FAILED ", "ERROR ")):  # nox's summary of sessions, and pytest's of tests
+                summaries[lane].append(text.removeprefix("nox > ")[:WIDTH])
 
     threads = [threading.Thread(target=show, args=(lane,)) for lane in range(len(LANES))]
     for thread in threads:
