@@ -127,10 +127,11 @@ def _greedy(context: Context) -> list[Completion]:
 
 def compare(context: Context, found: dict[str, str]) -> str:
     """Hold the worker's digests against the trainer's tensors; the first that differs is fetched and shown."""
-    weights, values = context.weights(), context.running().reads_values
+    weights, worker = context.weights(), context.running()
+    how: dict[str, Any] = {"values": worker.reads_values, "algorithm": worker.digest_algorithm}
     missing = [name for name in weights if name not in found]
     _expect(not missing, f"the worker has no tensor {missing[:1]} ({len(missing)} missing)")
-    wrong = [name for name, tensor in weights.items() if weight_digest(tensor, values=values) != found[name]]
+    wrong = [name for name, tensor in weights.items() if weight_digest(tensor, **how) != found[name]]
     if wrong:
         raise CheckFailed(
             f"{len(wrong)} of {len(weights)} tensors differ, first " + _difference(context, wrong[0], weights[wrong[0]])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -18,9 +19,9 @@ import xxhash
 
 from rollout_core.errors import WorkerError
 from rollout_core.transfer import DirectWeights, receive
-from rollout_core.transfer.carriers.memory import MemoryReceiver
 from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.targets import named_weights, persistent_weights
+from rollout_core.workers.carriers import receiver_of
 from rollout_core.workers.contract import SamplingParams, Status
 from rollout_core.workers.digests import weight_digest
 from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Engine, Group, Progress, Request, Update
@@ -223,7 +224,7 @@ class FakeEngine:
     def update(self, update: Update) -> float:
         if self.is_released:
             raise WorkerError(RELEASED)
-        with MemoryReceiver.connect(update.address, timeout=update.timeout) as carrier:
+        with closing(receiver_of(update, "cpu")) as carrier:
             report = receive(carrier, self.weights, timeout=update.timeout)
         self.loads += 1
         self.awaits = False

@@ -8,8 +8,9 @@ and it has
   ``version``; ``close()``.
 
 With more methods more is checked (``WORKER_CAPABILITIES``). Its attributes ``takes_computed`` (True unless given), ``reads_values``
-and ``steps_exactly`` (False unless given) and ``capabilities`` (all of them unless given) are those of ``Worker``. A function or
-class may have ``models``: where the functions of ``rollout_core.preflight.models`` are found for models that are not transformers'.
+and ``steps_exactly`` (False unless given), ``digest_algorithm`` ("xxh3-128" unless given) and ``capabilities`` (all of them unless
+given) are those of ``Worker``. A function or class may have ``models``: where the functions of ``rollout_core.preflight.models``
+are found for models that are not transformers'.
 """
 
 from __future__ import annotations
@@ -271,6 +272,7 @@ class _Given:
     """A worker with what it leaves out of ``Worker``'s attributes."""
 
     reads_values = False
+    digest_algorithm = "xxh3-128"
     takes_computed = True
     steps_exactly = False
     capabilities = frozenset({"seeds", "memory"})
@@ -284,7 +286,7 @@ class _Given:
                     "generate(prompts, params), version and close()"
                 )
         vars(self)["_it"] = it
-        for name in ("reads_values", "takes_computed", "steps_exactly", "capabilities", "timeout"):
+        for name in ("reads_values", "digest_algorithm", "takes_computed", "steps_exactly", "capabilities", "timeout"):
             if hasattr(it, name):
                 vars(self)[name] = getattr(it, name)
 

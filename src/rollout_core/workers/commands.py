@@ -57,9 +57,10 @@ Command: TypeAlias = Receive | Abandon | Digests | Read | Expect | Settle
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """``unusable``: why the weights are of no use after it, if they are not; ``version``: of the last update that was committed
-    there. The rest is what was asked for."""
+    there; ``device``: where they are, if it says so. The rest is what was asked for."""
 
     version: int = -1
+    device: str = ""
     unusable: str | None = None
     failed: Cause | None = None
     loading: float = 0.0
@@ -79,7 +80,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 def answer_with(tensor: torch.Tensor) -> Answer:
     """The answer to ``Read``."""
-    return Answer(dtype=WIRE_NAMES[tensor.dtype], shape=tuple(tensor.shape), data=as_bytes(tensor).numpy().tobytes())
+    return Answer(dtype=WIRE_NAMES[tensor.dtype], shape=tuple(tensor.shape), data=as_bytes(tensor).cpu().numpy().tobytes())
 
 
 def unusable_of(answers: Sequence[Answer]) -> str | None:

@@ -10,13 +10,24 @@ import torch
 import xxhash
 
 from rollout_core.bucketing import Bucket, BucketPlan
+from rollout_core.bucketing.digest import Algorithm, default_algorithm, payload_digest
+from rollout_core.bucketing.placement import Slot
 from rollout_core.bucketing.tensors import as_bytes
 
 
-def weight_digest(tensor: torch.Tensor, *, values: bool = False) -> str:
-    """Hexadecimal xxh3-128 of a tensor's bytes; with ``values`` of its values, which -0.0 and 0.0 have in common."""
+def algorithm_on(device: str) -> Algorithm:
+    """By which weights on this device are digested, wherever the same bytes are held against them: one that runs there."""
+    return default_algorithm(torch.device(device))
+
+
+def weight_digest(tensor: torch.Tensor, *, values: bool = False, algorithm: str = "xxh3-128") -> str:
+    """32 hexadecimal digits of a tensor's bytes; with ``values`` of its values, which -0.0 and 0.0 have in common. By xxh3-128 they
+    are of the bytes alone, as any xxHash has them; another algorithm is ``payload_digest``'s, with an empty context."""
     tensor = tensor.detach()
-    return xxhash.xxh3_128_hexdigest(as_bytes(without_signs(tensor) if values else tensor).cpu().numpy().data)
+    raw = as_bytes(without_signs(tensor) if values else tensor)
+    if algorithm == "xxh3-128":
+        return xxhash.xxh3_128_hexdigest(raw.cpu().numpy().data)
+    return payload_digest(raw, b"", algorithm).hex()
 
 
 def without_signs(tensor: torch.Tensor) -> torch.Tensor:
@@ -25,25 +36,37 @@ def without_signs(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class SentDigests:
-    """The digest of each tensor, taken from the buckets as they are sent; see ``weight_digest``."""
+    """The digest of each tensor, taken from the buckets as they are sent, where they are; see ``weight_digest``."""
 
-    def __init__(self, plan: BucketPlan, *, values: bool = False) -> None:
+    def __init__(self, plan: BucketPlan, *, values: bool = False, algorithm: str = "xxh3-128") -> None:
         self._plan = plan
         self._values = values
-        self._states: dict[str, Any] = {}
+        self._algorithm = algorithm
+        self._states: dict[str, Any] = {}  # of split tensors, by xxh3-128
+        self._joined: dict[str, torch.Tensor] = {}  # the bytes of split tensors, for an algorithm that wants them whole
         self.digests: dict[str, str] = {}
 
     def add(self, bucket: Bucket) -> None:
         for slot in self._plan.buckets[bucket.index].slots:
-            state = self._states.setdefault(slot.name, xxhash.xxh3_128())
-            piece = bucket.buffer[slot.offset : slot.end]
-            if self._values:
-                piece = as_bytes(without_signs(piece.view(slot.spec.dtype)))
-            state.update(piece.cpu().numpy().data)
-            if slot.is_tail:
-                digest = self._states.pop(slot.name).hexdigest()
+            digest = self._digest(slot, bucket.buffer[slot.offset : slot.end])
+            if digest is not None:
                 for name in (slot.name, *self._plan.tied.get(slot.name, ())):
                     self.digests[name] = digest
+
+    def _digest(self, slot: Slot, piece: torch.Tensor) -> str | None:
+        """Of the slot's tensor, once it is complete."""
+        if self._values:
+            piece = as_bytes(without_signs(piece.view(slot.spec.dtype)))
+        if not slot.is_piece:
+            return weight_digest(piece, algorithm=self._algorithm)
+        if self._algorithm == "xxh3-128":
+            state = self._states.setdefault(slot.name, xxhash.xxh3_128())
+            state.update(piece.cpu().numpy().data)
+            return str(self._states.pop(slot.name).hexdigest()) if slot.is_tail else None
+        if slot.name not in self._joined:
+            self._joined[slot.name] = torch.empty(slot.spec.nbytes, dtype=torch.uint8, device=piece.device)
+        self._joined[slot.name][slot.start : slot.start + slot.nbytes].copy_(piece)
+        return weight_digest(self._joined.pop(slot.name), algorithm=self._algorithm) if slot.is_tail else None
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ import msgspec
 import torch
 
 from rollout_core.bucketing import TensorSpec
+from rollout_core.transfer.carriers.names import CarrierName
 from rollout_core.transfer.protocol.messages import Cause
 from rollout_core.workers.contract import SamplingParams, Status
 
@@ -69,11 +70,13 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class Update(msgspec.Struct, frozen=True):
-    """An update of the weights to ``version`` will come from who listens at ``address``; see ``MemorySender.listen``."""
+    """An update of the weights to ``version`` will come from who listens at ``address``, by a carrier of this name; see
+    ``rollout_core.transfer.carriers.names``."""
 
     address: str
     version: int
     timeout: float
+    carrier: CarrierName = "memory"
 
 
 Emit = Callable[[Sequence[Progress]], None]
@@ -126,7 +129,8 @@ class Engine(Protocol):
         ...
 
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:
-        """Hexadecimal xxh3-128 of the bytes of tensors by the names of a checkpoint; of all that it knows without ``names``."""
+        """``weight_digest`` of tensors by the names of a checkpoint, by the algorithm that ``algorithm_on`` has for the device that
+        they are on; of all that it knows without ``names``."""
         ...
 
     def read_tensor(self, name: str) -> torch.Tensor:

@@ -22,11 +22,12 @@ from rollout_core.bucketing.sources import Source
 from rollout_core.errors import PlanMismatchError, RolloutCoreError, TransferError, WorkerError
 from rollout_core.multimodal import Conversation
 from rollout_core.transfer import SendReport, send
-from rollout_core.transfer.carriers.memory import MemorySender
+from rollout_core.transfer.carriers.names import CarrierName
 from rollout_core.transfer.causes import cause_of, error_of
 from rollout_core.transfer.targets import persistent_weights
+from rollout_core.workers.carriers import CarrierChoice, Senders
 from rollout_core.workers.contract import Completion, SamplingParams
-from rollout_core.workers.digests import SentDigests, combined_digest
+from rollout_core.workers.digests import SentDigests, algorithm_on, combined_digest
 from rollout_core.workers.engine import Group, Progress, Update
 from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.link.link import Link
@@ -65,7 +66,8 @@ _LAST_WORDS: Final = 1.0
 class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
     """What one ``sync_weights`` did: the new weight version, buckets and tensor bytes sent, wall seconds (of these ``packing``,
     ``loading`` in the engine, which go on side by side, and ``reading`` back), and the digest of all weights as read back from the
-    worker (32 hexadecimal digits, see ``Worker.weights_digest``; None without readback)."""
+    worker (32 hexadecimal digits, see ``Worker.weights_digest``; None without readback). ``carrier``: what the weights went by,
+    "memory" (shared) or "cuda_ipc"."""
 
     version: int
     buckets: int
@@ -75,10 +77,14 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
     loading: float
     reading: float
     digest: str | None
+    carrier: CarrierName = "memory"
 
 
 class Worker:
     """A rollout worker: an engine with a model's weights, which are replaced in buckets, and which generates.
+
+    ``device``: where the engine has its weights. ``carrier``: how they get there; "auto" takes CUDA IPC from a source on a GPU to
+    an engine on one, which copies nothing on the way, else shared memory. ``WorkerError`` for one that does not reach the device.
 
     ``timeout`` bounds each answer of the engine in seconds, ``start_timeout`` its start. Any thread may call. Requests of several
     calls are under way side by side; an update of the weights waits for no request: those under way go on with the new weights,
@@ -101,7 +107,17 @@ class Worker:
     #: request that is under way gets at least one token, unless it ended, before the pause.
     steps_exactly = True
 
-    def __init__(self, spec: Spec, *, process: bool = True, start_timeout: float = 300.0, timeout: float = 300.0) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        process: bool = True,
+        device: str = "cpu",
+        carrier: CarrierChoice = "auto",
+        start_timeout: float = 300.0,
+        timeout: float = 300.0,
+    ) -> None:
+        self._is_on(device, carrier)
         self._lock = threading.RLock()  # of the weights
         self._version = 0
         self._next = 1  # the next update's
@@ -123,6 +139,11 @@ class Worker:
     def version(self) -> int:
         """The weight version that the worker generates with; 0 for the folder's own weights."""
         return self._version
+
+    @property
+    def digest_algorithm(self) -> str:
+        """What its tensors are digested by: one that runs where they are. "xxh3-128" on a CPU."""
+        return algorithm_on(self._device)
 
     @property
     def timeout(self) -> float:
@@ -161,7 +182,8 @@ class Worker:
             plan = plan_buckets(specs_of(source), capacity, oversize=oversize, order=order)
             self._check_specs(link, plan)
             before, version = self._version, self._next
-            sent = SentDigests(plan, values=self.reads_values) if readback else None
+            sent = SentDigests(plan, values=self.reads_values, algorithm=self.digest_algorithm) if readback else None
+            carrier = self._senders.carrier_for(source)
 
             def tap(bucket: Bucket) -> Bucket:
                 if sent is not None:
@@ -169,7 +191,7 @@ class Worker:
                 return bucket if inject is None else inject(bucket)
 
             try:
-                report, loading = self._send(link, plan, source, version, tap)
+                report, loading = self._send(link, plan, source, carrier, version, tap)
                 self._next = version + 1  # the engine has committed it: no other update may have this version
                 reading = time.perf_counter()
                 found = None if sent is None else self._read_back(link, sent)
@@ -189,6 +211,7 @@ class Worker:
                 loading=loading,
                 reading=reading,
                 digest=None if found is None else combined_digest(found),
+                carrier=carrier,
             )
 
     def weights_digest(self) -> str:
@@ -196,7 +219,8 @@ class Worker:
         return combined_digest(self.tensor_digests())
 
     def tensor_digests(self) -> dict[str, str]:
-        """Hexadecimal xxh3-128 of the bytes of every parameter and buffer, by name, as the worker has them now."""
+        """32 hexadecimal digits of the bytes of every parameter and buffer, by name, as the worker has them now: ``weight_digest``
+        of ``rollout_core.workers.digests``, by the worker's ``digest_algorithm``."""
         with self._lock:
             return _digests(self._alive(), None)
 
@@ -297,16 +321,24 @@ class Worker:
     # Memory
 
     def release_memory(self) -> int:
-        """Let go of the memory of weights and caches, for a trainer on the same device. Returns the bytes that this freed.
+        """Let go of the memory of weights and caches, for a trainer on the same device. Returns the bytes that this freed. What
+        updates by CUDA IPC keep in this process goes, too (``free_buffers``), and is not counted.
 
         Requests that are under way keep what they have and wait; new ones are refused. Weights have to come again after
         ``resume_memory``: until then nothing is sampled, and what waited goes on with the new weights. A second call is harmless,
         and frees 0. ``WorkerError`` where the engine cannot (see ``capabilities``).
         """
         with self._lock:
+            self.free_buffers()
             answer = self._alive().ask(ReleaseMemory(), Freed)
         assert isinstance(answer, Freed)
         return answer.nbytes
+
+    def free_buffers(self) -> int:
+        """Give back the GPU memory that updates by CUDA IPC keep between them in this process: two buckets. The next update takes
+        it anew. Returns its bytes."""
+        with self._lock:
+            return self._senders.free()
 
     def resume_memory(self) -> None:
         """Take the memory again, for weights that ``sync_weights`` brings. A second call, or one without a release, is harmless."""
@@ -340,6 +372,7 @@ class Worker:
                 self._lock.acquire()
         try:
             link.close()
+            self._senders.free()
         finally:
             self._lock.release()
 
@@ -348,6 +381,11 @@ class Worker:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _is_on(self, device: str, carrier: CarrierChoice) -> None:
+        """Where the engine has its weights, and how they get there."""
+        self._senders = Senders(carrier, device)
+        self._device = device
 
     def _alive(self) -> Link:
         if self._link is None:
@@ -421,20 +459,26 @@ class Worker:
             answer.add_done_callback(answered)
 
     def _send(
-        self, link: Link, plan: BucketPlan, source: Source, version: int, tap: Callable[[Bucket], Bucket]
+        self,
+        link: Link,
+        plan: BucketPlan,
+        source: Source,
+        carrier: CarrierName,
+        version: int,
+        tap: Callable[[Bucket], Bucket],
     ) -> tuple[SendReport, float]:
         """Send all buckets of an update, which the engine receives beside; also the seconds that it took to load them."""
         address = secrets.token_hex(16)
-        received = link.post(Receive(Update(address, version, link.timeout)))
+        received = link.post(Receive(Update(address, version, link.timeout, carrier)))
 
         def check() -> None:
             if received.done():
                 link.result(received, Received)
 
-        with MemorySender.listen(address, timeout=link.timeout, check=check) as carrier:
+        with self._senders.listen(carrier, source, address, timeout=link.timeout, check=check) as end:
             link.is_updating = True
             try:
-                report = send(plan, source, carrier, version=version, timeout=link.timeout, tap=tap)
+                report = send(plan, source, end, version=version, timeout=link.timeout, tap=tap)
             except TransferError:
                 link.check(_LAST_WORDS if received.done() else 0.0)
                 raise

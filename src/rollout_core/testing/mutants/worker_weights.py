@@ -16,7 +16,7 @@ from rollout_core.testing.fake_engine import FakeEngine, FakeWorker, Row
 from rollout_core.testing.mutants.registry import worker_mutant
 from rollout_core.testing.mutants.worker_base import Tampers, Trusting, replaced
 from rollout_core.transfer import receive
-from rollout_core.transfer.carriers.memory import MemoryReceiver
+from rollout_core.workers.carriers import receiver_of
 from rollout_core.workers.contract import Completion
 from rollout_core.workers.digests import weight_digest
 from rollout_core.workers.engine import Group, Progress, Update
@@ -253,7 +253,7 @@ class SwallowsTheError(Trusting):
 
 class _SkipsVerification(FakeEngine):
     def update(self, update: Update) -> float:
-        with MemoryReceiver.connect(update.address, timeout=update.timeout) as carrier:
+        with contextlib.closing(receiver_of(update, "cpu")) as carrier:
             report = receive(carrier, self.weights, timeout=update.timeout, verify=False)
         self.loads += 1
         return report.loading

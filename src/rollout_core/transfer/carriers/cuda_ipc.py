@@ -7,9 +7,11 @@ allocator's: its handles come with a counter file in /dev/shm, which a killed pr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import msgspec
 import torch
@@ -40,37 +42,96 @@ class _Memory:
         return torch.as_tensor(self)  # on the device that has the address; naming another would copy
 
 
+#: What this process has exported, by its handle: CUDA maps no memory into the process that has it.
+_EXPORTED: Final[WeakValueDictionary[bytes, _Memory]] = WeakValueDictionary()
+
+
+class CudaSlots:
+    """GPU memory for the slots of one ``CudaIpcSender`` after the other, kept until ``free``: to allocate it for each costs time.
+
+    ``device``: the GPU, by default the one in use. It is used again only when the sender before has ended, and its receivers do not
+    read any more.
+    """
+
+    def __init__(self, device: torch.device | str = "cuda") -> None:
+        self.device = _check_device(device)
+        self._memory: _Memory | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return 0 if self._memory is None else self._memory.nbytes
+
+    def take(self, nbytes: int) -> _Memory:
+        """At least so much memory. ``TransferError`` if it cannot be had."""
+        if self._memory is None or self._memory.nbytes < nbytes:
+            self.free()
+            self._memory = _allocate(nbytes, self.device)
+        return self._memory
+
+    def free(self) -> None:
+        """Give the memory back to the GPU. A second call is harmless."""
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            _call("cudaFree", ctypes.c_void_p(memory.address), device=self.device)
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # at the interpreter's end there may be nothing left to call
+            self.free()
+
+
 class CudaIpcSender(LinkedSender):
     """The sender's end. ``sockets``: as for ``MemorySender``. ``device``: the GPU that slots are on, by default the one in use.
+    ``slots``: memory that outlives this end, on its own device then.
 
-    The memory is kept between updates, and freed by ``close``: close the receivers first, or let them end.
+    Memory of its own is kept between updates, and freed by ``close``: close the receivers first, or let them end.
     """
 
     rendezvous: Final = False
 
-    def __init__(self, sockets: Sequence[unix.HasFileno | int], *, device: torch.device | str = "cuda") -> None:
-        self._device = _check_device(device)
+    def __init__(
+        self, sockets: Sequence[unix.HasFileno | int], *, device: torch.device | str = "cuda", slots: CudaSlots | None = None
+    ) -> None:
+        self._device = _check_device(device) if slots is None else slots.device
+        self._slots = slots
         self._memory: _Memory | None = None
         self._outgrown: list[_Memory] = []  # mapped by receivers until they open the next
         super().__init__(unix.stream_sockets(sockets))
 
     @classmethod
-    def listen(cls, name: str, receivers: int = 1, *, device: torch.device | str = "cuda", timeout: float = 60.0) -> CudaIpcSender:
+    def listen(
+        cls,
+        name: str,
+        receivers: int = 1,
+        *,
+        device: torch.device | str = "cuda",
+        timeout: float = 60.0,
+        check: Callable[[], None] | None = None,
+        slots: CudaSlots | None = None,
+    ) -> CudaIpcSender:
         """Wait for ``receivers`` processes of the same user to ``CudaIpcReceiver.connect`` to ``name``: see ``unix.listen``."""
-        return unix.joined(lambda sockets: cls(sockets, device=device), unix.listen(name, receivers, timeout))
+        sockets = unix.listen(name, receivers, timeout, check)
+        return unix.joined(lambda sockets: cls(sockets, device=device, slots=slots), sockets)
 
     def lay_out(self, slots: int, nbytes: int) -> tuple[list[torch.Tensor], bytes]:
         self._links.check_open()
         stride = max(1, -(-nbytes // _ALIGN)) * _ALIGN
-        if self._memory is None or self._memory.nbytes != slots * stride:
+        memory = self._room(slots * stride)
+        whole = memory.bytes()
+        handle = _Handle()
+        _call("cudaIpcGetMemHandle", ctypes.byref(handle), ctypes.c_void_p(memory.address), device=self._device)
+        ticket = Ticket(stride, slots * stride, ctypes.string_at(ctypes.byref(handle), _HANDLE_NBYTES))
+        _EXPORTED[ticket.handle] = memory
+        return [whole[slot * stride :][:nbytes] for slot in range(slots)], msgspec.msgpack.encode(ticket)
+
+    def _room(self, nbytes: int) -> _Memory:
+        if self._slots is not None:
+            return self._slots.take(nbytes)
+        if self._memory is None or self._memory.nbytes != nbytes:
             if self._memory is not None:
                 self._outgrown.append(self._memory)
-            self._memory = _allocate(slots * stride, self._device)
-        whole = self._memory.bytes()
-        handle = _Handle()
-        _call("cudaIpcGetMemHandle", ctypes.byref(handle), ctypes.c_void_p(self._memory.address), device=self._device)
-        ticket = Ticket(stride, slots * stride, ctypes.string_at(ctypes.byref(handle), _HANDLE_NBYTES))
-        return [whole[slot * stride :][:nbytes] for slot in range(slots)], msgspec.msgpack.encode(ticket)
+            self._memory = _allocate(nbytes, self._device)
+        return self._memory
 
     def push(self, slot: int, nbytes: int) -> Moving | None:
         """Written where it is read, once the work of the current stream is done."""
@@ -93,6 +154,7 @@ class CudaIpcReceiver(LinkedReceiver):
         self._device = _check_device(device)
         self._ticket = Ticket(0, 0)
         self._memory: _Memory | None = None
+        self._is_mapped = False
         super().__init__([unix.stream_socket(one)])
 
     @classmethod
@@ -108,10 +170,14 @@ class CudaIpcReceiver(LinkedReceiver):
         if self._memory is not None and new == self._ticket:
             return
         self._unmap()
+        own = _EXPORTED.get(new.handle)  # the sender is in another thread
+        if own is not None:
+            self._memory, self._ticket = own, new
+            return
         address = ctypes.c_void_p()
         handle = _Handle.from_buffer_copy(new.handle)
         _call("cudaIpcOpenMemHandle", ctypes.byref(address), handle, ctypes.c_uint(_LAZY_PEER_ACCESS), device=self._device)
-        self._memory, self._ticket = _Memory(address.value or 0, new.total), new
+        self._memory, self._ticket, self._is_mapped = _Memory(address.value or 0, new.total), new, True
 
     def view(self, slot: int, nbytes: int) -> torch.Tensor:
         if self._memory is None:
@@ -124,7 +190,8 @@ class CudaIpcReceiver(LinkedReceiver):
 
     def _unmap(self) -> None:
         memory, self._memory = self._memory, None
-        if memory is not None:
+        is_mapped, self._is_mapped = self._is_mapped, False
+        if memory is not None and is_mapped:
             _call("cudaIpcCloseMemHandle", ctypes.c_void_p(memory.address), device=self._device)
 
 

@@ -21,6 +21,7 @@ from rollout_core.bucketing.sources import Pair
 from rollout_core.errors import IncompleteStreamError, TransferError
 from rollout_core.transfer import receive
 from rollout_core.transfer.carriers.contract import ReceiverEnd
+from rollout_core.transfer.carriers.names import NAMES, connect
 from rollout_core.transfer.targets import own_copies
 
 NAME: Final = "rollout_core"
@@ -50,20 +51,12 @@ class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     version: int | None = None
 
 
-def _memory(info: InitInfo, device: torch.device) -> ReceiverEnd:
-    from rollout_core.transfer.carriers.memory import MemoryReceiver
-
-    return MemoryReceiver.connect(info.address, timeout=info.timeout)
-
-
-def _cuda_ipc(info: InitInfo, device: torch.device) -> ReceiverEnd:
-    from rollout_core.transfer.carriers.cuda_ipc import CudaIpcReceiver
-
-    return CudaIpcReceiver.connect(info.address, device=device, timeout=info.timeout)
+def _connect(info: InitInfo, device: torch.device) -> ReceiverEnd:
+    return connect(info.carrier, info.address, device=device, timeout=info.timeout)
 
 
 #: How a worker on this device gets its end of a carrier. A module that adds to it has to be imported in the workers, as this one.
-RECEIVERS: Final[dict[str, Callable[[InitInfo, torch.device], ReceiverEnd]]] = {"memory": _memory, "cuda_ipc": _cuda_ipc}
+RECEIVERS: Final[dict[str, Callable[[InitInfo, torch.device], ReceiverEnd]]] = dict.fromkeys(NAMES, _connect)
 
 
 class RolloutCoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc]

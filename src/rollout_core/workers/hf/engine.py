@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -12,10 +13,10 @@ import torch
 
 from rollout_core.errors import WorkerError
 from rollout_core.transfer import DirectWeights, receive
-from rollout_core.transfer.carriers.memory import MemoryReceiver
 from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.targets import persistent_weights
-from rollout_core.workers.digests import weight_digest
+from rollout_core.workers.carriers import receiver_of
+from rollout_core.workers.digests import algorithm_on, weight_digest
 from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
 from rollout_core.workers.hf.generate import check, decode_watched, ends_of, plain, seeded, settings_of
 from rollout_core.workers.hf.media import inputs_of
@@ -122,7 +123,7 @@ class HFEngine:
 
     def update(self, update: Update) -> float:
         self._check_resumed()
-        with MemoryReceiver.connect(update.address, timeout=update.timeout) as carrier:
+        with closing(receiver_of(update, self.model.device)) as carrier:
             report = receive(carrier, self.weights, timeout=update.timeout)
         self._is_new = True
         return report.loading
@@ -139,7 +140,8 @@ class HFEngine:
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:
         """Of every parameter and buffer; transformers' names are a checkpoint's."""
         self._check_resumed()
-        found = {name: weight_digest(tensor) for name, tensor in self.weights.tensors.items()}
+        algorithm = algorithm_on(str(self.model.device))
+        found = {name: weight_digest(tensor, algorithm=algorithm) for name, tensor in self.weights.tensors.items()}
         return found if names is None else {name: found[name] for name in names if name in found}
 
     def read_tensor(self, name: str) -> torch.Tensor:

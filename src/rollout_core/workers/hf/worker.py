@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from rollout_core.errors import WorkerError
+from rollout_core.workers.carriers import CarrierChoice
 from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.media import Form
 from rollout_core.workers.worker import Worker
@@ -16,7 +17,7 @@ class HFWorker(Worker):
     """A transformers causal language model that takes weights in buckets and generates.
 
     ``model_dir`` is a folder as ``save_pretrained`` writes it. ``dtype`` is a torch dtype's name. With ``process`` the model lives
-    in a process of its own and weights reach it through shared memory; without, in a thread of this one. ``timeout`` bounds each
+    in a process of its own; without, in a thread of this one. ``device`` and ``carrier``: see ``Worker``. ``timeout`` bounds each
     answer of it in seconds, ``start_timeout`` its start; ``threads`` is its number of torch threads (0: torch's own choice).
 
     Calls are carried out one after the other, the samples of one in batches of ``max_batch``.
@@ -32,6 +33,7 @@ class HFWorker(Worker):
         *,
         dtype: str = "float32",
         device: str = "cpu",
+        carrier: CarrierChoice = "auto",
         process: bool = True,
         threads: int = 0,
         start_timeout: float = 300.0,
@@ -42,4 +44,4 @@ class HFWorker(Worker):
             raise WorkerError(f"dtype is {dtype!r}; it is the name of a floating-point torch dtype, for example 'float32'")
         options = {"model": str(model_dir), "dtype": dtype, "device": device, "threads": threads if process else 0}
         spec = Spec(self.engine_class, options)
-        super().__init__(spec, process=process, start_timeout=start_timeout, timeout=timeout)
+        super().__init__(spec, process=process, device=device, carrier=carrier, start_timeout=start_timeout, timeout=timeout)

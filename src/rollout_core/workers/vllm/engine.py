@@ -33,7 +33,7 @@ from rollout_core.workers.media import data_in
 from rollout_core.workers.model_dir import Checkpoint, config_of
 from rollout_core.workers.names import name_among
 from rollout_core.workers.vllm.media import check_expanded, hits_of, missing_in, prompt_of, reading_options
-from rollout_core.workers.vllm.streamed import options_of
+from rollout_core.workers.vllm.streamed import init_info, options_of
 
 _STATUSES: Final[dict[str, Status]] = {"stop": "stop", "length": "length", "abort": "aborted"}
 
@@ -133,7 +133,7 @@ class VLLMEngine:
         llm, before = self._llm, self._unusable
         self._unusable = not_completed(update.version)  # unless the following says otherwise
         try:
-            llm.init_weight_transfer_engine({"init_info": {"address": update.address, "timeout": update.timeout}})
+            llm.init_weight_transfer_engine({"init_info": init_info(update)})
             self._ask(Expect(update.version))
             llm.start_weight_update()
             llm.update_weights({"update_info": {"version": update.version}})

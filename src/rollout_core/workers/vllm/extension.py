@@ -12,7 +12,7 @@ from rollout_core.errors import WorkerError
 from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.doors.vllm import WorkerExtension
 from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Read, Receive, Settle, answer_with
-from rollout_core.workers.digests import weight_digest
+from rollout_core.workers.digests import algorithm_on, weight_digest
 from rollout_core.workers.vllm.readback import read_weight
 
 
@@ -20,19 +20,23 @@ class RolloutExtension(WorkerExtension):
     """For ``worker_extension_cls``. Its methods become the worker's, for ``collective_rpc``."""
 
     def rollout_core_digests(self, names: Sequence[str]) -> dict[str, str]:
-        """Digests of the values of tensors, by the names of a checkpoint; of those that this worker has."""
+        """Digests of tensors, by the names of a checkpoint; of those that this worker has. On a CPU they are of their values: see
+        ``readback``."""
         found: dict[str, str] = {}
+        device: torch.device = self.device  # type: ignore[attr-defined]
+        values, algorithm = device.type == "cpu", algorithm_on(str(device))
         with torch.no_grad():
             for name in names:
                 try:
-                    found[name] = weight_digest(read_weight(self._rollout_core_model(), name), values=True)
+                    weight = read_weight(self._rollout_core_model(), name)
+                    found[name] = weight_digest(weight, values=values, algorithm=algorithm)
                 except WorkerError:
                     continue
         return found
 
     def rollout_core_read(self, name: str) -> torch.Tensor:
         with torch.no_grad():
-            return read_weight(self._rollout_core_model(), name)
+            return read_weight(self._rollout_core_model(), name).cpu().clone()
 
     def rollout_core_loading(self) -> float:
         """Seconds of the last update that went into digests and loading."""
@@ -71,8 +75,13 @@ class RolloutExtension(WorkerExtension):
         except Exception as error:  # vLLM would hand it on as its text alone
             answer = Answer(failed=cause_of(error))
         target = self._rollout_core_target()
-        known = {"unusable": target.unusable, "version": target.version, "loading": self.rollout_core_loading()}
-        answer = msgspec.structs.replace(answer, **known)
+        answer = msgspec.structs.replace(
+            answer,
+            unusable=target.unusable,
+            version=target.version,
+            loading=self.rollout_core_loading(),
+            device=str(self.device),  # type: ignore[attr-defined]
+        )
         return msgspec.to_builtins(answer)  # type: ignore[no-any-return]
 
     def _rollout_core_answer(self, command: Command) -> Answer:
@@ -86,6 +95,8 @@ class RolloutExtension(WorkerExtension):
             case Expect(version=version):
                 self._rollout_core_target().version = version - 1
             case Settle(mend=mend):
+                # Or the sender's memory stays mapped, and is not freed when it is given back.
+                self.weight_transfer_engine.shutdown()  # type: ignore[attr-defined]
                 if mend:
                     self.rollout_core_mend()
             case Receive():

@@ -21,7 +21,8 @@ _FUSED: Final = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["g
 
 
 def read_weight(model: Any, name: str) -> torch.Tensor:
-    """A copy of the tensor that a checkpoint calls ``name``. ``WorkerError`` if this model has nothing of that name."""
+    """The tensor that a checkpoint calls ``name``, where the model has it: a view of its weights, or what was made of them.
+    ``WorkerError`` if this model has nothing of that name."""
     path, _, leaf = _mapped(model, name).rpartition(".")
     module, part = _module_of(model, path)
     tensor = None if module is None else getattr(module, leaf, None)
@@ -36,7 +37,7 @@ def read_weight(model: Any, name: str) -> torch.Tensor:
         tensor = tensor.narrow(0, sum(sizes[:part]), sizes[part])
     elif hasattr(module, "org_vocab_size"):
         tensor = tensor[: module.org_vocab_size]  # the rest pads it
-    return tensor.detach().cpu().clone()
+    return tensor.detach()
 
 
 def _mapped(model: Any, name: str) -> str:

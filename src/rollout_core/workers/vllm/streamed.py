@@ -99,7 +99,7 @@ class VLLMStreamed(StreamingEngine):
         try:
             await self._official(
                 "init_weight_transfer_engine",
-                init_info={"address": update.address, "timeout": update.timeout},
+                init_info=init_info(update),
                 seconds=update.timeout,
             )
             await self._ask(Expect(update.version))
@@ -136,6 +136,11 @@ class VLLMStreamed(StreamingEngine):
         del argument
         return str(self._folder).encode()
 
+    def call_device(self, argument: bytes) -> bytes:
+        """Where vLLM has its weights, such as cpu or cuda:0."""
+        del argument
+        return self._run(self._ask(Settle(mend=False)))[0].device.encode()
+
     def specs(self) -> list[TensorSpec]:
         return self._checkpoint.specs_in(self)
 
@@ -161,6 +166,11 @@ def piece_of(tokens: Sequence[int], logprobs: Sequence[float], reason: str | Non
         raise WorkerError(f"vLLM ended a request by {reason!r}")
     finish: Any = None if reason is None else _FINISHES[reason]
     return Piece(list(tokens), list(logprobs), finish)
+
+
+def init_info(update: Update) -> dict[str, Any]:
+    """What ``init_weight_transfer_engine`` is given: how each of vLLM's workers gets at an update."""
+    return {"carrier": update.carrier, "address": update.address, "timeout": update.timeout}
 
 
 def options_of(model: str, options: Mapping[str, Any]) -> dict[str, Any]:

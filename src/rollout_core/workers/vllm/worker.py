@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal, Self
 
 from rollout_core.errors import WorkerError
+from rollout_core.workers.carriers import CarrierChoice, is_cuda
 from rollout_core.workers.http.server import ServerProcess
 from rollout_core.workers.http.worker import ServerWorker
 from rollout_core.workers.link.hosts import Spec
@@ -21,11 +22,18 @@ _CPU_CACHE: Final = 256 << 20  # bytes; vLLM itself takes half of the machine's 
 _CPU_ENVIRONMENT: Final = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
-class VLLMWorker(Worker):
+class _VLLM(Worker):
+    def _is_on(self, device: str, carrier: CarrierChoice) -> None:
+        super()._is_on(device, carrier)
+        self.reads_values = not is_cuda(device)  # a CPU's packed weights; see readback.py
+
+
+class VLLMWorker(_VLLM):
     """vLLM in a process of its own: its ``LLM``, stepped there, or with ``mode="async"`` its ``AsyncLLM``, whose core samples by
     itself in another process.
 
-    ``model_dir`` is a folder as ``save_pretrained`` writes it; ``dtype`` a torch dtype's name. ``max_model_len``: most tokens of a
+    ``model_dir`` is a folder as ``save_pretrained`` writes it; ``dtype`` a torch dtype's name; ``device`` "cpu" or "cuda", and
+    ``carrier``: see ``Worker``. ``max_model_len``: most tokens of a
     prompt and its response, the model's positions if None. ``engine_options`` go to ``LLM`` as they are, before any of ours;
     ``environment`` is that of the process, beside this one's.
     ``timeout`` bounds each answer in seconds, ``start_timeout`` the start. The weights are received into the live model: an update
@@ -33,7 +41,6 @@ class VLLMWorker(Worker):
     wrong in vLLM; see ``rollout_core.workers.vllm.extension``.
     """
 
-    reads_values = True  # a CPU's packed weights; see readback.py
     takes_computed = False
     media_form: Form = "pictures"
     #: What runs in its process, as ``module:class``, by mode.
@@ -48,6 +55,7 @@ class VLLMWorker(Worker):
         *,
         dtype: str = "float32",
         device: str = "cpu",
+        carrier: CarrierChoice = "auto",
         mode: Literal["stepped", "async"] = "stepped",
         max_model_len: int | None = None,
         engine_options: Mapping[str, Any] | None = None,
@@ -73,11 +81,11 @@ class VLLMWorker(Worker):
         if mode == "async":
             given["timeout"] = timeout
         spec = Spec(self.engine_classes[mode], given, {**own, **(environment or {})}, has_children=True)
-        super().__init__(spec, start_timeout=start_timeout, timeout=timeout)
+        super().__init__(spec, device=device, carrier=carrier, start_timeout=start_timeout, timeout=timeout)
 
 
-class VLLMServerWorker(ServerWorker):
-    """A vLLM server by HTTP, on this machine: weights go through shared memory.
+class VLLMServerWorker(_VLLM, ServerWorker):
+    """A vLLM server by HTTP, on this machine: weights go through shared memory, or by CUDA IPC; ``carrier``: see ``Worker``.
 
     ``url``: of the server, which was started by ``rollout_core.workers.vllm.server.start_server``, or with what that gives it.
     ``model_dir``: the folder of its model, if that is not where the server says. ``timeout`` bounds each answer in seconds, and how
@@ -85,7 +93,6 @@ class VLLMServerWorker(ServerWorker):
     has under way, and leaves the server as it is, with the weights that it has, unless it is the worker's own (``start``).
     """
 
-    reads_values = True
     capabilities = frozenset({"seeds", "memory"})
 
     def __init__(
@@ -93,13 +100,15 @@ class VLLMServerWorker(ServerWorker):
         url: str,
         *,
         model_dir: str | None = None,
+        carrier: CarrierChoice = "auto",
         mend: bool = True,
         timeout: float = 300.0,
         connections: int = 256,
         server: ServerProcess | None = None,
     ) -> None:
         given = {"url": url, "model": None if model_dir is None else str(model_dir), "mend": mend, "connections": connections}
-        super().__init__("rollout_core.workers.vllm.server:VLLMServerEngine", given, timeout=timeout, server=server)
+        place = "rollout_core.workers.vllm.server:VLLMServerEngine"
+        super().__init__(place, given, carrier=carrier, timeout=timeout, server=server)
 
     @classmethod
     def start(
@@ -108,6 +117,7 @@ class VLLMServerWorker(ServerWorker):
         *,
         dtype: str = "float32",
         device: str = "cpu",
+        carrier: CarrierChoice = "auto",
         max_model_len: int | None = None,
         server_options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
@@ -124,4 +134,4 @@ class VLLMServerWorker(ServerWorker):
             options.append(f"--kv-cache-memory-bytes={_CPU_CACHE}")
         own = {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if device == "cpu" else {}), **(environment or {})}
         server = start_server(model_dir, [*options, *server_options], environment=own, start_timeout=start_timeout)
-        return cls(server.url, timeout=timeout, server=server)
+        return cls(server.url, carrier=carrier, timeout=timeout, server=server)

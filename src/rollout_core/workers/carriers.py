@@ -1,0 +1,106 @@
+"""How a worker's weights get to its engine: through shared memory, or, from one GPU's memory to the engine on it, by CUDA IPC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
+
+import torch
+
+from rollout_core.bucketing.sources import Source
+from rollout_core.errors import WorkerError
+from rollout_core.transfer.carriers.contract import ReceiverEnd
+from rollout_core.transfer.carriers.links import LinkedSender
+from rollout_core.transfer.carriers.names import CarrierName, connect, listen
+from rollout_core.transfer.targets import named_weights
+from rollout_core.workers.engine import Update
+
+if TYPE_CHECKING:
+    from rollout_core.transfer.carriers.cuda_ipc import CudaSlots
+
+#: ``auto``: CUDA IPC where engine and source are on a GPU, else shared memory.
+CarrierChoice: TypeAlias = Literal["auto", "memory", "cuda_ipc"]
+_CHOICES: Final[tuple[str, ...]] = get_args(CarrierChoice)
+
+
+def check_carrier_choice(choice: object, device: str) -> None:
+    """Raise ``WorkerError`` for what is no choice, and for CUDA IPC to an engine that is on no GPU."""
+    if choice not in _CHOICES:
+        raise WorkerError(f"carrier is {choice!r}; it is one of {', '.join(map(repr, _CHOICES))}")
+    if choice == "cuda_ipc" and not is_cuda(device):
+        raise WorkerError(
+            f"carrier is 'cuda_ipc', and the engine's device {device!r}: CUDA IPC reaches engines on a GPU; pass 'auto'"
+        )
+
+
+def is_cuda(device: str) -> bool:
+    return device.partition(":")[0] == "cuda"
+
+
+def receiver_of(update: Update, device: torch.device | str) -> ReceiverEnd:
+    """The engine's end of an update's carrier, for weights on ``device``. ``TransferError`` if the sender does not come in time, or
+    its memory cannot be reached from there."""
+    return connect(update.carrier, update.address, device=device, timeout=update.timeout)
+
+
+class Senders:
+    """The sender's ends of a worker's updates, and the GPU memory that those by CUDA IPC keep between them.
+
+    ``device``: where the engine has its weights, such as "cpu" or "cuda:0".
+    """
+
+    def __init__(self, choice: CarrierChoice, device: str) -> None:
+        check_carrier_choice(choice, device)
+        self._choice = choice
+        self._device = device
+        self._slots: CudaSlots | None = None
+
+    def carrier_for(self, source: Source) -> CarrierName:
+        """The carrier of an update from this source. ``WorkerError`` for CUDA IPC from a process that sees no GPU."""
+        if self._choice == "cuda_ipc" and not torch.cuda.is_available():
+            raise WorkerError("carrier is 'cuda_ipc', and this process sees no GPU: pass 'auto' or 'memory'")
+        if self._choice == "auto":
+            return "cuda_ipc" if is_cuda(self._device) and gpu_of(source) is not None else "memory"
+        return self._choice
+
+    def listen(
+        self, carrier: CarrierName, source: Source, address: str, *, timeout: float, check: Callable[[], None]
+    ) -> LinkedSender:
+        """The sender's end of one update, once the engine has connected to ``address``; what it keeps is on the source's GPU, or
+        that in use."""
+        if carrier == "memory":
+            return listen(carrier, address, timeout=timeout, check=check)
+        from rollout_core.transfer.carriers.cuda_ipc import CudaSlots
+
+        slots = CudaSlots(gpu_of(source) or "cuda")
+        if self._slots is not None and self._slots.device == slots.device:
+            slots = self._slots
+        else:
+            self.free()
+        self._slots = slots
+        return listen(carrier, address, timeout=timeout, check=check, slots=slots)
+
+    @property
+    def nbytes(self) -> int:
+        """GPU memory that is kept."""
+        return 0 if self._slots is None else self._slots.nbytes
+
+    def free(self) -> int:
+        """Give back what is kept; the next update takes it anew. Returns its bytes."""
+        nbytes = self.nbytes
+        if self._slots is not None:
+            self._slots.free()
+        return nbytes
+
+
+def gpu_of(source: Source) -> torch.device | None:
+    """The GPU that a source's first tensor on one is on; None if none is."""
+    if isinstance(source, torch.nn.Module):
+        tensors = list(named_weights(source).values())
+    elif isinstance(source, Mapping):
+        tensors = list(source.values())
+    elif isinstance(source, list | tuple):
+        tensors = [tensor for _, tensor in source]
+    else:
+        return None
+    return next((tensor.device for tensor in tensors if getattr(tensor, "device", None) is not None and tensor.is_cuda), None)
