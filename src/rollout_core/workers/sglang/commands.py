@@ -20,8 +20,15 @@ from rollout_core.workers.commands import Answer, Command
 LOADER: Final = "rollout_core.workers.sglang.loader.load"
 
 
+class Where(msgspec.Struct, tag=True, frozen=True):
+    """Of the weights: which GPU they are on, if they are on one."""
+
+
+Asked: TypeAlias = Command | Where
+
+
 class Order(msgspec.Struct, frozen=True):
-    what: Command
+    what: Asked
     folder: str  # where the answer goes
 
 
@@ -47,9 +54,11 @@ def write_answer(folder: str, rank: int, answer: Answer) -> None:
     place.rename(Path(folder) / f"{rank}.answer")
 
 
-def read_answers(folder: Path, *, said: str) -> list[Answer]:
-    """One of each rank. Raises what a rank raised; ``WorkerError`` if there is none, with what SGLang ``said``."""
+def read_answers(folder: Path, ranks: int, *, said: str) -> list[Answer]:
+    """One of each rank. ``WorkerError`` if one is missing, with what SGLang ``said``."""
     files = sorted(folder.glob("*.answer"))
+    if files and len(files) < ranks:
+        raise WorkerError(f"{len(files)} of SGLang's {ranks} ranks answered ({said}): see its log for what became of the others")
     if not files:
         raise WorkerError(
             f"SGLang did not come to {LOADER} ({said}); start it with --custom-weight-loader {LOADER}, on this machine, "

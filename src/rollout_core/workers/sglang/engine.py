@@ -1,19 +1,18 @@
 """What SGLang is as an engine of ours, in process and as a server; and the engine of an SGLangWorker, over SGLang's ``Engine``.
 
 Its own traps, each of which was seen: ``ignore_eos`` turns ``stop_token_ids`` off, too; an error of a request is told as an abort
-with a status code; a request that it does not know yet cannot be aborted; from 0.5.21 on an update has to stand between
-``begin_weight_update`` and ``end_weight_update``, which 0.5.20 does not have.
+with a status code; a request that it does not know yet cannot be aborted. What differs between its versions is in ``features``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
+import os
 import tempfile
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +23,6 @@ from rollout_core.errors import WorkerError
 from rollout_core.workers.commands import (
     Abandon,
     Answer,
-    Command,
     Digests,
     Read,
     Receive,
@@ -38,34 +36,41 @@ from rollout_core.workers.engine import Request, Update
 from rollout_core.workers.limits import Limits
 from rollout_core.workers.model_dir import Checkpoint, config_of
 from rollout_core.workers.names import name_among
-from rollout_core.workers.sglang.commands import LOADER, Named, Order, packed, read_answers
+from rollout_core.workers.sglang.answers import ENDED, piece_of, tells_an_end
+from rollout_core.workers.sglang.commands import LOADER, Asked, Named, Order, Where, packed, read_answers
+from rollout_core.workers.sglang.features import Features, context_for, room_of
 from rollout_core.workers.sglang.media import check_placeholders, pictures_of, placeholder_of, wrong_length
+from rollout_core.workers.sglang.memory import used_memory
 from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
 
 _NO_SEEDS: Final = "SGLang repeats samples only under enable_deterministic_inference, whose attention needs a GPU"
 _LETS_GO: Final = 5.0  # seconds in which SGLang has let go of what has ended
 _INTERVAL: Final = 16  # tokens that are told at once; a first one is told by itself
+#: What is asked of the arguments that SGLang was started with.
+ARGUMENTS: Final = ("device", "tp_size", "pp_size", "enable_memory_saver", "enable_deterministic_inference")
 
 
 class SGLangBase(StreamingEngine):
-    """``folder``: of the model. ``repeats``: whether it was started so that seeds hold."""
-
-    #: Where its weights are: cuda, cpu.
-    _device: str
+    """``folder``: of the model. ``arguments``: what SGLang was started with. ``positions``: most tokens of a prompt and its
+    response."""
 
     def __init__(
         self,
         folder: Path,
         *,
         loop: asyncio.AbstractEventLoop,
+        features: Features,
+        arguments: Mapping[str, Any],
         positions: int,
-        is_incremental: bool,
-        repeats: bool,
         timeout: float,
     ) -> None:
+        repeats = bool(arguments.get("enable_deterministic_inference"))
         limits = Limits.of(folder, positions, no_seeds="" if repeats else _NO_SEEDS)
         super().__init__(loop=loop, limits=limits, timeout=timeout)
-        self._is_incremental = is_incremental
+        self._features = features
+        self._device = str(arguments.get("device") or "cuda")  # that its weights are on: cuda, cpu
+        self._ranks = int(arguments.get("tp_size") or 1) * int(arguments.get("pp_size") or 1)
+        self._frees = bool(arguments.get("enable_memory_saver"))
         self._folder = folder
         self._checkpoint = Checkpoint(folder)
         self._placeholder = placeholder_of(config_of(folder))
@@ -73,7 +78,7 @@ class SGLangBase(StreamingEngine):
     # What differs between an Engine and a server
 
     @abstractmethod
-    def _generate(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    def _generate(self, request: dict[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
         """The stream of one request, in SGLang's words."""
 
     @abstractmethod
@@ -116,24 +121,25 @@ class SGLangBase(StreamingEngine):
         wrong: WorkerError | None = None
         seen = 0  # where each answer has all tokens so far
         cut = False
-        async for answer in self._generate(request):
-            piece = _piece(answer, seen)
-            seen += 0 if self._is_incremental else len(piece.token_ids)
-            if cut or wrong is not None:
-                continue  # until SGLang has ended it
-            if piece.token_ids:  # one that was ended before it began says nothing of its prompt
-                wrong = wrong_length(flight.request, before, answer["meta_info"]["prompt_tokens"])
-            if wrong is not None:
-                await self._end([flight.name])
-                continue
-            place = next((place for place, token in enumerate(piece.token_ids) if token in cuts), None)
-            if place is None:
-                yield piece
-                continue
-            cut = True
-            yield Piece(piece.token_ids[: place + 1], piece.logprobs[: place + 1], "stop")
-            if piece.finish is None:
-                await self._end([flight.name])
+        async with aclosing(self._generate(request)) as answers:
+            async for answer in answers:
+                piece = piece_of(answer, seen)
+                seen += 0 if self._features.is_incremental else len(piece.token_ids)
+                if cut or wrong is not None:
+                    continue  # until SGLang has ended it
+                if piece.token_ids:  # one that was ended before it began says nothing of its prompt
+                    wrong = wrong_length(flight.request, before, answer["meta_info"]["prompt_tokens"])
+                if wrong is not None:
+                    await self._end([flight.name])
+                    continue
+                place = next((place for place, token in enumerate(piece.token_ids) if token in cuts), None)
+                if place is None:
+                    yield piece
+                    continue
+                cut = True
+                yield Piece(piece.token_ids[: place + 1], piece.logprobs[: place + 1], "stop")
+                if piece.finish is None:
+                    await self._end([flight.name])
         if wrong is not None:
             raise wrong
 
@@ -162,6 +168,11 @@ class SGLangBase(StreamingEngine):
         del argument
         return str(self._folder).encode()
 
+    def call_device(self, argument: bytes) -> bytes:
+        """Where its weights are: cuda, cpu."""
+        del argument
+        return self._device.encode()
+
     def specs(self) -> list[TensorSpec]:
         return self._checkpoint.specs_in(self)
 
@@ -178,7 +189,7 @@ class SGLangBase(StreamingEngine):
         with self._on_the_ground():
             return self._ask(Read(own, self._checkpoint.shapes[own]))[0].tensor
 
-    def _ask(self, what: Command) -> list[Answer]:
+    def _ask(self, what: Asked) -> list[Answer]:
         """Have each rank carry this out."""
         self._check_resumed()
         before, changes = self._unusable, isinstance(what, Receive | Abandon)
@@ -187,13 +198,14 @@ class SGLangBase(StreamingEngine):
         with tempfile.TemporaryDirectory(prefix="rollout-core-") as folder:
             with self._in_session():
                 # What was computed with other weights is flushed, too: nothing is in the air that would need it.
-                worked, said = self._load(packed(Order(what, folder)), changes)
-            answers = read_answers(Path(folder), said=said)
+                flush = changes and self._features.flushes_in_update
+                worked, said = self._load(packed(Order(what, folder)), flush)
+            answers = read_answers(Path(folder), self._ranks, said=said)
         failed = any(answer.failed is not None for answer in answers)
         if isinstance(what, Receive):
             self._unusable = left_by(answers, what.update.version, before) if failed else unusable_of(answers)
         raise_failed(answers, "SGLang's loader")
-        if changes and not worked and not self._is_flushed():
+        if changes and not (flush and worked) and not self._is_flushed():
             self._unusable = f"SGLang did not flush what it computed with others: {said}"
             raise WorkerError(self._unusable)
         return answers
@@ -208,12 +220,16 @@ class SGLangBase(StreamingEngine):
         return True
 
     def _release(self) -> int:
+        on_gpu = self._device != "cpu"  # on a CPU it lets go of nothing
+        if on_gpu and not self._frees:
+            raise WorkerError("SGLang was started without enable_memory_saver (--enable-memory-saver), and keeps its memory")
+        gpus = [answer.device for answer in self._ask(Where())] if on_gpu else []
+        before = used_memory(gpus)
         # Asked for its memory while it has a request, its scheduler would end.
         if not self._is_flushed():
             raise WorkerError("SGLang has requests of others, and keeps its memory: wait for them, or end them")
-        before = used_memory(self._device)
         self._occupy(False)
-        return max(0, before - used_memory(self._device))
+        return max(0, before - used_memory(gpus))
 
     def _resume(self) -> None:
         self._occupy(True)
@@ -234,29 +250,15 @@ class SGLangBase(StreamingEngine):
             self._session(False)
 
 
-def _piece(answer: Mapping[str, Any], seen: int) -> Piece:
-    """What of an answer was not seen before."""
-    meta = answer["meta_info"]
-    tokens = list(answer.get("output_ids") or ())[seen:]
-    rows = (meta.get("output_token_logprobs") or ())[seen:]
-    logprobs = [math.nan if row[0] is None else float(row[0]) for row in rows]
-    reason = meta.get("finish_reason")
-    if reason is None:
-        return Piece(tokens, logprobs)
-    kind, code = reason.get("type"), reason.get("status_code")
-    if kind == "abort" and code is not None:
-        raise WorkerError(f"SGLang refused a request ({code}): {reason.get('message')}")
-    if kind not in ("stop", "length", "abort"):
-        raise WorkerError(f"SGLang ended a request by {reason!r}")
-    return Piece(tokens, logprobs, "aborted" if kind == "abort" else kind)
-
-
 class SGLangEngine(SGLangBase):
-    """SGLang's ``Engine``. ``options`` go to it as they are. Made in the main thread: it sets handlers of signals."""
+    """SGLang's ``Engine``. ``options`` go to it as they are. ``positions``: most tokens of a prompt and its response, as many as
+    there is room for if None. Made in the main thread: it sets handlers of signals."""
 
-    def __init__(self, model: str, *, options: Mapping[str, Any], timeout: float) -> None:
+    def __init__(self, model: str, *, options: Mapping[str, Any], timeout: float, positions: int | None = None) -> None:
         folder = Path(model)
         config = config_of(folder)  # if there is none, SGLang would take it for the name of a model to download
+        context = {} if positions is None else {"context_length": context_for(positions, config, os.environ)}
+        import sglang
         from sglang import Engine
 
         given = {
@@ -267,41 +269,51 @@ class SGLangEngine(SGLangBase):
             "log_level": "error",
             "stream_interval": _INTERVAL,
             **({"enable_multimodal": True} if "vision_config" in config else {}),
+            **context,
             **options,
         }
         if "incremental_streaming_output" in _fields():
             given.setdefault("incremental_streaming_output", True)
+        features = Features.of(sglang.__version__, is_incremental=bool(given.get("incremental_streaming_output")))
         try:
             self._engine: Any = Engine(**given)
         except Exception as error:  # of many kinds; what the operator needs is the folder and the cause
             raise WorkerError(f"SGLang did not start with the model in {model}: {type(error).__name__}: {error}") from error
-        self._device = str(given.get("device", "cuda"))
         arguments, self._manager = self._engine.server_args, self._engine.tokenizer_manager
+        started = {"page_size": getattr(arguments, "page_size", None), **self._engine._scheduler_init_result.scheduler_infos[0]}
+        room = room_of(started, int(self._manager.model_config.context_len))
         super().__init__(
             folder,
             loop=self._engine.loop,
-            positions=int(self._manager.model_config.context_len),
-            is_incremental=bool(getattr(arguments, "incremental_streaming_output", False)),
-            repeats=bool(arguments.enable_deterministic_inference),
+            features=features,
+            arguments={name: getattr(arguments, name, None) for name in ARGUMENTS},
+            positions=room if positions is None else min(positions, room),
             timeout=timeout,
         )
 
-    async def _generate(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        async for answer in await self._engine.async_generate(**request):
-            yield answer
+    async def _generate(self, request: dict[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+        try:
+            async with aclosing(await self._engine.async_generate(**request)) as answers:
+                async for answer in answers:
+                    yield answer
+        except (ValueError, KeyError) as error:
+            if not tells_an_end(error):
+                raise
+            yield ENDED
 
     async def _end(self, names: Sequence[str]) -> None:
         for name in names:
-            self._manager.abort_request(name)
+            # Told of one that it has not sent on yet, 0.5.20 and later forget it, and do not listen again.
+            if getattr(self._manager.rid_to_state.get(name), "dispatched", True):
+                self._manager.abort_request(name)
 
     def _load(self, named: Named, flush: bool) -> tuple[bool, str]:
         worked, said = self._engine.update_weights_from_tensor(named, load_format=LOADER, flush_cache=flush)
         return bool(worked), str(said)
 
     def _session(self, begin: bool) -> None:
-        call = getattr(self._engine, "begin_weight_update" if begin else "end_weight_update", None)
-        if call is not None:
-            done, message = call()
+        if self._features.has_sessions:
+            done, message = self._engine.begin_weight_update() if begin else self._engine.end_weight_update()
             if not done:
                 raise WorkerError(f"SGLang did not {'begin' if begin else 'end'} an update: {message}")
 
@@ -317,14 +329,6 @@ class SGLangEngine(SGLangBase):
     def close(self) -> None:
         super().close()
         self._engine.shutdown()
-
-
-def used_memory(device: str) -> int:
-    """Bytes of a device that are in use, by whomever; 0 on a CPU, where SGLang lets go of nothing."""
-    if device == "cpu":
-        return 0
-    free, total = torch.cuda.mem_get_info()
-    return int(total - free)
 
 
 def _fields() -> frozenset[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import closing
 from typing import Any, Final
 
 import msgspec
@@ -17,12 +18,12 @@ from rollout_core.bucketing import BucketPlan
 from rollout_core.bucketing.sources import Pair
 from rollout_core.errors import WorkerError
 from rollout_core.transfer import receive
-from rollout_core.transfer.carriers.memory import MemoryReceiver
 from rollout_core.transfer.causes import cause_of
-from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Read, Receive, Settle, answer_with
-from rollout_core.workers.digests import weight_digest
+from rollout_core.workers.carriers import receiver_of
+from rollout_core.workers.commands import Abandon, Answer, Digests, Expect, Read, Receive, Settle, answer_with
+from rollout_core.workers.digests import algorithm_on, weight_digest
 from rollout_core.workers.names import canonical
-from rollout_core.workers.sglang.commands import Named, unpacked, write_answer
+from rollout_core.workers.sglang.commands import Asked, Named, Where, unpacked, write_answer
 from rollout_core.workers.vllm.readback import read_weight
 
 _LOG: Final = logging.getLogger(__name__)
@@ -44,27 +45,29 @@ def load(model: Any, named: Named) -> None:
         _LOG.exception("rollout_core's loader could not answer")
 
 
-def _answer(model: Any, target: _Model, command: Command) -> Answer:
+def _answer(model: Any, target: _Model, command: Asked) -> Answer:
     match command:
         case Receive(update=update):
             # Who counted before may be gone, and its count with it: what is offered is the next.
             target.version = update.version - 1
-            with MemoryReceiver.connect(update.address, timeout=update.timeout) as carrier:
+            with closing(receiver_of(update, _device_of(model))) as carrier:
                 return Answer(loading=receive(carrier, target, timeout=update.timeout).loading)
         case Abandon(version=version, why=why):
             if target.version == version:
                 target.version, target.unusable = version - 1, why
             return Answer()
         case Digests(shapes=shapes):
-            found = {}
+            found, algorithm = {}, algorithm_on(str(_device_of(model)))
             for name, shape in shapes.items():
                 try:
-                    found[name] = weight_digest(_read(model, name, shape))
+                    found[name] = weight_digest(_read(model, name, shape), algorithm=algorithm)
                 except WorkerError:
                     continue
             return Answer(digests=found)
         case Read(name=name, shape=shape):
             return answer_with(_read(model, name, shape))
+        case Where():
+            return Answer(device=_gpu(_device_of(model)))
         case Settle():
             return Answer()
         case Expect():
@@ -75,7 +78,7 @@ def _read(model: Any, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """A weight without the zeros that SGLang pads it with on a CPU. ``WorkerError`` if there is something else in the padding,
     which would be computed with."""
     whole = read_weight(model, _name_in(model, name))
-    if len(whole.shape) != len(shape):
+    if len(whole.shape) != len(shape) or tuple(whole.shape) == shape:
         return whole
     part = whole
     for dim, size in enumerate(shape):
@@ -129,6 +132,16 @@ def _forget_pictures() -> None:
         cache = getattr(sys.modules.get(name), "embedding_cache", None)
         if cache is not None:
             cache.clear()
+
+
+def _device_of(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
+
+
+def _gpu(device: torch.device) -> str:
+    """The id by which the driver knows a GPU, in whatever process; ``""`` for a CPU."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
 
 
 def _target_of(model: Any) -> _Model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -16,44 +16,46 @@ from rollout_core.workers.commands import Settle, unusable_of
 from rollout_core.workers.http.client import Client, RequestError, Timeouts
 from rollout_core.workers.http.server import ServerProcess, start_module
 from rollout_core.workers.model_dir import config_of
+from rollout_core.workers.sglang.answers import ENDED
 from rollout_core.workers.sglang.commands import LOADER, Named
 from rollout_core.workers.sglang.engine import SGLangBase
-from rollout_core.workers.versions import check_version
+from rollout_core.workers.sglang.features import Features, room_of
 
 #: What belongs to a server's environment: logprobs of the logits themselves, before temperature.
 _ENVIRONMENT: Final = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
-#: From here on an update stands between calls that begin and end it.
-_SESSIONS: Final = (0, 5, 21)
+#: Seconds in which a server has sent a request with pictures on to its scheduler, or has heard of its first token.
+_SENT_ON: Final = 2.0
 
 
 class SGLangServerEngine(SGLangBase):
-    """``url``: of the server. ``model``: the folder of its model, if that is not where it says."""
+    """``url``: of the server. ``model``: the folder of its model, if that is not where it says. ``positions``: most tokens of a
+    prompt and its response, as many as there is room for if None."""
 
-    def __init__(self, url: str, *, model: str | None, timeout: float, connections: int) -> None:
+    def __init__(self, url: str, *, model: str | None, timeout: float, connections: int, positions: int | None = None) -> None:
         timeouts = Timeouts(total=timeout, silence=timeout)
         self._streams = Client(url, timeout=timeouts, connections=connections)
         self._client = Client(url, timeout=timeouts)  # for what ends requests, and must not wait until some have ended
         loop = asyncio.new_event_loop()
         try:
             info = loop.run_until_complete(_server_info(self._client))
-            version = str(info.get("version"))
-            check_version("SGLang", version)
+            features = Features.of(str(info.get("version")), is_incremental=bool(info.get("incremental_streaming_output")))
             if LOADER not in (info.get("custom_weight_loader") or ()):
                 raise WorkerError(f"the server at {url} was started without --custom-weight-loader {LOADER}: start it with that")
             folder = Path(model or info["model_path"])
             if not (folder / "config.json").is_file():
                 raise WorkerError(f"{url} serves the model in {folder}, which is not on this machine: pass model_dir")
-            self._device = str(info.get("device") or "cuda")
-            self._ranks = int(info.get("tp_size") or 1)
-            self._has_sessions = tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) >= _SESSIONS
+            context = int(info.get("context_length") or config_of(folder).get("max_position_embeddings") or 2**31)
+            room = room_of(info, context)
             super().__init__(
                 folder,
                 loop=loop,
-                positions=int(info.get("context_length") or config_of(folder).get("max_position_embeddings") or 2**31),
-                is_incremental=bool(info.get("incremental_streaming_output")),
-                repeats=bool(info.get("enable_deterministic_inference")),
+                features=features,
+                arguments=info,
+                positions=room if positions is None else min(positions, room),
                 timeout=timeout,
             )
+            self._payloads = int(info.get("tp_size") or 1)
+            self._unsent: dict[str, float] = {}  # requests with pictures of which nothing was heard yet, and when each was sent
             # Whether the loader is really there, and whether somebody has left the weights half done.
             self._unusable = unusable_of(self._ask(Settle(mend=False)))
         except BaseException:
@@ -61,17 +63,30 @@ class SGLangServerEngine(SGLangBase):
             loop.close()
             raise
 
-    async def _generate(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _generate(self, request: dict[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+        name = request["rid"]
         if "image_data" in request:
             urls = ["data:image/png;base64," + base64.b64encode(picture).decode() for picture in request["image_data"]]
             request = {**request, "image_data": urls}
-        async with aclosing(self._streams.stream("/generate", request)) as events:
-            async for event in events:
-                yield event
+            self._unsent[name] = self._loop.time()
+        try:
+            async with aclosing(self._streams.stream("/generate", request)) as events:
+                async for event in events:
+                    self._unsent.pop(name, None)
+                    yield event
+        except RequestError as error:
+            if f"Request {name} was aborted" not in str(error):  # 0.5.17's word for one that it had not sent on
+                raise
+            yield ENDED
+        finally:
+            self._unsent.pop(name, None)
 
     async def _end(self, names: Sequence[str]) -> None:
+        # Told of one whose pictures it still looks at, SGLang (0.5.20 and later) forgets it, and does not listen again.
+        before = self._loop.time() - _SENT_ON
         for name in names:
-            await self._client.post("/abort_request", {"rid": name})
+            if self._unsent.get(name, before) <= before:
+                await self._client.post("/abort_request", {"rid": name})
 
     async def _ping(self) -> None:
         await self._client.get("/health")
@@ -81,7 +96,7 @@ class SGLangServerEngine(SGLangBase):
         written = io.BytesIO()
         ForkingPickler(written).dump(named)
         text = base64.b64encode(written.getvalue()).decode()
-        body = {"serialized_named_tensors": [text] * self._ranks, "load_format": LOADER, "flush_cache": flush}
+        body = {"serialized_named_tensors": [text] * self._payloads, "load_format": LOADER, "flush_cache": flush}
         try:
             return True, str(self._run(self._client.post("/update_weights_from_tensor", body)))
         except RequestError as error:
@@ -90,7 +105,7 @@ class SGLangServerEngine(SGLangBase):
             return False, str(error)
 
     def _session(self, begin: bool) -> None:
-        if self._has_sessions:
+        if self._features.has_sessions:
             self._run(self._client.post("/begin_weight_update" if begin else "/end_weight_update", {}))
 
     def _flush(self) -> bool:
