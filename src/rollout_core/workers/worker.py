@@ -101,6 +101,8 @@ class Worker:
     reads_values = False
     #: Whether an update has to have the buffers that a model computes from its config. Where not, the engine has its own of them.
     takes_computed = True
+    #: Whether the engine quantizes the weights that it is sent, so that what is read back is something else.
+    is_quantized = False
     #: How its engine takes the media of conversations, if it does; see ``workers.media``.
     media_form: Form = "none"
     #: Whether ``step(n)`` makes n steps of the engine and no more. Where not, the engine samples on its own between calls: each
@@ -174,6 +176,8 @@ class Worker:
         """
         if isinstance(source, Iterator):
             raise WorkerError("the source is an iterator, which can be read once only; pass a module, a mapping or a list of pairs")
+        if readback and self.is_quantized:
+            raise WorkerError("the engine quantizes its weights, and what it has is not what it is sent: pass readback=False")
         with self._lock:
             link = self._alive()
             start = time.perf_counter()

@@ -20,7 +20,7 @@ from rollout_core.workers.digests import algorithm_on, weight_digest
 from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
 from rollout_core.workers.hf.generate import check, decode_watched, ends_of, plain, seeded, settings_of
 from rollout_core.workers.hf.media import inputs_of
-from rollout_core.workers.hf.memory import ReleasedWeights
+from rollout_core.workers.hf.memory import ReleasedWeights, reserved
 
 
 @dataclass(eq=False, slots=True)
@@ -154,8 +154,9 @@ class HFEngine:
         if self._released is not None:
             return 0
         self._is_new = True  # what is being decoded waits
+        before = reserved(self.model.device)
         self._released = ReleasedWeights(persistent_weights(self.model).values())
-        return self._released.nbytes
+        return self._released.nbytes if before is None else before - (reserved(self.model.device, emptied=True) or 0)
 
     def resume_memory(self) -> None:
         if self._released is not None:

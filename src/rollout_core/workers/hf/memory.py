@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 
 import torch
 
 from rollout_core.bucketing.tensors import view_key
+
+
+def reserved(device: torch.device, *, emptied: bool = False) -> int | None:
+    """Bytes of a GPU that torch has for this process; ``emptied``: once what is free of them was given back. None on a CPU, where
+    nothing is kept."""
+    if device.type != "cuda":
+        return None
+    if emptied:
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
 
 
 class ReleasedWeights:

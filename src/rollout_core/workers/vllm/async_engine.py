@@ -18,6 +18,7 @@ from rollout_core.workers.streaming import Flight, MissingMedia, Piece
 from rollout_core.workers.vllm.engine import check_can_sleep
 from rollout_core.workers.vllm.media import check_expanded, hits_of, missing_in, prompt_of, reading_options
 from rollout_core.workers.vllm.streamed import VLLMStreamed, options_of, piece_of
+from rollout_core.workers.vllm.versions import check_installed, taken_by
 
 
 class VLLMAsyncEngine(VLLMStreamed):
@@ -28,6 +29,7 @@ class VLLMAsyncEngine(VLLMStreamed):
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        check_installed()
         config = config_of(Path(model))  # if there is none, vLLM would take it for the name of a model to download
         transfer = WeightTransferConfig(backend="rollout_core")
         given = options_of(model, {**reading_options(config), "weight_transfer_config": transfer, **options})
@@ -101,7 +103,8 @@ class VLLMAsyncEngine(VLLMStreamed):
         if call in kinds:
             await getattr(self._llm, call)(kinds[call](**arguments))
         else:
-            await getattr(self._llm, call)(**arguments)
+            method = getattr(self._llm, call)
+            await method(**taken_by(method, arguments))
 
     async def _rpc(self, method: str, *arguments: str) -> list[Any]:
         return list(await self._llm.collective_rpc(method, args=arguments))

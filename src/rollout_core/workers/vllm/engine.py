@@ -34,6 +34,7 @@ from rollout_core.workers.model_dir import Checkpoint, config_of
 from rollout_core.workers.names import name_among
 from rollout_core.workers.vllm.media import check_expanded, hits_of, missing_in, prompt_of, reading_options
 from rollout_core.workers.vllm.streamed import init_info, options_of
+from rollout_core.workers.vllm.versions import check_installed, taken_by
 
 _STATUSES: Final[dict[str, Status]] = {"stop": "stop", "length": "length", "abort": "aborted"}
 
@@ -48,6 +49,7 @@ class VLLMEngine:
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
+        check_installed()
         folder = Path(model)
         config = config_of(folder)  # if there is none, vLLM would take it for the name of a model to download
         self._checkpoint = Checkpoint(folder)
@@ -55,7 +57,12 @@ class VLLMEngine:
             self._llm: Any = LLM(
                 **options_of(
                     model,
-                    {**reading_options(config), "weight_transfer_config": WeightTransferConfig(backend="rollout_core"), **options},
+                    {
+                        **reading_options(config),
+                        "weight_transfer_config": WeightTransferConfig(backend="rollout_core"),
+                        "async_scheduling": False,  # a step is one, and nothing is under way between two
+                        **options,
+                    },
                 )
             )
         except Exception as error:  # of many kinds; what the operator needs is the folder and the cause
@@ -137,7 +144,7 @@ class VLLMEngine:
             self._ask(Expect(update.version))
             llm.start_weight_update()
             llm.update_weights({"update_info": {"version": update.version}})
-            llm.finish_weight_update(weight_version=str(update.version))
+            llm.finish_weight_update(**taken_by(llm.finish_weight_update, {"weight_version": str(update.version)}))
             answers = self._ask(Settle(self._mend))
             # What was computed with the old weights: requests under way are computed anew, and no other may build on them.
             self._engine.reset_encoder_cache()

@@ -4,7 +4,8 @@ vLLM fuses ``q_proj``, ``k_proj`` and ``v_proj`` into ``qkv_proj``, and ``gate_p
 model's ``packed_modules_mapping`` says so. On a CPU a linear layer's weight is packed for oneDNN and then removed
 (``dispatch_cpu_unquantized_gemm``): what is left is a function that multiplies by it. That, given the identity, is the weight as
 the engine uses it, value for value: products with 0 and 1 and sums with 0 are exact, only the sign of a zero is lost, and a NaN or
-an infinity fills its row with NaN.
+an infinity fills its row with NaN. On a GPU what is read is the weight itself, where it is; of a layer that vLLM has quantized to 8
+bits, what it multiplies by.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from rollout_core.errors import WorkerError
 
+_FP8: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: Where a model does not say it.
 _FUSED: Final = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -32,6 +34,8 @@ def read_weight(model: Any, name: str) -> torch.Tensor:
     is_output = path.rpartition(".")[2] == "lm_head"
     if leaf == "weight" and hasattr(module, "cpu_linear") and (tensor.numel() == 0 or is_output):
         tensor = _multiplied_out(module, tensor.dtype)
+    elif leaf == "weight" and tensor.dtype in _FP8:
+        tensor = _dequantized(module, tensor, name)
     if part is not None:
         sizes = list(module.output_partition_sizes)
         tensor = tensor.narrow(0, sum(sizes[:part]), sizes[part])
@@ -61,6 +65,26 @@ def _module_of(model: Any, path: str) -> tuple[Any, int | None]:
         if last in parts and place in modules:
             return modules[place], list(parts).index(last)
     return None, None
+
+
+def _dequantized(module: Any, weight: torch.Tensor, name: str) -> torch.Tensor:
+    """The values that a layer in 8 bits multiplies by, in float32, rows first: vLLM lays some of its weights the other way."""
+    rows = sum(module.output_partition_sizes) if hasattr(module, "output_partition_sizes") else weight.shape[0]
+    is_turned = weight.stride(0) == 1 and weight.stride(1) != 1
+    weight = weight.t() if is_turned else weight
+    scale = getattr(module, "weight_scale", None)
+    scale = getattr(module, "weight_scale_inv", None) if scale is None else scale
+    if isinstance(scale, torch.Tensor) and weight.shape[0] == rows:
+        if scale.numel() == 1:
+            return weight.float() * scale.float().reshape(())
+        if scale.numel() == rows:
+            return weight.float() * scale.float().reshape(rows, 1)
+        block = getattr(module, "weight_block_size", None)
+        if block is not None and scale.dim() == 2:
+            for dim, size in enumerate(block):
+                scale = scale.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
+            return weight.float() * scale.float()
+    raise WorkerError(f"{name!r} is quantized in a way that is not read back: {weight.dtype}, {list(weight.shape)}")
 
 
 def _multiplied_out(module: Any, dtype: torch.dtype) -> torch.Tensor:

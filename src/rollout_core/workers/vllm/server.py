@@ -17,13 +17,14 @@ from rollout_core.workers.http.server import ServerProcess, start_module
 from rollout_core.workers.streaming import Flight, Piece
 from rollout_core.workers.versions import check_version
 from rollout_core.workers.vllm.streamed import EXTENSION, VLLMStreamed, piece_of
+from rollout_core.workers.vllm.versions import route_words
 
 #: What belongs to a server's environment.
 _ENVIRONMENT: Final = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
 #: What a vLLM server writes for a logprob that is no number.
 _NO_LOGPROB: Final = -9999.0
 _ADVICE: Final = (
-    f"start it with VLLM_SERVER_DEV_MODE=1, --enable-scale-out, --worker-extension-cls {EXTENSION} and "
+    f"start it with VLLM_SERVER_DEV_MODE=1, --enable-scale-out where it has that, --worker-extension-cls {EXTENSION} and "
     """--weight-transfer-config '{"backend": "rollout_core"}', on this machine"""
 )
 
@@ -53,13 +54,16 @@ class VLLMServerEngine(VLLMStreamed):
 
     async def _generate(self, flight: Flight, params: dict[str, Any]) -> AsyncGenerator[Piece, None]:
         request = {"request_id": flight.name, "token_ids": flight.prompt, "sampling_params": params, "stream": True}
+        reason = None
         try:
             async with aclosing(self._streams.stream("/inference/v1/generate", request)) as events:
                 async for event in events:
                     for choice in event["choices"]:
                         rows = (choice.get("logprobs") or {}).get("content") or ()
-                        logprobs = [_logprob(row["logprob"]) for row in rows]
-                        yield piece_of(choice.get("token_ids") or (), logprobs, choice.get("finish_reason"))
+                        logprobs, reason = [_logprob(row["logprob"]) for row in rows], choice.get("finish_reason")
+                        yield piece_of(choice.get("token_ids") or (), logprobs, reason)
+            if reason is None:  # an older vLLM's way to end one that was aborted: see ``versions``
+                yield piece_of((), (), "abort")
         except RequestError as error:
             if "Out of range float values" in str(error):  # what vLLM says of a NaN that it cannot write
                 raise WorkerError("the model gave NaN logits: check the weights it was last given") from error
@@ -127,7 +131,7 @@ def start_server(
         [
             *("--model", str(model_dir), "--worker-extension-cls", EXTENSION),
             *("--weight-transfer-config", '{"backend": "rollout_core"}', "--generation-config", "vllm"),
-            *("--skip-tokenizer-init", "--enable-scale-out", *options),
+            *("--skip-tokenizer-init", *route_words(), *options),
         ],
         environment={**_ENVIRONMENT, **(environment or {})},
         port=port,

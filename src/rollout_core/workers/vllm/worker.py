@@ -20,6 +20,20 @@ _ENVIRONMENT: Final = {
 }
 _CPU_CACHE: Final = 256 << 20  # bytes; vLLM itself takes half of the machine's memory
 _CPU_ENVIRONMENT: Final = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+#: Its attention in float32 is a Triton kernel, which would multiply TF32.
+_FLOAT32_ENVIRONMENT: Final = {"TRITON_F32_DEFAULT": "ieee"}
+
+
+def _environment(device: str, dtype: str) -> dict[str, str]:
+    more = _CPU_ENVIRONMENT if device == "cpu" else _FLOAT32_ENVIRONMENT if dtype == "float32" else {}
+    return {**_ENVIRONMENT, **more}
+
+
+def _options(device: str, dtype: str) -> dict[str, Any]:
+    """What vLLM is started with unless the caller says otherwise."""
+    if device == "cpu":
+        return {"dtype": dtype, "enforce_eager": True}
+    return {"dtype": dtype, "enable_sleep_mode": True}
 
 
 class _VLLM(Worker):
@@ -64,18 +78,18 @@ class VLLMWorker(_VLLM):
         start_timeout: float = 300.0,
         timeout: float = 300.0,
     ) -> None:
-        options: dict[str, Any] = {"dtype": dtype, "enforce_eager": True}
+        options = _options(device, dtype)
         if max_model_len is not None:
             options["max_model_len"] = max_model_len
         options |= engine_options or {}
+        self.is_quantized = options.get("quantization") is not None
         if device == "cpu" and not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & options.keys():
             options["kv_cache_memory_bytes"] = _CPU_CACHE
         if mode not in self.engine_classes:
             raise WorkerError(f"mode is {mode!r}: pass {' or '.join(map(repr, self.engine_classes))}")
         given = {"model": str(model_dir), "options": options, "mend": mend}
         own = {
-            **_ENVIRONMENT,
-            **(_CPU_ENVIRONMENT if device == "cpu" else {}),
+            **_environment(device, dtype),
             "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(mode == "async")),  # or stepped where it is served
         }
         if mode == "async":
@@ -128,10 +142,16 @@ class VLLMServerWorker(_VLLM, ServerWorker):
         are words of vLLM's command line."""
         from rollout_core.workers.vllm.server import start_server
 
-        options = [f"--dtype={dtype}", "--enforce-eager"]
+        options = [word for name, value in _options(device, dtype).items() for word in _words(name, value)]
         options += [] if max_model_len is None else [f"--max-model-len={max_model_len}"]
         if device == "cpu" and not any(word.startswith("--kv-cache-memory-bytes") for word in server_options):
             options.append(f"--kv-cache-memory-bytes={_CPU_CACHE}")
-        own = {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if device == "cpu" else {}), **(environment or {})}
+        own = {**_environment(device, dtype), **(environment or {})}
         server = start_server(model_dir, [*options, *server_options], environment=own, start_timeout=start_timeout)
         return cls(server.url, carrier=carrier, timeout=timeout, server=server)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """Of a command line, for an option that is no flag or is set."""
+    flag = f"--{name.replace('_', '-')}"
+    return [flag] if value is True else [f"{flag}={value}"]
