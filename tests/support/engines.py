@@ -1,4 +1,8 @@
-"""Workers and servers of every engine as the tests start them, on the CPU."""
+"""Workers and servers of every engine as the tests start them: on the CPU, or with ROLLOUT_CORE_DEVICE=cuda on a GPU.
+
+Both compute in float32, and without TF32 (vLLM's workers see to that themselves), so that greedy tokens are the reference's, one by
+one. SGLang's kernels for a GPU take no float32: what is tested of it there is in tests/gpu/sglang.
+"""
 
 import copy
 import os
@@ -11,11 +15,19 @@ import transformers
 from rollout_core.workers import HFWorker, SGLangServerWorker, SGLangWorker, VLLMServerWorker, VLLMWorker
 
 ENGINE = os.environ.get("ROLLOUT_CORE_ENGINE", "hf")
+DEVICE = os.environ.get("ROLLOUT_CORE_DEVICE", "cpu")
 POSITIONS = 256
 TIMEOUT = 60
 CPU = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 VLLM_CPU = {**CPU, "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
-VLLM_SERVER = ["--dtype=float32", "--enforce-eager", f"--max-model-len={POSITIONS}", f"--kv-cache-memory-bytes={32 << 20}"]
+#: FlashInfer's sampler would be compiled first, and has no float32.
+VLLM_CUDA = {**CPU, "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_LOGGING_LEVEL": "WARNING", "TRITON_F32_DEFAULT": "ieee"}
+VLLM_ENVIRONMENT = {"cpu": VLLM_CPU, "cuda": VLLM_CUDA}[DEVICE]
+VLLM_CACHE = {"cpu": 32 << 20, "cuda": 256 << 20}[DEVICE]
+VLLM_SERVER = [
+    *("--dtype=float32", "--enforce-eager", f"--max-model-len={POSITIONS}", f"--kv-cache-memory-bytes={VLLM_CACHE}"),
+    *(["--enable-sleep-mode"] if DEVICE == "cuda" else []),
+]
 SGLANG_SERVER = [
     *("--device=cpu", "--dtype=float32", "--attention-backend=torch_native", "--sampling-backend=pytorch"),
     *("--grammar-backend=none", "--disable-cuda-graph", "--disable-overlap-schedule", "--max-total-tokens=16384"),
@@ -44,7 +56,7 @@ def running_server(kind, folder, options=()):
     if kind == "vllm":
         from rollout_core.workers.vllm.server import start_server
 
-        server = start_server(str(folder), [*VLLM_SERVER, *options], environment=VLLM_CPU, start_timeout=180)
+        server = start_server(str(folder), [*VLLM_SERVER, *options], environment=VLLM_ENVIRONMENT, start_timeout=180)
     else:
         from rollout_core.workers.sglang.server import start_server
 
@@ -60,12 +72,19 @@ def running_server(kind, folder, options=()):
 def running_worker(kind, folder):
     folder = str(folder)
     if kind == "hf":
-        making = HFWorker(folder, threads=1, timeout=TIMEOUT)
+        making = HFWorker(folder, threads=1, device=DEVICE, timeout=TIMEOUT)
     elif kind == "sglang":
         making = SGLangWorker(folder, max_model_len=POSITIONS, timeout=TIMEOUT)
     elif kind in ("vllm", "vllm_async"):
-        mode, options = ("stepped" if kind == "vllm" else "async"), {"kv_cache_memory_bytes": 32 << 20}
-        making = VLLMWorker(folder, mode=mode, max_model_len=POSITIONS, engine_options=options, timeout=TIMEOUT)
+        making = VLLMWorker(
+            folder,
+            device=DEVICE,
+            mode="stepped" if kind == "vllm" else "async",
+            max_model_len=POSITIONS,
+            engine_options={"kv_cache_memory_bytes": VLLM_CACHE, "enforce_eager": True},
+            environment=VLLM_ENVIRONMENT if DEVICE == "cuda" else None,
+            timeout=TIMEOUT,
+        )
     else:
         assert kind in ("vllm_server", "sglang_server"), kind
         with running_server(kind.partition("_")[0], folder) as server:
@@ -96,9 +115,9 @@ def make_model(*, tied):
 
 
 def changed(model, seed):
-    """The model with other weights, biases included, which transformers begins with zeros."""
+    """The model with other weights, biases included, which transformers begins with zeros; where the engines are."""
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in other.parameters():
             tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
-    return other
+    return other.to(DEVICE)

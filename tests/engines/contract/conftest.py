@@ -1,9 +1,10 @@
-"""The same tests on every engine: ROLLOUT_CORE_ENGINE says which. An engine that is missing fails them: none is skipped."""
+"""The same tests on every engine: ROLLOUT_CORE_ENGINE says which, ROLLOUT_CORE_DEVICE where. An engine that is missing fails them,
+and so does a GPU: none is skipped."""
 
 import pytest
 import torch
 
-from support.engines import ENGINE, changed, make_model, running_worker
+from support.engines import DEVICE, ENGINE, changed, make_model, running_worker
 
 #: The workers of an engine, each with a model whose embeddings are tied or not: both where an update is read by other code.
 KINDS = {
@@ -14,6 +15,12 @@ KINDS = {
 
 #: transformers is no server.
 collect_ignore = ["test_servers.py"] if ENGINE == "hf" else []
+
+
+@pytest.fixture(autouse=True, scope="session")
+def a_device():
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        pytest.fail("ROLLOUT_CORE_DEVICE is cuda, and no GPU is here")
 
 
 class Place:
