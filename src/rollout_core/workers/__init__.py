@@ -12,8 +12,10 @@ from rollout_core.workers.contract import Completion, RolloutBatch, SamplingPara
 
 if TYPE_CHECKING:
     from rollout_core.workers.group import RolloutGroup
+    from rollout_core.workers.hf.sharded import ShardedHFWorker
     from rollout_core.workers.hf.worker import HFWorker
     from rollout_core.workers.sglang.worker import SGLangServerWorker, SGLangWorker
+    from rollout_core.workers.sharded import sync_sharded
     from rollout_core.workers.vllm.worker import VLLMServerWorker, VLLMWorker
     from rollout_core.workers.worker import SyncReport, Worker
 
@@ -25,10 +27,12 @@ __all__ = [
     "SGLangServerWorker",
     "SGLangWorker",
     "SamplingParams",
+    "ShardedHFWorker",
     "SyncReport",
     "VLLMServerWorker",
     "VLLMWorker",
     "Worker",
+    "sync_sharded",
     "to_batch",
 ]
 
@@ -37,10 +41,12 @@ _PLACES: Final = {
     "RolloutGroup": "rollout_core.workers.group",
     "SGLangServerWorker": "rollout_core.workers.sglang.worker",
     "SGLangWorker": "rollout_core.workers.sglang.worker",
+    "ShardedHFWorker": "rollout_core.workers.hf.sharded",
     "SyncReport": "rollout_core.workers.worker",
     "VLLMServerWorker": "rollout_core.workers.vllm.worker",
     "VLLMWorker": "rollout_core.workers.vllm.worker",
     "Worker": "rollout_core.workers.worker",
+    "sync_sharded": "rollout_core.workers.sharded",
 }
 
 

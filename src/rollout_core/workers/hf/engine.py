@@ -18,7 +18,7 @@ from rollout_core.transfer.targets import persistent_weights
 from rollout_core.workers.carriers import receiver_of
 from rollout_core.workers.digests import algorithm_on, weight_digest
 from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
-from rollout_core.workers.hf.generate import check, decode_watched, ends_of, plain, seeded, settings_of
+from rollout_core.workers.hf.generate import check, decode_watched, ends_of, eos_ids_of, pad_id_of, plain, seeded, settings_of
 from rollout_core.workers.hf.media import inputs_of
 from rollout_core.workers.hf.memory import ReleasedWeights, reserved
 
@@ -83,7 +83,7 @@ class HFEngine:
 
     def submit(self, group: Group) -> None:
         self._check_usable()
-        params, eos = group.params, self._eos_token_ids()
+        params, eos = group.params, eos_ids_of(self.model)
         prompts: dict[int, list[int]] = {request.place: _prompt(request) for request in group.requests}
         inputs = {request.place: request.inputs for request in group.requests if request.inputs}
         if inputs and not self._sees:
@@ -202,7 +202,7 @@ class HFEngine:
             return [self._is_new or row.request.key not in queued.rows for row in batch]
 
         left = params.response_length - len(batch[0].tokens)
-        settings = settings_of(params, ends, self._pad_token_id(), left)
+        settings = settings_of(params, ends, pad_id_of(self.model), left)
         prompts: list[Sequence[int]] = [[*_prompt(row.request), *row.tokens] for row in batch]
         places = [row.request.place for row in batch]
         try:
@@ -227,19 +227,6 @@ class HFEngine:
         self._check_resumed()
         if self.weights.unusable is not None:
             raise WorkerError(f"the worker's weights are unusable: {self.weights.unusable}; call sync_weights again")
-
-    def _pad_token_id(self) -> int:
-        """Any id serves, as masks say what is padding; some configs have none, or -1."""
-        config = self.model.config.get_text_config()
-        return config.pad_token_id if config.pad_token_id in range(config.vocab_size) else 0
-
-    def _eos_token_ids(self) -> list[int]:
-        """From the model's generation config, or its config if that has none."""
-        for config in (getattr(self.model, "generation_config", None), self.model.config.get_text_config()):
-            eos = getattr(config, "eos_token_id", None)
-            if eos is not None:
-                return [eos] if isinstance(eos, int) else list(eos)
-        return []
 
 
 def _prompt(request: Request) -> list[int]:

@@ -166,7 +166,7 @@ def generate(
     samples = 1 if greedy else params.n
     rows = [(index, sample) for index in range(len(prompts)) for sample in range(samples)]
     completions: list[Completion] = []
-    with plain(model), seeded(None if greedy else params.seed, model.device):
+    with plain(model), seeded(None if greedy else params.seed, device_of(model)):
         for start in range(0, len(rows), max_batch):
             places = rows[start : start + max_batch]
             recorder = _Recorder([index for index, _ in places])
@@ -188,6 +188,30 @@ def generate(
                     for copy in (range(params.n) if greedy else (sample,))
                 ]
     return completions
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model computes: where it is, and for shards that are kept on the CPU meanwhile, the device of their mesh."""
+    mesh = getattr(next(model.parameters(), None), "device_mesh", None)
+    if mesh is None or mesh.device_type == model.device.type:
+        device: torch.device = model.device
+        return device
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+def pad_id_of(model: Any) -> int:
+    """An id for padding: any serves, as masks say what it is; some configs have none, or -1."""
+    config = model.config.get_text_config()
+    return config.pad_token_id if config.pad_token_id in range(config.vocab_size) else 0
+
+
+def eos_ids_of(model: Any) -> list[int]:
+    """From the model's generation config, or its config if that has none."""
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return [eos] if isinstance(eos, int) else list(eos)
+    return []
 
 
 def ends_of(params: SamplingParams, eos_token_ids: Sequence[int]) -> set[int]:
@@ -234,14 +258,16 @@ def decode(
     width = max(map(len, prompts))
     ids = [[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    device = device_of(model)
     output = model.generate(
-        input_ids=torch.tensor(ids, device=model.device),
+        input_ids=torch.tensor(ids, device=device),
         # Given, not guessed: transformers would take it from the pad id, which may stand inside a prompt. It makes
         # the position ids from this mask, so that each prompt's first token is at position 0.
-        attention_mask=torch.tensor(mask, device=model.device),
+        attention_mask=torch.tensor(mask, device=device),
         generation_config=settings,
         logits_processor=LogitsProcessorList([recorder]),
         stopping_criteria=criteria,
+        synced_gpus=False,  # ranks of a sharded model keep in step by themselves: hf/sharded.py
         **(more or {}),
     )
     recorder.settle(output)
