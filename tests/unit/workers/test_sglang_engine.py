@@ -202,16 +202,24 @@ def test_requests_have_the_room_that_sglang_really_has(start, monkeypatch):
         submit(engine, length=56)
     submit(engine, length=55)
     monkeypatch.setattr(os, "environ", {**os.environ})
-    engine, _ = start(positions=64, script=Script(info={"max_req_input_len": 64, "max_total_num_tokens": 10_000}))
+    engine, _ = start(positions=64, script=Script(info={"max_req_input_len": 90, "max_total_num_tokens": 10_000}))
     assert engine._engine.options["context_length"] == 70
     submit(engine, length=61)
     with pytest.raises(WorkerError, match="passes the model's 64 positions"):
         submit(engine, length=62)
 
 
+def test_requests_are_held_to_what_was_asked_for_where_sglang_has_more_room(start):
+    engine, _ = start(positions=20, context_length=200, script=Script(info={}))
+    submit(engine, length=17)
+    with pytest.raises(WorkerError, match="passes the model's 20 positions"):
+        submit(engine, length=18)
+
+
 def test_room_of_a_small_cache():
     assert room_of({"max_req_input_len": 250, "max_total_num_tokens": 128, "page_size": 16}, 256) == 96
     assert room_of({"max_req_input_len": 250, "max_total_num_tokens": 128}, 256) == 126
+    assert room_of({"max_req_input_len": 40, "max_total_num_tokens": 128}, 256) == 40
     assert room_of({}, 256) == 250
     assert room_of({"max_total_num_tokens": 1}, 256) == 1
 
