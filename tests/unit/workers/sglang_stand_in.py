@@ -30,6 +30,10 @@ class Model(torch.nn.Module):
         super().__init__()
         self.norm = torch.nn.Linear(4, 4, bias=False)
 
+    def load_weights(self, pairs):
+        for name, tensor in pairs:
+            dict(self.named_parameters())[name].copy_(tensor)
+
 
 @dataclass
 class State:

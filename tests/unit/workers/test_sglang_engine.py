@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import save_file
 
+from rollout_core.bucketing import plan_buckets, specs_of
 from rollout_core.errors import WorkerError
+from rollout_core.transfer import send
+from rollout_core.transfer.carriers.memory import MemorySender
 from rollout_core.workers import SamplingParams, SGLangWorker
-from rollout_core.workers.engine import Group, Request
+from rollout_core.workers.engine import Group, Request, Update
 from rollout_core.workers.sglang import engine as engine_module
 from rollout_core.workers.sglang.answers import ENDED, piece_of
 from rollout_core.workers.sglang.engine import SGLangEngine
@@ -98,6 +103,45 @@ def test_an_update_that_flushed_by_itself_needs_no_more(start):
     engine._version = 1
     engine.abandon(1)
     assert heard == ["begin", "update, flush True", "end"]
+
+
+def update(engine, weights, version):
+    """What a worker does with its engine."""
+    plan, address = plan_buckets(specs_of(weights), 1 << 20), f"{os.getpid()}-{id(engine)}-{version}"
+    with ThreadPoolExecutor(1) as beside:
+        sending = beside.submit(lambda: _send(plan, weights, address, version))
+        try:
+            engine.update(Update(address, version, 5.0))
+        finally:
+            sending.exception()
+
+
+def _send(plan, weights, address, version):
+    with MemorySender.listen(address, timeout=5) as end:
+        send(plan, weights, end, version=version, timeout=5)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_t5_an_update_is_received_into_the_model(start, version):
+    engine, _ = start(version)
+    weights = {"norm.weight": torch.arange(16.0).view(4, 4)}
+    update(engine, weights, 1)
+    assert engine.version == 1
+    assert torch.equal(engine.read_tensor("norm.weight"), weights["norm.weight"])
+    assert engine.digests(None) == {"norm.weight": xxhash.xxh3_128_hexdigest(weights["norm.weight"].numpy().data)}
+
+
+def test_t5_weights_that_sglang_has_quantized_are_left_as_they_are(start):
+    engine, _ = start("0.5.17")
+    parameter = torch.nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    engine._engine.model.norm.weight = parameter
+    with pytest.raises(WorkerError, match=r"quantized its weights when it started \('norm.weight' has 8 bits\)"):
+        update(engine, {"norm.weight": torch.zeros(4, 4)}, 1)
+    assert (engine.version, engine._unusable) == (0, None)
+    assert bool((parameter.float() == 1).all())
+    weights = {"norm.weight": torch.full((4, 4), 3.0).to(torch.float8_e4m3fn)}
+    update(engine, weights, 1)
+    assert bool((parameter.float() == 3).all())
 
 
 def test_what_is_only_read_flushes_nothing(start):

@@ -106,7 +106,13 @@ class _Model:
         self._model = model
 
     def begin(self, plan: BucketPlan | None, version: int) -> None:
-        pass
+        """Refuse weights of 16 bits for those that SGLang made 8 of when it started, which it would load as they are."""
+        own = next((name for name, tensor in self._model.named_parameters() if _is_of_8_bits(tensor.dtype)), None)
+        if own is not None and plan is not None and not any(_is_of_8_bits(spec.dtype) for spec in plan.specs):
+            raise WorkerError(
+                f"SGLang has quantized its weights when it started ({own!r} has 8 bits), and cannot take these: start it without "
+                "quantization, or from a checkpoint that is quantized and updated as such"
+            )
 
     def load(self, pairs: list[Pair]) -> None:
         self.unusable = "an update to them was not completed"
@@ -124,6 +130,10 @@ class _Model:
     def abort(self, version: int) -> None:
         if self.version == version:
             self.version, self.unusable = version - 1, "an update to them was interrupted"
+
+
+def _is_of_8_bits(dtype: torch.dtype) -> bool:
+    return dtype.itemsize == 1 and dtype is not torch.bool
 
 
 def _forget_pictures() -> None:
