@@ -26,9 +26,9 @@ class Ended:
     seconds: float
 
 
-def run_ranks(size: int, function: str, *arguments: Any, timeout: float = 60.0) -> list[Ended]:
+def run_ranks(size: int, function: str, *arguments: Any, timeout: float = 60.0, **environment: str) -> list[Ended]:
     """Call ``module:name`` with the rank and these arguments on each rank. Ranks that are left after ``timeout`` seconds are
-    killed, and say so in ``error``."""
+    killed, and say so in ``error``. ``environment``: variables that they have, with ``{rank}`` filled in."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +36,9 @@ def run_ranks(size: int, function: str, *arguments: Any, timeout: float = 60.0) 
         pipes, processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(rank, size, folder, function, arguments, theirs), daemon=False)
+            process = context.Process(
+                target=_rank, args=(rank, size, folder, function, arguments, environment, theirs), daemon=False
+            )
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -62,14 +64,20 @@ def run_ranks(size: int, function: str, *arguments: Any, timeout: float = 60.0) 
         return [Ended(*one[:2], process.exitcode, one[2]) for one, process in zip(said, processes, strict=True)]
 
 
-def _rank(rank: int, size: int, folder: str, function: str, arguments: tuple[Any, ...], pipe: Any) -> None:
+def _rank(
+    rank: int, size: int, folder: str, function: str, arguments: tuple[Any, ...], environment: dict[str, str], pipe: Any
+) -> None:
     import torch
     import torch.distributed as dist
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.update({name: value.format(rank=rank) for name, value in environment.items()})
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=size)
+        backend = environment.get("ROLLOUT_CORE_BACKEND", "gloo")
+        if "nccl" in backend:
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=size)
         module, _, name = function.partition(":")
         result = (getattr(importlib.import_module(module), name)(rank, *arguments), None)
     except BaseException:

@@ -27,6 +27,9 @@ from rollout_core.workers import HFWorker, SamplingParams, ShardedHFWorker, sync
 from rollout_core.workers.hf.generate import generate
 
 TIMEOUT = 20.0
+#: Of the worker, and of the trainer. On several GPUs each rank has one.
+DEVICE = os.environ.get("ROLLOUT_CORE_DEVICE", "cpu")
+TRAINER = os.environ.get("ROLLOUT_CORE_TRAINER", "cpu")
 PROMPTS = [[5], [9, 8, 7], [3] * 20, [2, 11, 2]]
 
 
@@ -34,11 +37,12 @@ def trainer(folder: str, seed: int = 1) -> Any:
     """The whole model after a step of training, the same on every rank."""
     model = load_trainer(folder)
     perturb(model, 0.05, seed=seed)
-    return model
+    return model.to(TRAINER)
 
 
 def shard(model: Any, **options: Any) -> Any:
-    """FSDP2 as trainers apply it: each layer, then the model."""
+    """FSDP2 as trainers apply it: each layer, then the model. Also on the CPU of a machine with a GPU, which it would take."""
+    options.setdefault("mesh", init_device_mesh(TRAINER, (dist.get_world_size(),)))
     for layer in model.model.layers:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
@@ -61,7 +65,7 @@ def differing(worker: HFWorker, whole: Any, cast: torch.dtype | None = None) -> 
         expected = tensor.detach()
         if cast is not None and name in parameters:
             expected = expected.to(cast)
-        if bytes_of(worker.read_tensor(name)) != bytes_of(expected):
+        if bytes_of(worker.read_tensor(name)) != bytes_of(expected.cpu()):
             wrong.append(name)
     return wrong
 
@@ -101,7 +105,7 @@ class Live(TorchDispatchMode):
 def updates(rank, folder, group):
     """From rank 0, in small buckets, and then from rank 1 in another order, cut along the second dimension."""
     found = {}
-    with HFWorker(folder, process=False, timeout=TIMEOUT) as worker:
+    with HFWorker(folder, device=DEVICE, process=False, timeout=TIMEOUT) as worker:
         for sender, options in ((0, {}), (1, {"shard_placement_fn": lambda tensor: Shard(tensor.ndim - 1)})):
             whole = trainer(folder, seed=sender + 1)
             model = shard(trainer(folder, seed=sender + 1), **options)
@@ -118,7 +122,7 @@ def updates(rank, folder, group):
             if rank == sender:
                 params = SamplingParams(response_length=12)
                 eos = sorted(eos_token_ids(whole))
-                expected = generate(whole, PROMPTS, params, eos_token_ids=eos, pad_token_id=0)
+                expected = generate(whole.to(DEVICE), PROMPTS, params, eos_token_ids=eos, pad_token_id=0)
                 found[sender] |= {
                     "wrong": differing(worker, whole),
                     "digest": worker.weights_digest(),
@@ -132,9 +136,9 @@ def cast(rank, folder, group):
     """Master weights in float32, sent as bfloat16, after a forward pass that left whole parameters in the model."""
     whole, model = trainer(folder), shard(trainer(folder))
     with torch.no_grad():
-        model(input_ids=torch.tensor([[1, 2, 3]]))
+        model(input_ids=torch.tensor([[1, 2, 3]], device=TRAINER))
     before = [type(one).__name__ for one in model.parameters()]
-    with HFWorker(folder, dtype="bfloat16", process=False, timeout=TIMEOUT) as worker:
+    with HFWorker(folder, dtype="bfloat16", device=DEVICE, process=False, timeout=TIMEOUT) as worker:
         report = sync_sharded(worker if rank == 0 else None, model, dtype=torch.bfloat16, group=group, timeout=TIMEOUT)
         wrong = differing(worker, whole, torch.bfloat16) if rank == 0 else None
     return {"wrong": wrong, "nbytes": report.nbytes, "before": before}
@@ -146,11 +150,11 @@ def wrapped(rank, folder, group):
 
     model = trainer(folder)
     for place, layer in enumerate(model.model.layers):
-        model.model.layers[place] = fully_shard(checkpoint_wrapper(layer))
-    fully_shard(model)
+        model.model.layers[place] = checkpoint_wrapper(layer)
+    shard(model)
     outer = torch.nn.ModuleDict({"policy": torch.nn.ModuleDict({"_orig_mod": model})})
     names = [name for name, _ in outer.named_parameters()]
-    with HFWorker(folder, process=False, timeout=TIMEOUT) as worker:
+    with HFWorker(folder, device=DEVICE, process=False, timeout=TIMEOUT) as worker:
         sync_sharded(
             worker if rank == 0 else None, outer, rename=lambda name: name.removeprefix("policy."), group=group, timeout=TIMEOUT
         )
@@ -169,7 +173,7 @@ def memory(rank, folder, group):
 
     MemorySender.lay_out = spied
     try:
-        with HFWorker(folder, process=False, timeout=TIMEOUT) as worker, Live() as live:
+        with HFWorker(folder, device=DEVICE, process=False, timeout=TIMEOUT) as worker, Live() as live:
             sync_sharded(worker if rank == 0 else None, model, capacity=30_000, group=group, timeout=TIMEOUT)
     finally:
         MemorySender.lay_out = lay_out
@@ -187,7 +191,7 @@ def refusals(rank, folder, group):
             raise MemoryError("no memory for a part")
         return start(self)
 
-    with HFWorker(folder, process=False, timeout=TIMEOUT) as worker:
+    with HFWorker(folder, device=DEVICE, process=False, timeout=TIMEOUT) as worker:
         mine = worker if rank == 0 else None
 
         def sync(source: Any = model, **options: Any) -> Any:
@@ -252,7 +256,7 @@ def rollouts(rank, folder, group):
 
 def bad_rollouts(rank, folder, group):
     """A refused prompt, versions that differ, weights that are NaN, and in the end an error within a forward pass."""
-    model = shard(trainer(folder), mesh=init_device_mesh("cpu", (2,)))
+    model = shard(trainer(folder))
     worker = ShardedHFWorker(model, group=group, timeout=TIMEOUT)
     params = SamplingParams(response_length=4)
     found = {"prompt": failure(lambda: worker.generate([[5], [999]] if rank else PROMPTS, params))}
@@ -261,6 +265,13 @@ def bad_rollouts(rank, folder, group):
     found["versions"] = failure(lambda: worker.generate(PROMPTS, params))
     worker.version = 1
     found["tokens"] = len(worker.generate(PROMPTS, params))
+    weight = model.model.norm.weight.to_local()
+    kept = weight.clone()
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+        found["nan"] = failure(lambda: worker.generate(PROMPTS[rank : rank + 2], params, max_batch=1))
+        weight.copy_(kept)
+    found["after nan"] = len(worker.generate(PROMPTS, params))
     worker = ShardedHFWorker(model, group=group, timeout=2.0)
     calls = []
 
@@ -306,7 +317,7 @@ def dies(rank: int, folder: str, who: int, how: str) -> Any:
         return start(self)
 
     sharded.Way.start = dying
-    with HFWorker(folder, process=False, timeout=TIMEOUT) as worker:
+    with HFWorker(folder, device=DEVICE, process=False, timeout=TIMEOUT) as worker:
         begun = time.monotonic()
         timeout = 2.0 if how == "stop" else TIMEOUT
         error = failure(lambda: sync_sharded(worker if rank == 0 else None, model, capacity=10_000, timeout=timeout))

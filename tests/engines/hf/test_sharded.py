@@ -160,6 +160,15 @@ def test_t2_a_prompt_that_one_rank_refuses_ends_the_call_on_every_rank(found):
 
 
 @scenario("bad_rollouts")
+def test_t2_weights_that_are_nan_end_the_call_on_every_rank(found):
+    for rank in found:
+        kind, text, _ = rank["nan"]
+        assert kind == "WorkerError"
+        assert text.startswith("the model gave NaN or infinite logits for prompt 0")
+    assert [rank["after nan"] for rank in found] == [4, 4]
+
+
+@scenario("bad_rollouts")
 def test_w5_ranks_agree_on_the_version(found):
     for rank in found:
         assert rank["versions"][0] == "WorkerError"

@@ -5,8 +5,9 @@ field left unset from the checkpoint's ``generation_config``, where a repetition
 that would bend the distribution a trainer believes in, and some of those fields have no value that means "off".
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -199,6 +200,14 @@ def device_of(model: Any) -> torch.device:
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
+@contextmanager
+def _offloaded() -> Iterator[None]:
+    """transformers warns of inputs on another device than the model's, which is where the shards are, and not where it computes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are calling .generate", UserWarning)
+        yield
+
+
 def pad_id_of(model: Any) -> int:
     """An id for padding: any serves, as masks say what it is; some configs have none, or -1."""
     config = model.config.get_text_config()
@@ -259,17 +268,18 @@ def decode(
     ids = [[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     device = device_of(model)
-    output = model.generate(
-        input_ids=torch.tensor(ids, device=device),
-        # Given, not guessed: transformers would take it from the pad id, which may stand inside a prompt. It makes
-        # the position ids from this mask, so that each prompt's first token is at position 0.
-        attention_mask=torch.tensor(mask, device=device),
-        generation_config=settings,
-        logits_processor=LogitsProcessorList([recorder]),
-        stopping_criteria=criteria,
-        synced_gpus=False,  # ranks of a sharded model keep in step by themselves: hf/sharded.py
-        **(more or {}),
-    )
+    with _offloaded() if device.type != model.device.type else nullcontext():
+        output = model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            # Given, not guessed: transformers would take it from the pad id, which may stand inside a prompt. It makes
+            # the position ids from this mask, so that each prompt's first token is at position 0.
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([recorder]),
+            stopping_criteria=criteria,
+            synced_gpus=False,  # ranks of a sharded model keep in step by themselves: hf/sharded.py
+            **(more or {}),
+        )
     recorder.settle(output)
     responses: list[list[int]] = output[:, width:].tolist()
     return responses
