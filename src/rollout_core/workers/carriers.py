@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 import torch
 
@@ -94,13 +94,16 @@ class Senders:
 
 
 def gpu_of(source: Source) -> torch.device | None:
-    """The GPU that a source's first tensor on one is on; None if none is."""
+    """The GPU that a source's first tensor on one is on; None if none is. No tensor is made for it: a mapping of another kind than
+    ``dict``, which may have to, is asked for its ``device``."""
+    tensors: Iterable[Any] = ()
     if isinstance(source, torch.nn.Module):
-        tensors = list(named_weights(source).values())
-    elif isinstance(source, Mapping):
-        tensors = list(source.values())
+        tensors = named_weights(source).values()
+    elif isinstance(source, dict):
+        tensors = source.values()
     elif isinstance(source, list | tuple):
-        tensors = [tensor for _, tensor in source]
-    else:
-        return None
-    return next((tensor.device for tensor in tensors if getattr(tensor, "device", None) is not None and tensor.is_cuda), None)
+        tensors = (tensor for _, tensor in source)
+    elif isinstance(device := getattr(source, "device", None), str | torch.device):
+        found = torch.device(device)
+        return found if found.type == "cuda" else None
+    return next((tensor.device for tensor in tensors if getattr(tensor, "is_cuda", False)), None)

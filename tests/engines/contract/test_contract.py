@@ -98,7 +98,11 @@ def test_samples_are_grouped_and_repeatable(place):
     completions = place.worker.generate(PROMPTS, params)
     assert [(one.prompt_index, one.sample_index) for one in completions] == [(p, s) for p in range(len(PROMPTS)) for s in range(3)]
     again = place.worker.generate(PROMPTS, params)
-    assert (completions == again) == ("seeds" in place.worker.capabilities)
+    assert (tokens_of(completions) == tokens_of(again)) == ("seeds" in place.worker.capabilities)
+    if "seeds" in place.worker.capabilities:
+        for one, other in zip(completions, again, strict=True):
+            # The same to the last bit on a CPU; on a GPU what a cache has of a prompt is computed with in another order.
+            assert one.logprobs == (pytest.approx(other.logprobs, abs=1e-4) if DEVICE == "cuda" else other.logprobs)
     assert len({one.token_ids for one in completions if one.prompt_index == 2}) > 1
     batch = to_batch(PROMPTS, completions, response_length=8, pad_token_id=0, n=3)
     assert batch.responses.shape == (12, 8)

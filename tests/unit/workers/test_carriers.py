@@ -1,5 +1,7 @@
 """By which carrier a worker's weights go: what is chosen, what is refused, and what an engine is told."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
@@ -45,6 +47,28 @@ def test_the_gpu_of_a_source_is_that_of_its_first_tensor_on_one():
     assert gpu_of(GPU) == torch.device("cuda", 1)
     assert gpu_of(HOST) is None
     assert gpu_of(torch.nn.Linear(2, 2)) is None
+
+
+class Made(Mapping):
+    """A mapping that makes its tensors when it is asked for them, which costs, or has its place in an order."""
+
+    def __iter__(self):
+        return iter("a")
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, name):
+        pytest.fail("it was asked for a tensor")
+
+
+def test_no_tensor_is_made_to_see_where_it_is():
+    source = Made()
+    assert gpu_of(source) is None
+    source.device = torch.device("cuda", 1)
+    assert gpu_of(source) == torch.device("cuda", 1)
+    source.device = "cpu"
+    assert gpu_of(source) is None
 
 
 @pytest.mark.parametrize("worker", [HFWorker, VLLMWorker])

@@ -107,6 +107,12 @@ class RolloutCoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ig
             raise
         self._finished = True
 
+    @staticmethod
+    def trainer_send_weights(*arguments: Any, **options: Any) -> None:
+        """What vLLM 0.26 wants its backends to have for the trainer: here it is ``send`` that does this."""
+        del arguments, options
+        raise TransferError("the trainer's side of this backend is rollout_core.transfer.send")
+
     def finish_weight_update(self) -> None:
         if not self._finished:
             raise TransferError("no update was received since start_weight_update; call update_weights before finish_weight_update")
