@@ -6,13 +6,24 @@ import importlib
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "transformers", "rollout_core.workers.hf.engine"]
+_PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+    "transformers.models.qwen2.modeling_qwen2",
+    "rollout_core.preflight.models",
+    "rollout_core.testing.oracles",
+    "rollout_core.workers.hf.engine",
+    "rollout_core.workers.hf.sharded",
+]
 
 
 @dataclass(frozen=True)
@@ -26,9 +37,12 @@ class Ended:
     seconds: float
 
 
-def run_ranks(size: int, function: str, *arguments: Any, timeout: float = 60.0, **environment: str) -> list[Ended]:
+def run_ranks(
+    size: int, function: str, *arguments: Any, timeout: float = 60.0, until: int | None = None, **environment: str
+) -> list[Ended]:
     """Call ``module:name`` with the rank and these arguments on each rank. Ranks that are left after ``timeout`` seconds are
-    killed, and say so in ``error``. ``environment``: variables that they have, with ``{rank}`` filled in."""
+    killed, and say so in ``error``; so are the others once the rank ``until`` has ended. ``environment``: variables that they
+    have, with ``{rank}`` filled in."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +59,7 @@ def run_ranks(size: int, function: str, *arguments: Any, timeout: float = 60.0, 
             processes.append(process)
         said: list[tuple[Any, str | None, float] | None] = [None] * size
         left = set(range(size))
-        while left and time.monotonic() < start + timeout:
+        while left and time.monotonic() < start + timeout and (until is None or until in left):
             for ready in multiprocessing.connection.wait([pipes[rank] for rank in left], 0.2):
                 rank = pipes.index(ready)
                 left.remove(rank)
@@ -54,7 +68,7 @@ def run_ranks(size: int, function: str, *arguments: Any, timeout: float = 60.0, 
                 except EOFError:
                     said[rank] = (None, None, time.monotonic() - start)
         for rank in left:
-            said[rank] = (None, f"killed after {timeout:g} s", time.monotonic() - start)
+            said[rank] = (None, f"killed after {time.monotonic() - start:.1f} s", time.monotonic() - start)
             processes[rank].kill()
         for process in processes:
             process.join(10.0)
@@ -69,10 +83,12 @@ def _rank(
 ) -> None:
     import torch
     import torch.distributed as dist
+    import tqdm
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.update({name: value.format(rank=rank) for name, value in environment.items()})
     torch.set_num_threads(1)
+    tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which ranks that die leave behind
     try:
         backend = environment.get("ROLLOUT_CORE_BACKEND", "gloo")
         if "nccl" in backend:

@@ -7,6 +7,7 @@ import random
 import time
 import traceback
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -284,8 +285,11 @@ def bad_rollouts(rank, folder, group):
     start = time.monotonic()
     found["forward"] = failure(lambda: worker.generate(PROMPTS, params))
     found["seconds"] = time.monotonic() - start
-    if rank:
-        time.sleep(4.0)  # alive: nothing but the timeout can end the other rank
+    ended = Path(folder) / "ended"
+    if rank == 0:
+        ended.touch()
+    while not ended.exists() and time.monotonic() < start + TIMEOUT:  # alive: nothing but the timeout can end the other rank
+        time.sleep(0.05)
     found["again"] = failure(lambda: worker.generate(PROMPTS, params))
     return found
 
@@ -313,7 +317,7 @@ def dies(rank: int, folder: str, who: int, how: str) -> Any:
         if rank == who and self.name.endswith("layers.1.mlp.up_proj.weight"):
             if how == "exit":
                 os._exit(7)
-            time.sleep(5.0)
+            time.sleep(60.0)
         return start(self)
 
     sharded.Way.start = dying

@@ -179,7 +179,7 @@ def test_w5_ranks_agree_on_the_version(found):
 def test_t2_an_error_within_a_forward_pass_leaves_no_rank_in_a_collective(found):
     assert found[1]["forward"][:2] == ("ValueError", "a kernel failed")
     assert found[0]["forward"][0] == "TransferError"
-    assert 1.9 < found[0]["seconds"] < 3.9, "the timeout is 2 s, and the other rank lives for 4"
+    assert 1.9 < found[0]["seconds"] < 10.0, "the timeout is 2 s, and the other rank lives for 20"
     for rank in found:
         assert rank["again"][0] == "TransferError"
 
@@ -192,19 +192,18 @@ def test_t2_a_rank_that_dies_in_an_update_ends_it_on_the_other(folder, who):
     other = ended[1 - who].value
     assert other["error"][0] == "TransferError"
     assert "another rank has ended" in other["error"][1]
-    assert other["seconds"] < 5.0, "gloo says it at once"
+    assert other["seconds"] < 10.0, "gloo says it at once; the timeout is 20 s"
     if who == 1:
         assert "unusable" in other["usable"][1]
 
 
 def test_t2_a_rank_that_stops_ends_the_update_on_the_other_within_the_timeout(folder):
-    ended = run_ranks(2, "support.sharded:dies", folder, 1, "stop", timeout=40.0)
-    assert [one.error for one in ended] == [None, None]
+    ended = run_ranks(2, "support.sharded:dies", folder, 1, "stop", timeout=50.0, until=0)
+    assert ended[0].error is None
     kind, text, _ = ended[0].value["error"]
     assert kind == "TransferError"
     assert "waited 2 s for the others" in text
-    assert ended[0].value["seconds"] < 4.9, "the other rank sleeps for 5"
-    assert ended[1].value["error"][0] == "TransferError"
+    assert ended[0].value["seconds"] < 20.0, "the other rank sleeps for 60"
 
 
 def test_b1_shapes_dtypes_and_placements_on_four_ranks():
