@@ -12,7 +12,7 @@ OPTIONS = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
-    "mem_fraction_static": 0.2,
+    "mem_fraction_static": 0.3,
     "max_running_requests": 64,
 }
 

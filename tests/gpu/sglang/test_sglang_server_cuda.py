@@ -16,6 +16,8 @@ from rollout_core.workers import SamplingParams, SGLangServerWorker
 
 PROMPTS = [[5], [17, 3, 60], list(range(100, 137)), [9, 2, 2, 12, 7, 55]]
 GREEDY = SamplingParams(response_length=32, ignore_eos=True)
+#: What is computed does not depend on the batch, so that seeds repeat samples; and SGLang starts sooner without CUDA graphs.
+MORE = ["--enable-deterministic-inference", "--disable-cuda-graph"]
 WORDS = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
 
 
@@ -27,7 +29,7 @@ def before():
 @pytest.fixture(scope="module")
 def worker(before, folder):
     with SGLangServerWorker.start(
-        str(folder), device="cuda", max_model_len=POSITIONS, server_options=[*WORDS, "--disable-cuda-graph"], timeout=TIMEOUT
+        str(folder), device="cuda", max_model_len=POSITIONS, server_options=[*WORDS, *MORE], timeout=TIMEOUT
     ) as worker:
         yield worker
 
@@ -52,6 +54,16 @@ def test_w6_nine_tenths_of_what_the_server_held_come_back(worker, models, before
     worker.resume_memory()
     worker.sync_weights(models[0])
     assert [one.token_ids for one in worker.generate(PROMPTS, GREEDY)] == tokens
+
+
+def test_w3_a_seed_repeats_samples_in_any_company(worker):
+    params = SamplingParams(response_length=24, n=3, temperature=1.0, seed=5)
+    assert worker.capabilities == {"memory", "seeds"}
+    completions = worker.generate(PROMPTS, params)
+    assert worker.generate(PROMPTS, params) == completions
+    assert len({one.token_ids for one in completions}) > len(PROMPTS)
+    alone = worker.generate(PROMPTS[:1], params)
+    assert [one.token_ids for one in alone] == [one.token_ids for one in completions[:3]]
 
 
 def test_requests_under_way_while_weights_change(worker, models):

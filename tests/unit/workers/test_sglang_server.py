@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from rollout_core.errors import WorkerError
-from rollout_core.workers import SamplingParams
+from rollout_core.workers import SamplingParams, SGLangServerWorker
 from rollout_core.workers.engine import Group, MediaItem, Request
 from rollout_core.workers.sglang import loader, server
 from rollout_core.workers.sglang.commands import LOADER
@@ -102,6 +102,19 @@ def test_updates_are_begun_where_there_is_such_a_thing(serve, folder, version, b
     assert ("/begin_weight_update" in stand.heard, "/end_weight_update" in stand.heard) == (begins, begins)
     assert engine.call_device(b"") == b"cpu"
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("started", "capabilities"),
+    [
+        ({}, {"memory"}),
+        ({"device": "cuda"}, set()),
+        ({"device": "cuda", "enable_memory_saver": True, "enable_deterministic_inference": True}, {"memory", "seeds"}),
+    ],
+)
+def test_a_worker_can_what_its_server_can(serve, folder, started, capabilities):
+    with SGLangServerWorker(serve(Stand(folder, "0.5.17", None, **started)).url, timeout=5) as worker:
+        assert worker.capabilities == capabilities
 
 
 def test_an_older_server_is_refused(serve, folder):

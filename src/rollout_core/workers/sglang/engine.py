@@ -38,7 +38,7 @@ from rollout_core.workers.model_dir import Checkpoint, config_of
 from rollout_core.workers.names import name_among
 from rollout_core.workers.sglang.answers import ENDED, piece_of, tells_an_end
 from rollout_core.workers.sglang.commands import LOADER, Asked, Named, Order, Where, packed, read_answers
-from rollout_core.workers.sglang.features import Features, context_for, room_of
+from rollout_core.workers.sglang.features import Features, capabilities_of, context_for, room_of
 from rollout_core.workers.sglang.media import check_placeholders, pictures_of, placeholder_of, wrong_length
 from rollout_core.workers.sglang.memory import used_memory
 from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
@@ -64,8 +64,8 @@ class SGLangBase(StreamingEngine):
         positions: int,
         timeout: float,
     ) -> None:
-        repeats = bool(arguments.get("enable_deterministic_inference"))
-        limits = Limits.of(folder, positions, no_seeds="" if repeats else _NO_SEEDS)
+        self._repeats = bool(arguments.get("enable_deterministic_inference"))
+        limits = Limits.of(folder, positions, no_seeds="" if self._repeats else _NO_SEEDS)
         super().__init__(loop=loop, limits=limits, timeout=timeout)
         self._features = features
         self._device = str(arguments.get("device") or "cuda")  # that its weights are on: cuda, cpu
@@ -172,6 +172,11 @@ class SGLangBase(StreamingEngine):
         """Where its weights are: cuda, cpu."""
         del argument
         return self._device.encode()
+
+    def call_capabilities(self, argument: bytes) -> bytes:
+        """What ``Worker.capabilities`` are, in words with spaces between."""
+        del argument
+        return " ".join(capabilities_of(self._device, frees=self._frees, repeats=self._repeats)).encode()
 
     def specs(self) -> list[TensorSpec]:
         return self._checkpoint.specs_in(self)

@@ -55,3 +55,8 @@ def context_for(positions: int, config: Mapping[str, Any], environment: MutableM
     if isinstance(most, int) and positions <= most < context:
         environment.setdefault("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1")
     return context
+
+
+def capabilities_of(device: str, *, frees: bool, repeats: bool) -> frozenset[str]:
+    """What a worker on an SGLang can: ``frees``, it has a memory saver; ``repeats``, its inference is deterministic."""
+    return frozenset({*(("memory",) if frees or device == "cpu" else ()), *(("seeds",) if repeats else ())})

@@ -12,6 +12,7 @@ from rollout_core.workers.http.worker import ServerWorker
 from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.media import Form
 from rollout_core.workers.model_dir import config_of
+from rollout_core.workers.sglang.features import capabilities_of, context_for
 from rollout_core.workers.worker import Worker
 
 #: What SGLang is started with, unless the caller's own environment says otherwise.
@@ -69,9 +70,11 @@ class SGLangWorker(Worker):
         timeout: float = 300.0,
     ) -> None:
         options = {"dtype": dtype or _dtype_on(device), **_options_on(device), **(engine_options or {})}
-        repeats = bool(options.get("enable_deterministic_inference"))
-        frees = not is_cuda(device) or bool(options["enable_memory_saver"])
-        self.capabilities = frozenset({*(("seeds",) if repeats else ()), *(("memory",) if frees else ())})
+        self.capabilities = capabilities_of(
+            str(options["device"]),
+            frees=bool(options.get("enable_memory_saver")),
+            repeats=bool(options.get("enable_deterministic_inference")),
+        )
         spec = Spec(
             self.engine_class,
             {"model": str(model_dir), "options": options, "timeout": timeout, "positions": max_model_len},
@@ -91,7 +94,6 @@ class SGLangServerWorker(ServerWorker):
     server as it is, with the weights that it has, unless it is the worker's own (``start``).
     """
 
-    capabilities = frozenset({"memory"})
     media_form: Form = "pictures_each_time"
 
     def __init__(
@@ -109,6 +111,7 @@ class SGLangServerWorker(ServerWorker):
         given = {"url": url, "model": model, "connections": connections, "positions": max_model_len}
         place = "rollout_core.workers.sglang.server:SGLangServerEngine"
         super().__init__(place, given, carrier=carrier, timeout=timeout, server=server)
+        self.capabilities = frozenset(self.call("capabilities").decode().split())
 
     @classmethod
     def start(
@@ -126,7 +129,6 @@ class SGLangServerWorker(ServerWorker):
     ) -> Self:
         """With a server of its own, for the model in a folder; see ``SGLangWorker`` for what the arguments are. ``server_options``
         are words of SGLang's command line."""
-        from rollout_core.workers.sglang.features import context_for
         from rollout_core.workers.sglang.server import start_server
 
         chosen = _options_on(device)
