@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 import traceback
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +275,7 @@ def bad_rollouts(rank, folder, group):
         found["nan"] = failure(lambda: worker.generate(PROMPTS[rank : rank + 2], params, max_batch=1))
         weight.copy_(kept)
     found["after nan"] = len(worker.generate(PROMPTS, params))
-    worker = ShardedHFWorker(model, group=group, timeout=2.0)
+    worker = ShardedHFWorker(model, group=group, timeout=3.0)
     calls = []
 
     def broken(module, args, output):
@@ -322,12 +324,30 @@ def dies(rank: int, folder: str, who: int, how: str) -> Any:
 
     sharded.Way.start = dying
     with HFWorker(folder, device=DEVICE, process=False, timeout=TIMEOUT) as worker:
+        dist.barrier()
         begun = time.monotonic()
-        timeout = 2.0 if how == "stop" else TIMEOUT
+        timeout = 3.0 if how == "stop" else TIMEOUT
         error = failure(lambda: sync_sharded(worker if rank == 0 else None, model, capacity=10_000, timeout=timeout))
         seconds = time.monotonic() - begun
         usable = failure(lambda: worker.generate([[1]], SamplingParams(response_length=1))) if rank == 0 else None
     return {"error": error, "seconds": seconds, "usable": usable}
+
+
+def engine_dies(rank: int, folder: str) -> Any:
+    """The process of the worker's engine is killed in the middle of an update."""
+    model = shard(trainer(folder))
+    start = sharded.Way.start
+
+    def killing(self):
+        if rank == 0 and self.name.endswith("layers.1.mlp.up_proj.weight"):
+            for process in worker.processes():
+                os.kill(process, signal.SIGKILL)
+        return start(self)
+
+    sharded.Way.start = killing
+    with HFWorker(folder, device=DEVICE, timeout=TIMEOUT) if rank == 0 else nullcontext() as worker:
+        error = failure(lambda: sync_sharded(worker, model, capacity=10_000, timeout=TIMEOUT))
+    return {"error": error, "agreed": Lockstep(None, TIMEOUT).agree(rank)}
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64)
