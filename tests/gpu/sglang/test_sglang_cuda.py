@@ -143,6 +143,20 @@ def test_t5_weights_that_are_nan_give_no_token(worker, models):
         worker.generate(PROMPTS, GREEDY)
 
 
+def test_t4_an_update_waits_for_what_the_gpu_has_yet_to_do(worker, models):
+    """The weights are written behind work on the trainer's stream that has not begun."""
+    source = {name: torch.zeros_like(tensor) for name, tensor in models[1].state_dict().items()}
+    work = torch.randn(8192, 8192, device="cuda")
+    for _ in range(40):
+        work = (work @ work).clamp(-1, 1)
+    for name, tensor in models[1].state_dict().items():
+        source[name].copy_(tensor)
+    assert not torch.cuda.current_stream().query(), "the work is done: this would show nothing"
+    worker.sync_weights(source, capacity=MIB)
+    for name, expected in models[1].state_dict().items():
+        assert bytes_of(worker.read_tensor(name)) == bytes_of(expected.cpu()), name
+
+
 def test_w6_nine_tenths_of_what_the_engine_held_come_back(place, worker, models):
     """And its CUDA graphs, which have the addresses of weights and cache in them, still give the same."""
     before_tokens = tokens_of(worker.generate(PROMPTS, GREEDY))
