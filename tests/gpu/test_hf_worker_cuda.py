@@ -85,7 +85,10 @@ def test_w6_nine_tenths_of_what_the_engine_held_come_back(tmp_path):
         report = worker.sync_weights(trainer, capacity=256 * MIB)
         print(f"\n{report}")
         tokens = worker.generate(PROMPTS, SamplingParams(response_length=8))
-        worker.free_buffers()
+        held = used_memory()
+        kept = worker.free_buffers()
+        assert kept >= 2 * 256 * MIB, "two buckets"
+        assert held - used_memory() >= kept, "and they are the trainer's again"
         held = used_memory() - before
         freed = worker.release_memory()
         came_back = held - (used_memory() - before)
