@@ -221,7 +221,7 @@ class SGLangBase(StreamingEngine):
         while not self._flush():
             if time.monotonic() > end:
                 return False
-            time.sleep(0.02)
+            time.sleep(0.005)
         return True
 
     def _release(self) -> int:
