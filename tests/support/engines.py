@@ -33,7 +33,7 @@ SGLANG_SERVER = [
     *("--grammar-backend=none", "--disable-cuda-graph", "--disable-overlap-schedule", "--max-total-tokens=16384"),
     *(
         "--max-running-requests=64",
-        f"--context-length={POSITIONS}",
+        f"--context-length={POSITIONS + 6}",  # which it keeps to itself
         "--incremental-streaming-output",
         "--log-level=warning",
         "--sleep-on-idle",
@@ -60,7 +60,7 @@ def running_server(kind, folder, options=()):
     else:
         from rollout_core.workers.sglang.server import start_server
 
-        environment = {**CPU, "SGLANG_USE_CPU_ENGINE": "1"}
+        environment = {**CPU, "SGLANG_USE_CPU_ENGINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
         server = start_server(str(folder), [*SGLANG_SERVER, *options], environment=environment, start_timeout=180)
     with server:
         processes = started(server.processes)
