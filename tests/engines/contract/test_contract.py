@@ -261,6 +261,21 @@ def test_a_bad_request_is_refused_whole(place, case):
     ]
 
 
+def test_requests_fill_all_positions_and_go_on_from_near_the_end(place):
+    worker, prompt = place.worker, [5] * 100
+    params = SamplingParams(response_length=156, ignore_eos=True)
+    worker.pause()
+    (future,) = worker.submit([prompt], params)
+    worker.step(154)
+    worker.resume()
+    done = future.result(60)
+    assert (done.status, len(done.token_ids)) == ("length", 156)
+    expected = argmax_loop(place.model, prompt + list(done.token_ids[:150]), 6)
+    assert list(done.token_ids[150:]) == expected
+    with pytest.raises(WorkerError, match="passes the model's 256 positions"):
+        worker.generate([[*prompt, 5]], params)
+
+
 def test_an_id_that_is_under_way_is_refused(place):
     place.worker.pause()
     (future,) = place.worker.submit([[5]], LONG, request_ids=["a"])
