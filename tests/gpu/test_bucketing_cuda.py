@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from rollout_core.bucketing import Packer, Unpacker, iter_buckets, pack, pack_stream, plan_buckets, specs_of, unpack, unpack_stream
-from rollout_core.bucketing.digest import multilinear, payload_digest
+from rollout_core.bucketing.digest import (
+    ALGORITHMS,
+    block_multilinear,
+    block_multilinear_by_torch,
+    multilinear,
+    payload_digest,
+)
 from rollout_core.errors import IntegrityError
 from rollout_core.testing.oracles import bytes_of
 from support.tensors import odd_inputs, patterned
@@ -49,18 +55,20 @@ def test_b1_many_dtypes_together_and_sources_on_two_devices(order):
     assert picture(unpack(plan, Packer(plan).pack(mixed))) == picture(host)
 
 
-@pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 4096, 5_000_003])
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 4096, 16384, 16385, 5_000_003, 5_000_016])
 def test_digests_of_cpu_and_gpu_are_equal(size):
     data = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
     assert multilinear(data.cuda()) == multilinear(data)
-    assert payload_digest(data.cuda(), b"c", "multilinear-128") == payload_digest(data, b"c", "multilinear-128")
+    assert block_multilinear(data.cuda()) == block_multilinear_by_torch(data.cuda()) == block_multilinear(data)
+    for algorithm in ALGORITHMS:
+        assert payload_digest(data.cuda(), b"c", algorithm) == payload_digest(data, b"c", algorithm)
 
 
 def test_b13_damage_on_the_gpu_is_found():
     pairs = [("w", patterned(torch.float32, 1000).cuda())]
     plan = plan_buckets(specs_of(pairs), 1 << 20)
     (bucket,) = pack(plan, pairs)
-    assert bucket.algorithm == "multilinear-128"
+    assert bucket.algorithm == "block-multilinear-128"
     bucket.buffer[1234] ^= 8
     with pytest.raises(IntegrityError, match="bucket 0 of version 0 is damaged"):
         Unpacker(plan).feed(bucket)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rollout_core.bucketing.digest import DigestChoice, default_algorithm, payload_digest
+from rollout_core.bucketing.digest import BLOCK_ALGORITHM, DigestChoice, Lanes, chosen_algorithm, lanes_digest, payload_digest
 from rollout_core.errors import IntegrityError
 
 MAX_VERSION = 2**63 - 1
@@ -33,10 +33,18 @@ class Bucket:
         return self.buffer.numel()
 
 
-def seal(buffer: torch.Tensor, choice: DigestChoice, *, index: int, plan_digest: bytes, version: int) -> Bucket:
-    """A bucket of these bytes, its digest bound to plan, index and version; without a digest if the choice is None."""
-    algorithm = default_algorithm(buffer.device) if choice == "auto" else choice
-    digest = payload_digest(buffer, _context(plan_digest, index, version), algorithm) if algorithm else None
+def seal(
+    buffer: torch.Tensor, choice: DigestChoice, *, index: int, plan_digest: bytes, version: int, lanes: Lanes | None = None
+) -> Bucket:
+    """A bucket of these bytes, its digest bound to plan, index and version; without a digest if the choice is None. ``lanes``:
+    those of ``block_multilinear`` for the buffer, if the pass that filled it computed them."""
+    algorithm = chosen_algorithm(choice, buffer.device)
+    context = _context(plan_digest, index, version)
+    digest = None
+    if lanes is not None and algorithm == BLOCK_ALGORITHM:
+        digest = lanes_digest(lanes, buffer.numel(), context)
+    elif algorithm is not None:
+        digest = payload_digest(buffer, context, algorithm)
     return Bucket(
         index=index,
         buffer=buffer,

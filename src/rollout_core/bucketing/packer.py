@@ -8,13 +8,14 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Ma
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from rollout_core.bucketing.bucket import Bucket, check_version, seal
 from rollout_core.bucketing.buffers import Allocate, BufferPool, check_buffer
 from rollout_core.bucketing.copying import Run, conform, runs_of, write_run, write_slot, zero_padding
-from rollout_core.bucketing.digest import DigestChoice, check_choice
+from rollout_core.bucketing.digest import BLOCK_ALGORITHM, DigestChoice, Lanes, check_choice, chosen_algorithm
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.plan import BucketPlan
 from rollout_core.bucketing.sources import AnySource, Pair, Source, Step, adrive, as_mapping, drive, in_loop, named_pairs
@@ -22,7 +23,12 @@ from rollout_core.bucketing.specs import TensorSpec
 from rollout_core.bucketing.tensors import as_bytes, bytes_digest, check_describable, own_copy, view_key
 from rollout_core.errors import PlanMismatchError
 
+if TYPE_CHECKING:
+    from rollout_core.bucketing.cuda.packing import Filling
+
 NewBuffer = Callable[[int, torch.device], torch.Tensor]
+#: How a kernel fills a bucket on a device, and whether it digests it; None if none does.
+FillingFor: TypeAlias = "Callable[[BucketLayout, torch.device], tuple[Filling, bool] | None]"
 
 
 def pack(
@@ -52,7 +58,12 @@ class Packer:
     """``pack`` for many rounds of one plan: buffers and everything derived from the plan are kept.
 
     A bucket's CPU buffer is used again once nothing refers to it any more, so drop each bucket when it is sent. Nothing of a source
-    is kept between rounds. Rounds are numbered from 1 unless ``version`` is given. One Packer serves one thread at a time.
+    is kept between rounds but addresses. Rounds are numbered from 1 unless ``version`` is given. One Packer serves one thread at a
+    time.
+
+    A bucket on a GPU is filled in one launch on the current stream, its digest ``block-multilinear-128`` computed in the same pass,
+    where the source is a module, dict or list and Triton is there. Tensors that are not contiguous, or elsewhere, are copied by
+    torch before; an iterator's tensors are copied one by one, each before the next is asked for.
 
     ``executor`` runs the copies of neighbouring like tensors as jobs. torch shares one large copy among its threads but not ten
     thousand small ones; a ``ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))`` does.
@@ -74,6 +85,7 @@ class Packer:
         self._pool = BufferPool()
         self._largest = max((layout.nbytes for layout in plan.buckets if layout.nbytes <= plan.capacity), default=0)
         self._work = _work_of(plan)
+        self._fillings: dict[tuple[int, torch.device], Filling] = {}
         self._names = [spec.name for spec in plan.specs]
         self._planned = frozenset(self._names)
         self._tied_places = [i for i, spec in enumerate(plan.specs) if spec.alias_of or spec.name in plan.tied]
@@ -133,15 +145,14 @@ class Packer:
                 ties.see(self.plan.specs[at], taken[at - place])
             target = _Target(work, self._new_buffer)
             if work.in_order:
-                target.copy_in_order(taken, self._executor)
+                target.copy_in_order(taken, self._executor, self._filling)
             else:
                 specs = self.plan.specs[place : work.until]
                 held.update((spec.name, t) for spec, t in zip(specs, taken, strict=True) if spec.alias_of is None)
-                target.copy_by_name(held)
+                target.copy_by_name(held, self._filling)
             place = work.until
             del taken
-            index = work.layout.index
-            yield seal(target.close(), self._digest, index=index, plan_digest=self.plan.digest, version=version)
+            yield self._seal(target, work.layout.index, version)
 
     def _one_by_one(self, version: int) -> Step[Bucket]:
         """Fill bucket after bucket, copying each tensor before the next is asked for: the source may use one piece of memory for
@@ -162,8 +173,7 @@ class Packer:
                 place += 1
             if work is self._work[-1]:
                 self._expect_end((yield 1))
-            index = work.layout.index
-            yield seal(target.close(), self._digest, index=index, plan_digest=self.plan.digest, version=version)
+            yield self._seal(target, work.layout.index, version)
         if not self._work:
             self._expect_end((yield 1))
 
@@ -185,6 +195,23 @@ class Packer:
             raise PlanMismatchError(
                 f"the source goes on with {items[0][0]!r} after the plan's {len(self._names)} tensors; plan again with specs_of"
             )
+
+    def _seal(self, target: _Target, index: int, version: int) -> Bucket:
+        buffer = target.close()
+        return seal(buffer, self._digest, index=index, plan_digest=self.plan.digest, version=version, lanes=target.lanes)
+
+    def _filling(self, layout: BucketLayout, device: torch.device) -> tuple[Filling, bool] | None:
+        """How a kernel fills this bucket, and whether it digests it; None if it is not on a GPU, or no kernel runs there."""
+        if device.type != "cuda":
+            return None
+        filling = self._fillings.get((layout.index, device))
+        if filling is None:
+            from rollout_core.bucketing.cuda import launching, packing
+
+            if not launching.usable(device):
+                return None
+            filling = self._fillings[layout.index, device] = packing.Filling(layout, device)
+        return filling, chosen_algorithm(self._digest, device) == BLOCK_ALGORITHM
 
     def _new_buffer(self, nbytes: int, device: torch.device) -> torch.Tensor:
         if self._allocate is not None:
@@ -228,10 +255,16 @@ class _Target:
         self._work = work
         self._new_buffer = new_buffer
         self._buffer: torch.Tensor | None = None
+        self._filled = False  # by a kernel, padding included
         self._slots: dict[str, Slot] = {}
+        #: Of the digest, if a kernel computed them.
+        self.lanes: Lanes | None = None
 
-    def copy_in_order(self, tensors: list[torch.Tensor], executor: Executor | None) -> None:
-        """Copy a bucket whose slots are just these tensors, runs of like ones at once."""
+    def copy_in_order(self, tensors: list[torch.Tensor], executor: Executor | None, filling: FillingFor) -> None:
+        """Copy a bucket whose slots are just these tensors, at once on a GPU, elsewhere runs of like ones at once."""
+        slots = self._work.layout.slots
+        if self._fill(slots[0], tensors, filling, lambda slot, tensor: self._copy(slot, {slot.name: tensor})):
+            return
         start = 0
         for run in self._work.runs:
             part = tensors[start : start + len(run.slots)]
@@ -241,10 +274,43 @@ class _Target:
                 for slot, tensor in zip(run.slots, part, strict=True):
                     self._copy(slot, {slot.name: tensor})
 
-    def copy_by_name(self, held: dict[str, torch.Tensor]) -> None:
+    def copy_by_name(self, held: dict[str, torch.Tensor], filling: FillingFor) -> None:
         """Copy every slot, each from the tensor of its name."""
-        for slot in self._work.layout.slots:
-            self._copy(slot, held)
+        slots = self._work.layout.slots
+        for slot in slots:
+            if slot.is_piece and slot.start == 0:
+                held[slot.name] = as_bytes(conform(slot.spec, held[slot.name]))
+        if not self._fill(slots[0], [held[slot.name] for slot in slots], filling, self._copy_ready):
+            for slot in slots:
+                self._copy_ready(slot, held[slot.name])
+        for slot in slots:
+            if slot.is_tail:
+                del held[slot.name]
+
+    def _fill(
+        self,
+        first: Slot,
+        tensors: list[torch.Tensor],
+        filling: FillingFor,
+        write: Callable[[Slot, torch.Tensor], None],
+    ) -> bool:
+        """Fill the whole bucket by a kernel, if there is one where its buffer is."""
+        check_describable(first.name, tensors[0])
+        if tensors[0].device.type != "cuda":  # without a buffer yet: its tensor may still be refused
+            return False
+        buffer = self._at(tensors[0].device)
+        found = filling(self._work.layout, buffer.device)
+        if found is None:
+            return False
+        how, digest = found
+        self.lanes = how.fill(buffer, tensors, write, digest=digest)
+        self._filled = True
+        return True
+
+    def _copy_ready(self, slot: Slot, tensor: torch.Tensor) -> None:
+        """Copy a slot from its tensor, of a split one from its bytes."""
+        plain = tensor if slot.is_piece else conform(slot.spec, tensor)
+        write_slot(self._at(plain.device), slot, plain)
 
     def copy_held(self, held: dict[str, torch.Tensor]) -> None:
         """Copy what was taken earlier and has its place, or its next piece, here."""
@@ -266,7 +332,8 @@ class _Target:
     def close(self) -> torch.Tensor:
         """The filled buffer, its padding zeroed: a buffer may have been used before."""
         assert self._buffer is not None  # a layout has a slot, and filling it made the buffer
-        zero_padding(self._buffer, self._work.gaps)
+        if not self._filled:
+            zero_padding(self._buffer, self._work.gaps)
         return self._buffer
 
     def _at(self, device: torch.device) -> torch.Tensor:

@@ -91,7 +91,7 @@ def tampered(bucket, **changes):
 @given(st.data())
 def test_b13_one_flipped_bit_is_found(data):
     pairs = data.draw(named())
-    algorithm = data.draw(st.sampled_from(["xxh3-128", "multilinear-128"]))
+    algorithm = data.draw(st.sampled_from(["xxh3-128", "multilinear-128", "block-multilinear-128"]))
     plan = plan_buckets(specs_of(pairs), data.draw(capacities(pairs)), **data.draw(plan_options))
     buckets = [b for b in pack(plan, pairs, digest=algorithm) if b.nbytes]
     assume(buckets)
@@ -110,7 +110,7 @@ def _until(plan, pairs, bucket):
             return
 
 
-@pytest.mark.parametrize("algorithm", ["xxh3-128", "multilinear-128"])
+@pytest.mark.parametrize("algorithm", ["xxh3-128", "multilinear-128", "block-multilinear-128"])
 @pytest.mark.parametrize("offset", [1, 2, 4, 8, 24])
 def test_b13_two_values_swapped_are_found(algorithm, offset):
     pairs = [("a", patterned(torch.uint8, 64))]
@@ -122,7 +122,7 @@ def test_b13_two_values_swapped_are_found(algorithm, offset):
         list(unpack(plan, [bucket]))
 
 
-@pytest.mark.parametrize("algorithm", ["xxh3-128", "multilinear-128"])
+@pytest.mark.parametrize("algorithm", ["xxh3-128", "multilinear-128", "block-multilinear-128"])
 def test_b13_two_equal_sized_slots_swapped_are_found(algorithm):
     pairs = [("a", patterned(torch.float32, 4, seed=1)), ("b", patterned(torch.float32, 4, seed=2))]
     plan = plan_buckets(specs_of(pairs), 64)
@@ -253,7 +253,9 @@ def test_bad_versions(version):
 
 
 def test_bad_digest_choice():
-    with pytest.raises(ValueError, match="digest is 'md5'; it is one of xxh3-128, multilinear-128, 'auto' or None"):
+    with pytest.raises(
+        ValueError, match="digest is 'md5'; it is one of xxh3-128, multilinear-128, block-multilinear-128, 'auto' or None"
+    ):
         pack(plan_buckets([], 8), [], digest="md5")
     with pytest.raises(ValueError, match="digest is 'md5'"):
         pack_stream([], 8, digest="md5")

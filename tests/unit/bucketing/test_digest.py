@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 import torch
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout_core.bucketing.digest import _signed, _words, default_algorithm, multilinear, payload_digest
+from rollout_core.bucketing.digest import (
+    ALGORITHMS,
+    BLOCK_NBYTES,
+    _signed,
+    _words,
+    block_keys,
+    block_multilinear,
+    default_algorithm,
+    multilinear,
+    payload_digest,
+)
 from support.tensors import placed_at
 
 MASK = 2**64 - 1
@@ -31,6 +43,24 @@ def reference(data: bytes) -> tuple[int, int]:
     return first, second
 
 
+def finalized(z: int) -> int:
+    """splitmix64's finalizer: its output number 0 for a seed."""
+    return splitmix64(z, 0)
+
+
+def block_reference(data: bytes) -> tuple[int, int]:
+    """The two lanes of block-multilinear-128 in plain integers: byte strings are cut, where the code views tensors."""
+    padded = data + b"\0" * (-len(data) % 16384)
+    blocks = [padded[i : i + 16384] for i in range(0, len(padded), 16384)]
+    columns = [b"".join(block[i : i + 16] for i in range(16 * t, 16384, 2048)) for block in blocks for t in range(128)]
+    hashes = [reference(column) for column in columns]
+    first, second = (
+        sum(finalized((h[lane] + (n + 1) * 0x9E3779B97F4A7C15 + seed) & MASK) for n, h in enumerate(hashes)) & MASK
+        for lane, seed in enumerate((0xA4093822299F31D0, 0x082EFA98EC4E6C89))
+    )
+    return first, second
+
+
 def tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
@@ -45,6 +75,7 @@ def test_multilinear_is_what_it_says(data):
     assert multilinear(tensor(data)) == reference(data)
 
 
+@settings(max_examples=20)
 @given(st.binary(max_size=40), st.binary(max_size=40))
 def test_digests_are_the_documented_bytes(data, context):
     header = context + len(context).to_bytes(8, "little")
@@ -52,6 +83,36 @@ def test_digests_are_the_documented_bytes(data, context):
     lanes = b"".join(lane.to_bytes(8, "little") for lane in reference(data))
     wanted = xxhash.xxh3_128_digest(header + len(data).to_bytes(8, "little") + lanes)
     assert payload_digest(tensor(data), context, "multilinear-128") == wanted
+    lanes = b"".join(lane.to_bytes(8, "little") for lane in block_reference(data))
+    wanted = xxhash.xxh3_128_digest(header + len(data).to_bytes(8, "little") + lanes)
+    assert payload_digest(tensor(data), context, "block-multilinear-128") == wanted
+
+
+@settings(max_examples=20)
+@given(st.binary(max_size=100))
+def test_block_multilinear_is_what_it_says(data):
+    assert block_multilinear(tensor(data)) == block_reference(data)
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK_NBYTES - 1, BLOCK_NBYTES, BLOCK_NBYTES + 1, 9 * BLOCK_NBYTES + 7])
+def test_block_multilinear_is_what_it_says_across_blocks(size):
+    data = bytes((7 * i + i // 256 + i // 65536) % 251 for i in range(size))
+    assert block_multilinear(tensor(data)) == block_reference(data)
+
+
+def test_two_keys_of_a_lane_are_neither_equal_nor_opposite():
+    """So two swapped words, or two flipped bits, of a column change its sum: what they change it by is at most 2**31 times an odd
+    number times the sum or the difference of two keys."""
+    for keys in block_keys(torch.device("cpu")).flatten(1):
+        low = {int(key) % 2**33 for key in keys} | {-int(key) % 2**33 for key in keys}
+        assert len(low) == 2 * len(keys) == 64
+
+
+@pytest.mark.parametrize("algorithm", ["multilinear-128", "block-multilinear-128"])
+def test_blocks_that_changed_places_show(algorithm):
+    blocks = [bytes([i]) * BLOCK_NBYTES for i in range(3)]
+    digests = {payload_digest(tensor(b"".join(blocks[i] for i in order)), b"", algorithm) for order in permutations(range(3))}
+    assert len(digests) == 6
 
 
 def test_multilinear_does_not_depend_on_where_it_is_cut(monkeypatch):
@@ -93,7 +154,7 @@ def test_bytes_at_an_odd_address_are_moved_before_they_are_read_as_words(address
     assert _words(placed_at(address, 64)).data_ptr() % 4 == 0
 
 
-@pytest.mark.parametrize("algorithm", ["xxh3-128", "multilinear-128"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @given(data=st.data())
 def test_changes_show(algorithm, data):
     raw = bytearray(data.draw(st.binary(min_size=8, max_size=64)))
@@ -120,19 +181,21 @@ def test_changes_show(algorithm, data):
 
 def test_the_context_is_part_of_the_digest():
     data = tensor(b"abcd")
-    digests = {payload_digest(data, context, a) for context in (b"", b"a", b"b", b"ab") for a in ("xxh3-128", "multilinear-128")}
-    assert len(digests) == 8
+    digests = {payload_digest(data, context, a) for context in (b"", b"a", b"b", b"ab") for a in ALGORITHMS}
+    assert len(digests) == 12
     assert payload_digest(tensor(b"bc"), b"a", "xxh3-128") != payload_digest(tensor(b"c"), b"ab", "xxh3-128"), "no sliding border"
 
 
 def test_unknown_algorithm():
-    with pytest.raises(ValueError, match="digest algorithm is 'crc'; it is one of xxh3-128, multilinear-128"):
+    with pytest.raises(
+        ValueError, match="digest algorithm is 'crc'; it is one of xxh3-128, multilinear-128, block-multilinear-128"
+    ):
         payload_digest(tensor(b""), b"", "crc")
 
 
 def test_the_default_is_what_runs_where_the_bytes_are():
     assert default_algorithm(torch.device("cpu")) == "xxh3-128"
-    assert default_algorithm(torch.device("cuda")) == "multilinear-128"
+    assert default_algorithm(torch.device("cuda")) == "block-multilinear-128"
 
 
 def test_constants_fit_into_int64():

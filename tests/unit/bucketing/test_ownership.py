@@ -138,7 +138,7 @@ def test_b8_a_buffer_at_an_odd_address_still_unpacks(shift):
     (bucket,) = pack(plan, pairs)
     moved = torch.empty(bucket.nbytes + shift, dtype=torch.uint8)[shift:]
     moved.copy_(bucket.buffer)
-    for algorithm in ("xxh3-128", "multilinear-128"):
+    for algorithm in ("xxh3-128", "multilinear-128", "block-multilinear-128"):
         (sealed,) = pack(plan, pairs, digest=algorithm)
         assert picture(unpack(plan, [dataclasses.replace(sealed, buffer=moved)])) == picture(pairs)
 

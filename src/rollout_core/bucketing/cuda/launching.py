@@ -1,0 +1,136 @@
+"""The kernels, called with tensors. Triton is imported with the first call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from rollout_core.bucketing.cuda.tables import PackTable
+from rollout_core.bucketing.digest import BLOCK_NBYTES, Lanes, block_multilinear_by_torch
+
+_MASK: Final = (1 << 64) - 1
+#: Of a program that digests: with one column of a block for each thread, the keys are constants.
+_WARPS: Final = 4
+#: Programs for each multiprocessor that digest, in turns; those that only copy are best one for each block, with as many threads as
+#: serve it in two accesses each. Measured on an H200.
+_DIGESTING: Final = 4
+_COPYING: Final = 1 << 20
+_COPYING_WARPS: Final = 16
+_PARTS_WARPS: Final = 8
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the kernels run on this device: a CUDA GPU, Triton, and what Triton itself needs. A warning says what is missing."""
+    return device.type == "cuda" and _works(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def digest_lanes(buffer: torch.Tensor) -> Lanes:
+    """``digest.block_multilinear`` of a 1-d uint8 tensor on a GPU, at any address."""
+    if buffer.data_ptr() % 16:
+        buffer = buffer.clone()
+    nbytes = buffer.numel()
+    # The last block is read apart if its bytes end within a vector.
+    blocks = nbytes // BLOCK_NBYTES if nbytes % 16 else -(-nbytes // BLOCK_NBYTES)
+    rest = nbytes - blocks * BLOCK_NBYTES
+    programs = _programs(buffer.device, _DIGESTING, blocks)
+    partials = _partials(buffer.device, programs + (rest > 0))
+    kernels = _kernels()
+    with _on(buffer.device):
+        if blocks:
+            words = min(nbytes, blocks * BLOCK_NBYTES) // 4
+            kernels.digest_aligned[(programs,)](buffer.data_ptr(), words, blocks, partials, num_warps=_WARPS)
+        if rest > 0:
+            kernels.digest_part[(1,)](buffer.data_ptr() + nbytes - rest, rest, blocks, partials[programs:], num_warps=_WARPS)
+    return _sum(partials)
+
+
+def gather(table: PackTable, buffer: torch.Tensor, *, digest: bool) -> Lanes | None:
+    """Fill a bucket's buffer from a table that points to its sources; the buffer's lanes, if asked for. Without them nothing waits
+    for the device."""
+    device, target, bases = buffer.device, buffer.data_ptr(), table.bases
+    kernels = _kernels()
+    each = _DIGESTING if digest else _COPYING
+    launches: list[tuple[Any, int, int, tuple[Any, ...]]] = []  # kernel, blocks, warps, arguments
+    if table.aligned is not None:
+        a = table.aligned
+        count = a.blocks.numel()
+        launches.append(
+            (kernels.gather_aligned, count, _COPYING_WARPS, (target, count, a.blocks, a.ones, a.others, a.splits, a.ends, bases))
+        )
+    if table.shifted is not None:
+        s = table.shifted
+        count = s.blocks.numel()
+        launches.append((kernels.gather_shifted, count, _PARTS_WARPS, (target, count, s.blocks, s.ones, bases)))
+    if table.parts is not None:
+        p = table.parts
+        count = p.blocks.numel()
+        rows = (bases, table.row_starts, table.row_ends)
+        launches.append(
+            (kernels.gather_parts, count, _PARTS_WARPS, (target, table.nbytes, count, p.blocks, p.rows, p.stops, *rows))
+        )
+    grids = [_programs(device, each, count) for _, count, _, _ in launches]
+    partials = _partials(device, sum(grids)) if digest else None
+    done = 0
+    with _on(device):
+        for (kernel, _, warps, arguments), programs in zip(launches, grids, strict=True):
+            part = None if partials is None else partials[done:]
+            kernel[(programs,)](*arguments, part, digest, num_warps=_WARPS if digest else warps)
+            done += programs
+    return None if partials is None else _sum(partials)
+
+
+def _partials(device: torch.device, programs: int) -> torch.Tensor:
+    return torch.empty((programs, 2), dtype=torch.int64, device=device)
+
+
+def _sum(partials: torch.Tensor) -> Lanes:
+    totals = partials.cpu().numpy().view(np.uint64).sum(0, dtype=np.uint64)
+    return int(totals[0]), int(totals[1])
+
+
+@cache
+def _kernels() -> Any:
+    from rollout_core.bucketing.cuda import kernels
+
+    return kernels
+
+
+@cache
+def _works(index: int) -> bool:
+    """Whether a kernel compiles, runs and gives the right value on this GPU."""
+    sample = torch.arange(9, dtype=torch.uint8, device=torch.device("cuda", index))
+    try:
+        if digest_lanes(sample) == block_multilinear_by_torch(sample):
+            return True
+        reason = "its result is wrong"
+    except Exception as error:  # no Triton, no compiler, an old GPU: whatever it is, torch does the work
+        reason = f"{type(error).__name__}: {error}"
+    warnings.warn(f"buckets are packed without the Triton kernels, which do not run here ({reason})", RuntimeWarning, stacklevel=2)
+    return False
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _programs(device: torch.device, each: int, blocks: int) -> int:
+    return min(blocks, each * _multiprocessors(device))
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        yield

@@ -1,0 +1,102 @@
+"""A bucket filled in one launch from tensors on its own GPU; the rest of its tensors by torch before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Final
+
+import torch
+
+from rollout_core.bucketing.cuda import launching
+from rollout_core.bucketing.cuda.tables import PackTable
+from rollout_core.bucketing.digest import Lanes
+from rollout_core.bucketing.placement import BucketLayout, Slot
+from rollout_core.bucketing.tensors import PLAIN_TYPES
+
+_DTYPE: Final = attrgetter("dtype")
+_SHAPE: Final = attrgetter("shape")
+_DEVICE: Final = attrgetter("device")
+
+
+class Filling:
+    """How one bucket of a plan is filled, round after round. Of the sources it keeps addresses, and nothing else.
+
+    Pieces of split tensors are filled from the bytes of the whole tensor (1-d uint8), other slots from tensors of their spec.
+    """
+
+    def __init__(self, layout: BucketLayout, device: torch.device) -> None:
+        self._table = PackTable(layout, device)
+        self._device = device
+        self._slots = [slot for slot in layout.slots if slot.nbytes]
+        self._places = [place for place, slot in enumerate(layout.slots) if slot.nbytes]
+        self._empty = [(place, slot) for place, slot in enumerate(layout.slots) if not slot.nbytes]
+        self._dtypes = tuple(torch.uint8 if slot.is_piece else slot.spec.dtype for slot in self._slots)
+        self._shapes = tuple((slot.spec.nbytes,) if slot.is_piece else slot.spec.shape for slot in self._slots)
+        self._starts = [slot.start for slot in self._slots] if any(slot.start for slot in self._slots) else None
+        self._complex = any(dtype.is_complex for dtype in self._dtypes)
+
+    def fill(
+        self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor], write: Callable[[Slot, torch.Tensor], None], *, digest: bool
+    ) -> Lanes | None:
+        """Fill ``buffer``, the bucket's, from ``tensors``, one for each slot. ``write`` puts into its place what is not a plain
+        contiguous tensor of the slot's spec on this device, or raises. Returns the lanes of the digest, if asked for."""
+        rows = tensors
+        if self._empty:
+            rows = [tensors[place] for place in self._places]
+            for place, slot in self._empty:
+                write(slot, tensors[place])
+        odd = self._odd_places(rows)
+        if not odd:
+            addresses: Sequence[int] = list(map(torch.Tensor.data_ptr, rows))
+            if self._starts is not None:
+                addresses = [address + start for address, start in zip(addresses, self._starts, strict=True)]
+        else:
+            addresses = self._mixed_addresses(buffer, rows, odd, write)
+        self._table.point(addresses)
+        return launching.gather(self._table, buffer, digest=digest)
+
+    def _mixed_addresses(
+        self, buffer: torch.Tensor, rows: Sequence[torch.Tensor], odd: set[int], write: Callable[[Slot, torch.Tensor], None]
+    ) -> list[int]:
+        """Odd tensors are written first, and the kernel, which reads what it digests, finds them where they are to be."""
+        base = buffer.data_ptr()
+        addresses = []
+        for place, (slot, tensor) in enumerate(zip(self._slots, rows, strict=True)):
+            if place in odd:
+                write(slot, tensor)
+                addresses.append(base + slot.offset)
+            else:
+                addresses.append(tensor.data_ptr() + slot.start)
+        return addresses
+
+    def _odd_places(self, rows: Sequence[torch.Tensor]) -> set[int]:
+        """The rows whose tensor is not just memory of this device, laid out as the spec says. The common answer is found by maps
+        over C attributes, without Python for each tensor."""
+        try:
+            if (
+                PLAIN_TYPES.issuperset(map(type, rows))
+                and tuple(map(_DTYPE, rows)) == self._dtypes
+                and tuple(map(_SHAPE, rows)) == self._shapes
+                and {self._device}.issuperset(map(_DEVICE, rows))
+                and all(map(torch.Tensor.is_contiguous, rows))
+                and not any(map(torch.Tensor.is_neg, rows))
+                and not (self._complex and any(map(torch.Tensor.is_conj, rows)))
+            ):
+                return set()
+        except RuntimeError:  # a sparse or nested tensor, which has no strides or no shape
+            pass
+        return {place for place, tensor in enumerate(rows) if not self._is_plain(place, tensor)}
+
+    def _is_plain(self, place: int, tensor: torch.Tensor) -> bool:
+        return (
+            type(tensor) in PLAIN_TYPES
+            and tensor.layout is torch.strided
+            and not tensor.is_nested
+            and tensor.dtype is self._dtypes[place]
+            and tuple(tensor.shape) == self._shapes[place]
+            and tensor.device == self._device
+            and tensor.is_contiguous()
+            and not tensor.is_neg()
+            and not tensor.is_conj()
+        )

@@ -1,0 +1,154 @@
+"""Where a bucket's bytes come from, as the kernels read it: block by block, by the kernel that is fastest for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rollout_core.bucketing.digest import BLOCK_NBYTES
+from rollout_core.bucketing.placement import BucketLayout
+
+Integers = npt.NDArray[np.int64]
+_VECTOR = 16  # bytes of the widest access
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """Blocks for ``kernels.gather_aligned``, on the device, all int32."""
+
+    blocks: torch.Tensor
+    ones: torch.Tensor
+    others: torch.Tensor
+    splits: torch.Tensor
+    ends: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Shifted:
+    """Blocks for ``kernels.gather_shifted``, int32."""
+
+    blocks: torch.Tensor
+    ones: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Blocks for ``kernels.gather_parts``, int32."""
+
+    blocks: torch.Tensor
+    rows: torch.Tensor
+    stops: torch.Tensor
+
+
+class PackTable:
+    """The table of one bucket on one device. The blocks' part follows from the layout, and from which sources lie on a multiple of
+    16 bytes, and is made again only when that changes; the rows' part is one address each.
+
+    The rows are the layout's slots that have bytes. A row's base is the address that byte 0 of the bucket would have if the row's
+    memory went on to there.
+    """
+
+    def __init__(self, layout: BucketLayout, device: torch.device) -> None:
+        slots = [slot for slot in layout.slots if slot.nbytes]
+        self.nbytes = layout.nbytes
+        self.device = device
+        self._starts = np.fromiter((slot.offset for slot in slots), np.int64, len(slots))
+        self._ends = np.fromiter((slot.end for slot in slots), np.int64, len(slots))
+        self.row_starts, self.row_ends = _on(device, self._starts), _on(device, self._ends)
+        self._blocks = _Blocks.of(self._starts, self._ends, layout.nbytes)
+        self._known: Integers | None = None
+        self._fit: npt.NDArray[np.bool_] | None = None
+        self._ready: torch.cuda.Event | None = None
+        self._stream: int | None = None
+        self.bases = self.row_starts  # until the first point()
+        self.aligned: Aligned | None = None
+        self.shifted: Shifted | None = None
+        self.parts: Parts | None = None
+
+    def point(self, addresses: Iterable[int]) -> bool:
+        """Take in where each row's bytes lie now, in the slots' order; whether any of it is new. Nothing moves to the device
+        otherwise."""
+        bases = np.fromiter(addresses, np.int64, len(self._starts)) - self._starts
+        new = self._known is None or not np.array_equal(bases, self._known)
+        if new:
+            # A new tensor: kernels that were launched before may still read the last one.
+            self._known, self.bases = bases, _on(self.device, bases)
+            fit = bases % _VECTOR == 0
+            if self._fit is None or not np.array_equal(fit, self._fit):
+                self._fit = fit
+                self._lay_out(fit)
+        self._keep_order(new)
+        return new
+
+    def _lay_out(self, fit: npt.NDArray[np.bool_]) -> None:
+        """Give each block to a kernel: in new tensors, too."""
+        device, blocks = self.device, self._blocks
+        aligned, shifted, parts = blocks.by_kernel(fit)
+        self.aligned = self.shifted = self.parts = None
+        if len(aligned):
+            columns = (aligned, *(column[aligned] for column in (blocks.rows, blocks.lasts, blocks.splits, blocks.last_words)))
+            self.aligned = Aligned(*(_narrow(device, column) for column in columns))
+        if len(shifted):
+            self.shifted = Shifted(_narrow(device, shifted), _narrow(device, blocks.rows[shifted]))
+        if len(parts):
+            columns = (parts, blocks.rows[parts], blocks.stops[parts])
+            self.parts = Parts(*(_narrow(device, column) for column in columns))
+
+    def _keep_order(self, new: bool) -> None:
+        """The current stream reads the table after whichever stream wrote it."""
+        if self.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if new or self._ready is None:
+            self._ready, self._stream = stream.record_event(), stream.cuda_stream
+        elif stream.cuda_stream != self._stream:
+            stream.wait_event(self._ready)
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Every block of a bucket, by its number: the rows that it meets (``rows`` to ``stops``, the last being ``lasts``), where the
+    second row begins and where the bytes end in it (in words), and what its layout allows."""
+
+    rows: Integers
+    stops: Integers
+    lasts: Integers
+    splits: Integers
+    last_words: Integers
+    vectors: npt.NDArray[np.bool_]  # one row or two without a gap, on multiples of 16 bytes
+    inside: npt.NDArray[np.bool_]  # within one row, with room on either side
+
+    @classmethod
+    def of(cls, starts: Integers, ends: Integers, nbytes: int) -> _Blocks:
+        begins = np.arange(0, nbytes, BLOCK_NBYTES, dtype=np.int64)
+        stop_bytes = np.minimum(begins + BLOCK_NBYTES, nbytes)
+        rows = np.searchsorted(ends, begins, side="right")
+        stops = np.searchsorted(starts, stop_bytes, side="left")
+        last = np.maximum(stops - 1, rows)  # a bucket ends with a slot, so rows is one
+        split = np.minimum(ends[rows], stop_bytes)
+        full = (starts[rows] <= begins) & (ends[last] >= stop_bytes)
+        two = (last == rows) | ((last == rows + 1) & (starts[last] == split))
+        even = ((split | stop_bytes) % _VECTOR) == 0
+        inside = (last == rows) & (starts[rows] + 4 <= begins) & (begins + BLOCK_NBYTES + 4 <= ends[rows])
+        words = (split - begins) // 4, (stop_bytes - begins) // 4
+        return cls(rows, np.maximum(stops, rows), last, *words, full & two & even, inside)
+
+    def by_kernel(self, fit: npt.NDArray[np.bool_]) -> tuple[Integers, Integers, Integers]:
+        """The numbers of the blocks that are aligned, shifted, and in parts. ``fit``: which rows' bases are multiples of 16."""
+        aligned = self.vectors & fit[self.rows] & fit[self.lasts]
+        shifted = self.inside & ~aligned
+        numbers = np.arange(len(self.rows), dtype=np.int64)
+        return numbers[aligned], numbers[shifted], numbers[~aligned & ~shifted]
+
+
+def _narrow(device: torch.device, array: Integers) -> torch.Tensor:
+    return _on(device, array.astype(np.int32))
+
+
+def _on(device: torch.device, array: npt.NDArray[np.generic]) -> torch.Tensor:
+    """On the device, once the array may be changed or dropped: from memory that is not pinned the driver copies first."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, copy=True)
