@@ -105,22 +105,22 @@ class Slots:
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """CUDA IPC is shared memory under another name, and every source is on a GPU."""
-    used = []
+    """CUDA IPC is shared memory under another name, and every source is on a GPU. What each end was asked for."""
+    sent, received = [], []
 
     def listen(name, address, receivers=1, *, timeout=60.0, check=None, slots=None):
-        used.append((name, slots))
+        sent.append((name, slots))
         return MemorySender.listen(address, receivers, timeout=timeout, check=check)
 
     def connect(name, address, *, device, timeout):
-        used.append(name)
+        received.append(name)
         return MemoryReceiver.connect(address, timeout=timeout)
 
     monkeypatch.setattr(choosing, "listen", listen)
     monkeypatch.setattr(choosing, "connect", connect)
     monkeypatch.setattr(choosing, "gpu_of", lambda source: torch.device("cuda", 0))
     monkeypatch.setattr(cuda_ipc, "CudaSlots", Slots)
-    return used
+    return sent, received
 
 
 def test_the_engine_hears_of_the_carrier_and_the_sender_keeps_its_memory(fake_gpu, tmp_path):
@@ -130,9 +130,10 @@ def test_the_engine_hears_of_the_carrier_and_the_sender_keeps_its_memory(fake_gp
         worker._is_on("cuda", "auto")
         assert worker.sync_weights(FakeModels.load_trainer(tmp_path), readback=False).carrier == "cuda_ipc"
         assert worker.sync_weights(FakeModels.load_trainer(tmp_path), readback=False).carrier == "cuda_ipc"
-        (_, none), told, (name, slots), again, (_, kept), _ = fake_gpu
-        assert (none, told, name, again) == (None, "memory", "cuda_ipc", "cuda_ipc")
-        assert slots is kept
+        sent, received = fake_gpu
+        assert received == ["memory", "cuda_ipc", "cuda_ipc"]
+        slots = sent[1][1]
+        assert sent == [("memory", None), ("cuda_ipc", slots), ("cuda_ipc", slots)]
         assert slots.device == torch.device("cuda", 0)
         assert worker.free_buffers() == 128
         assert worker.free_buffers() == 0

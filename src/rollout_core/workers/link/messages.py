@@ -137,7 +137,7 @@ class Specs(msgspec.Struct, tag=True, frozen=True):
 
 
 class Digests(msgspec.Struct, tag=True, frozen=True):
-    """Hexadecimal xxh3-128 of each tensor's bytes, by name."""
+    """``weight_digest`` of each tensor, by name."""
 
     digests: dict[str, str]
 
