@@ -25,7 +25,7 @@ from rollout_core.testing.peers.verl import PACKAGE
 from support.tensors import patterned
 
 BUCKET = 1000  # bytes
-TIMEOUT = 10.0
+TIMEOUT = 60.0  # most of which a rollout may need to import verl on a busy machine
 STEP = 3
 
 
@@ -70,7 +70,7 @@ class Rollout:
         self.process = subprocess.Popen([sys.executable, program, json.dumps(told)], stdout=subprocess.PIPE, text=True)
 
     def answer(self):
-        out, _ = self.process.communicate(timeout=60)
+        out, _ = self.process.communicate(timeout=2 * TIMEOUT)
         return json.loads(out)
 
     def __enter__(self):
@@ -244,7 +244,7 @@ def test_a_rollout_that_is_killed(update, actors):
     start = time.monotonic()
     with pytest.raises(TransferError, match="receiver [01]"):
         send_all(actors[:1], starting)
-    assert time.monotonic() - start < TIMEOUT
+    assert time.monotonic() - start < TIMEOUT / 2
     killing.join()
     answer = other.answer()
     assert answer["error"] == "TransferError"
