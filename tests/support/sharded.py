@@ -136,10 +136,14 @@ def updates(rank, folder, group):
 
 
 def cast(rank, folder, group):
-    """Master weights in float32, sent as bfloat16, after a forward pass that left whole parameters in the model."""
+    """Master weights in float32, sent as bfloat16, after a forward pass that left whole parameters in the model, and a step of the
+    parts, of which an optimizer knows."""
     whole, model = trainer(folder), shard(trainer(folder))
+    parts = list(model.parameters())
     with torch.no_grad():
         model(input_ids=torch.tensor([[1, 2, 3]], device=TRAINER))
+        for parameter in (*parts, *whole.parameters()):
+            parameter.mul_(-0.5)
     before = [type(one).__name__ for one in model.parameters()]
     with HFWorker(folder, dtype="bfloat16", device=DEVICE, process=False, timeout=TIMEOUT) as worker:
         report = sync_sharded(worker if rank == 0 else None, model, dtype=torch.bfloat16, group=group, timeout=TIMEOUT)
