@@ -36,10 +36,12 @@ def preflight_command(
     ] = "hf",
     url: Annotated[str | None, typer.Option(help="A server that runs, of --worker vllm or sglang; none: one is started.")] = None,
     model: Annotated[Path | None, typer.Option(help="A folder with config.json and weights; none: a small model is made.")] = None,
+    pictures: Annotated[bool, typer.Option("--pictures", help="Make a small model that takes pictures, too.")] = False,
     capacity: Annotated[str, typer.Option(help="Bucket capacity, for example 64MiB.")] = "1MiB",
     json: Annotated[Path | None, typer.Option(help="Also write the report here, for machines.")] = None,
 ) -> None:
-    """Check a rollout worker end to end: weights in buckets to its process, digests read back, greedy tokens compared.
+    """Check a rollout worker end to end: weights in buckets to its process, digests read back, greedy tokens compared, and of a
+    model that takes pictures a conversation of three turns with them, whose data goes to the engine once.
 
     Exits with 0 only if every check holds, 1 if one does not, 2 if it could not begin.
     """
@@ -54,6 +56,8 @@ def preflight_command(
         _refuse(f"--worker is {worker!r}; this version has {', '.join(KINDS)}")
     if url is not None and worker not in SERVERS:
         _refuse(f"--url: a server is of --worker {' or '.join(SERVERS)}, not {worker}")
+    if pictures and (model is not None or url is not None):
+        _refuse("--pictures makes a model: a folder's or a server's is checked with pictures if it takes them")
     if model is not None and not (model / "config.json").is_file():
         _refuse(f"--model: {model} has no config.json; pass a folder as save_pretrained writes it")
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
@@ -65,7 +69,7 @@ def preflight_command(
     if nbytes == 0:
         _refuse("--capacity is 0; give a number of bytes, for example 64MiB")
     try:
-        held = preflight(model, worker=worker, url=url, capacity=nbytes, json_file=json, console=console)
+        held = preflight(model, worker=worker, url=url, pictures=pictures, capacity=nbytes, json_file=json, console=console)
     except ImportError as error:
         _refuse(f"{error}; pip install 'rollout-core[cli,hf]'")
     except (OSError, RolloutCoreError) as error:

@@ -25,11 +25,18 @@ _WIDE: Final = 110
 
 
 def preflight(
-    model: Path | None, *, worker: str, url: str | None = None, capacity: int, json_file: Path | None, console: Console
+    model: Path | None,
+    *,
+    worker: str,
+    url: str | None = None,
+    pictures: bool = False,
+    capacity: int,
+    json_file: Path | None,
+    console: Console,
 ) -> bool:
-    """Run every check on a worker of one of ``KINDS`` and the model in a folder (a small one is made if None), print the table,
-    write JSON. True if all hold.
+    """Run every check on a worker of one of ``KINDS`` and the model in a folder, print the table, write JSON. True if all hold.
 
+    Without a folder a small model is made, of text or, with ``pictures``, of pictures and text.
     ``url``: of a server that runs, which is checked instead of one that is started. Its weights are changed meanwhile, and are its
     folder's again after it. ``WorkerError`` or ``TransferError`` if it cannot be used at all.
     """
@@ -39,7 +46,7 @@ def preflight(
             import torch
             from transformers.utils import logging
 
-            from rollout_core.preflight import models
+            from rollout_core.preflight import models, vision_models
             from rollout_core.preflight.checks import CHECKS, Check, Context, put_back
             from rollout_core.preflight.runner import Outcome, run_checks
 
@@ -50,7 +57,8 @@ def preflight(
                 folder = Path(connected.model_dir)
             if folder is None:
                 folder = Path(scratch) / "model"
-                models.make_small_model(folder, **KINDS[worker])
+                make_model = vision_models.make_small_vision_model if pictures else models.make_small_model
+                make_model(folder, **KINDS[worker])
             *most, last = CHECKS
             again = Check("the folder's weights again", "-", put_back, "worker starts")
             checks = CHECKS if url is None else (*most, again, last)
@@ -63,9 +71,9 @@ def preflight(
             if model is None and url is None:  # so small that threads would only wait for each other
                 threads = 1
                 torch.set_num_threads(1)
-            make = partial(make_worker, worker, threads=threads)
+            make = partial(make_worker, worker, threads=threads, keeps_few=pictures)
             context = Context(folder, make if connected is None else lambda folder: connected, capacity)
-            words = str(folder) if model or url else "small random Qwen2"
+            words = str(folder) if model or url else f"small random {'Qwen2.5-VL' if pictures else 'Qwen2'}"
             report = run_checks(context, worker=url or worker, model=words, checks=checks, progress=show)
         console.print(table_of(report, console.width))
         for outcome in report.checks:

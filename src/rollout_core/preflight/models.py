@@ -1,7 +1,9 @@
-"""The models that preflight works on: a small one made on the spot, or a folder, and the trainer's changed copy of it."""
+"""The models that preflight works on: a small one made on the spot (``vision_models`` has one that sees), or a folder, and the
+trainer's changed copy of it."""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +39,32 @@ def make_small_model(folder: Path, *, heads: int = 6, head_dim: int = 20) -> Non
 
 
 def load_trainer(folder: Path) -> Any:
-    """The trainer's model, in float32 on the CPU. ``WorkerError`` if the folder holds no causal language model."""
-    from transformers import AutoModelForCausalLM
+    """The trainer's model, of text or of pictures and text, in float32 on the CPU. ``WorkerError`` if the folder holds none."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(str(folder), **where)
+        # Given the config of a model that sees, the causal auto class would build its language model alone.
+        loader = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        model = loader.from_pretrained(str(folder), dtype=torch.float32, **where)
     except Exception as error:  # transformers raises many kinds; what the operator needs is the folder and the cause
         raise WorkerError(f"the model in {folder} could not be loaded: {type(error).__name__}: {error}") from error
     return model.eval()
 
 
-def perturb(model: torch.nn.Module, scale: float, seed: int = 0, *, computed: bool = True) -> list[str]:
+def perturb(
+    model: torch.nn.Module, scale: float, seed: int = 0, *, computed: bool = True, only: Container[str] | None = None
+) -> list[str]:
     """Change every floating-point parameter and buffer by noise of ``scale`` times its root mean square (taken as 0.01 at least),
-    as a training step would; ``computed``: also buffers that a state dict leaves out. Returns the names of what was changed; a
-    tied tensor is changed once."""
+    as a training step would; ``computed``: also buffers that a state dict leaves out; ``only``: no others than these. Returns the
+    names of what was changed; a tied tensor is changed once."""
     generator = torch.Generator().manual_seed(seed)
     changed: list[str] = []
     seen: set[int] = set()
     with torch.no_grad():
         for name, tensor in (named_weights(model) if computed else persistent_weights(model)).items():
-            if not tensor.is_floating_point() or not tensor.numel():
+            if not tensor.is_floating_point() or not tensor.numel() or (only is not None and name not in only):
                 continue
             if tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())

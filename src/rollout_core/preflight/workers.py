@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
     from rollout_core.workers.http.worker import ServerWorker
@@ -16,12 +16,15 @@ KINDS: Final[Mapping[str, Mapping[str, int]]] = {
     "hf": {"heads": 6, "head_dim": 20},
     **dict.fromkeys(("vllm", "vllm-async", "vllm-server", "sglang", "sglang-server"), _ENGINE),
 }
+#: GiB of vLLM's cache. A small model's picture takes 0.2 MB of it, and a conversation shows four at once.
+_FEW: Final = {"mm_processor_cache_gb": 0.002}
 #: Those that a server's address can be given for.
 SERVERS: Final = ("vllm", "sglang")
 
 
-def make_worker(kind: str, folder: Path, *, threads: int) -> Worker:
-    """Start a worker of one of ``KINDS`` on the model in a folder, with so many threads for the model."""
+def make_worker(kind: str, folder: Path, *, threads: int, keeps_few: bool = False) -> Worker:
+    """Start a worker of one of ``KINDS`` on the model in a folder, with so many threads for the model. ``keeps_few``: with room for
+    the small model's pictures, and for a few others, in vLLM's cache of what its processor made: it drops some then."""
     environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     if kind == "hf":
         from rollout_core.workers.hf.worker import HFWorker
@@ -30,7 +33,8 @@ def make_worker(kind: str, folder: Path, *, threads: int) -> Worker:
     if kind in ("vllm", "vllm-async"):
         from rollout_core.workers.vllm.worker import VLLMWorker
 
-        return VLLMWorker(str(folder), mode="stepped" if kind == "vllm" else "async", environment=environment)
+        mode: Literal["stepped", "async"] = "stepped" if kind == "vllm" else "async"
+        return VLLMWorker(str(folder), mode=mode, engine_options=_FEW if keeps_few else None, environment=environment)
     if kind == "vllm-server":
         from rollout_core.workers.vllm.worker import VLLMServerWorker
 

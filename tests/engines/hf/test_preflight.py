@@ -21,18 +21,19 @@ from typer.testing import CliRunner
 
 from rollout_core.cli import app
 from rollout_core.errors import WorkerError
-from rollout_core.preflight import checks, models
-from rollout_core.preflight.checks import CHECKS, Check, CheckFailed, Context
+from rollout_core.preflight import models
+from rollout_core.preflight.checks import CHECKS, Check, CheckFailed, Context, weights
 from rollout_core.preflight.command import table_of, verdict_of
 from rollout_core.preflight.runner import Outcome, Report, run_checks
 from rollout_core.transfer import receive
 from rollout_core.transfer.carriers.memory import MemoryReceiver
-from rollout_core.workers import HFWorker
+from support.preflight import CAPACITY, Local, results, run
 from support.tensors import from_bytes
 
-PLAN, START, EQUAL, ARRIVE, GREEDY, SHAPES, ABORTS, CHANGE, FLIP, HALF, MEMORY, DEATH, LEFT = (check.id for check in CHECKS)
+PLAN, START, EQUAL, ARRIVE, GREEDY, SHAPES, PICTURES, ABORTS, CHANGE, FLIP, HALF, MEMORY, DEATH, LEFT = (
+    check.id for check in CHECKS
+)
 NORM, INV_FREQ, EMBEDDING = "model.norm.weight", "model.rotary_emb.inv_freq", "model.embed_tokens.weight"
-CAPACITY = 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -42,44 +43,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, make_worker, **options) -> dict[str, Outcome]:
-    report = run_checks(Context(folder, make_worker, CAPACITY, **options), worker="faulty", model="small")
-    assert report.ok == all(outcome.result == "pass" for outcome in report.checks)
-    return {outcome.id: outcome for outcome in report.checks}
-
-
-def results(outcomes, result) -> set[str]:
-    return {id_ for id_, outcome in outcomes.items() if outcome.result == result}
-
-
 # Faulty workers. Their own readback is off, so that preflight has to find what is wrong.
-
-
-class Local(HFWorker):
-    readback = False
-
-    def __init__(self, path, **options):
-        super().__init__(str(path), process=False, **options)
-        self.options = {} if self.readback else {"readback": False}
-        self.spoil_start()
-
-    def sync_weights(self, source, **options):
-        report = super().sync_weights(source, **{**options, **self.options})
-        self.spoil()
-        return report
-
-    def spoil_start(self):
-        pass
-
-    def spoil(self):
-        pass
-
-    def tensor(self, name):
-        return self.engine.weights.tensors[name]
-
-    @property
-    def engine(self):
-        return self._link.host.engine
 
 
 class Sound(Local):
@@ -455,7 +419,7 @@ class DoesNotClose(Local):
         raise ZeroDivisionError("planted in close")
 
 
-SKIPPED = {GREEDY, ABORTS, CHANGE, FLIP, HALF, MEMORY, DEATH}  # what cannot be judged unless changed weights arrive
+SKIPPED = {GREEDY, PICTURES, ABORTS, CHANGE, FLIP, HALF, MEMORY, DEATH}  # what cannot be judged unless changed weights arrive
 PROMPT_0 = r"prompt 0 \(1 tokens\): response token \d+ is \d+ from the worker and \d+ from the trainer's model"
 #: For each fault the checks that fail, with their words, and those that could not be judged then.
 FAULTS = {
@@ -752,7 +716,7 @@ DIFFERENCES = {
 def test_a_difference_is_shown_with_its_place_and_bits(case):
     sent, found, words = DIFFERENCES[case]
     context = SimpleNamespace(running=lambda: SimpleNamespace(read_tensor=lambda name: found))
-    assert checks._difference(context, "w", sent) == f"'w': {words}"
+    assert weights._difference(context, "w", sent) == f"'w': {words}"
 
 
 # The trainer's side of the comparison
@@ -843,7 +807,7 @@ def test_a_real_run_passes_well_within_a_minute(tmp_path):
     content = assert_report(tmp_path / "report.json")
     assert [(outcome["id"], outcome["clause"]) for outcome in content["checks"]] == [(check.id, check.clause) for check in CHECKS]
     assert {outcome["result"] for outcome in content["checks"]} == {"pass"}
-    assert re.search(r"all 13 checks hold in \d+\.\d s", done.output)
+    assert re.search(r"all 14 checks hold in \d+\.\d s", done.output)
     assert max(map(len, done.output.splitlines())) <= 80
     for outcome in content["checks"]:
         assert f"{outcome['id']} " in done.output
@@ -855,7 +819,7 @@ def test_a_failing_run_exits_with_1_and_shows_why(folder, tmp_path, monkeypatch)
     assert done.exit_code == 1, done.output
     content = assert_report(tmp_path / "report.json")
     assert content["model"] == str(folder)
-    assert "4 of 13 checks do not hold in" in done.output
+    assert "4 of 14 checks do not hold in" in done.output
     assert "ZeroDivisionError: planted" in done.output
     assert "Traceback" in done.output
     assert max(map(len, done.output.splitlines())) > 80, "in a pipe nothing has to fit 80 columns"
@@ -871,6 +835,8 @@ REFUSALS = {
     "fraction": (["--capacity", "1.5"], "--capacity: size '1.5' is 1.5 bytes, which is not whole"),
     "zero": (["--capacity", "0"], "--capacity is 0; give a number of bytes"),
     "json": (["--json", "{tmp}/nowhere/report.json"], "--json: {tmp}/nowhere/report.json cannot be written"),
+    "pictures of a folder": (["--pictures", "--model", "{tmp}"], "--pictures makes a model: a folder's or a server's is checked"),
+    "pictures of a server": (["--pictures", "--worker", "vllm", "--url", "http://127.0.0.1:1"], "--pictures makes a model"),
     "json folder": (["--json", "{tmp}"], "--json: {tmp} cannot be written; pass a file"),
 }
 
@@ -902,7 +868,7 @@ def test_a_capacity_too_small_for_the_model_is_a_check_that_fails(folder, monkey
     monkeypatch.setattr("rollout_core.workers.hf.worker.HFWorker", lambda path, threads: Sound(path))
     done = invoke("--model", folder, "--capacity", "2", columns="80")
     assert done.exit_code == 1
-    assert "1 of 13 checks do not hold, 12 could not be judged" in done.output
+    assert "1 of 14 checks do not hold, 13 could not be judged" in done.output
 
 
 # The table
