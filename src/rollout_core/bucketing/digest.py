@@ -10,6 +10,8 @@ from typing import Final, Literal, TypeAlias, get_args
 import torch
 import xxhash
 
+from rollout_core.bucketing import cuda
+
 #: ``xxh3-128`` hashes at memory speed on a CPU. ``block-multilinear-128`` does so on a GPU, in a kernel of its own or in the one
 #: that packs, and is made of torch operations elsewhere; ``multilinear-128`` is made of them everywhere, and needs several times as
 #: long. Both give the same value on every device.
@@ -109,7 +111,7 @@ def block_multilinear(buffer: torch.Tensor) -> Lanes:
     lane; and of a lane's 32 keys no two are equal or opposite modulo 2**33, so two swapped words or two flipped bits of one column
     always change it.
     """
-    if buffer.is_cuda:
+    if cuda.possible(buffer.device):
         from rollout_core.bucketing.cuda import launching
 
         if launching.usable(buffer.device):

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 
+from rollout_core.bucketing import cuda
 from rollout_core.bucketing.bucket import Bucket, check_version, seal
 from rollout_core.bucketing.buffers import Allocate, BufferPool, check_buffer
-from rollout_core.bucketing.copying import Run, conform, runs_of, write_run, write_slot, zero_padding
-from rollout_core.bucketing.digest import BLOCK_ALGORITHM, DigestChoice, Lanes, check_choice, chosen_algorithm
-from rollout_core.bucketing.placement import BucketLayout, Slot
+from rollout_core.bucketing.copying import conform
+from rollout_core.bucketing.digest import BLOCK_ALGORITHM, DigestChoice, check_choice, chosen_algorithm
+from rollout_core.bucketing.placement import BucketLayout
 from rollout_core.bucketing.plan import BucketPlan
 from rollout_core.bucketing.sources import AnySource, Pair, Source, Step, adrive, as_mapping, drive, in_loop, named_pairs
 from rollout_core.bucketing.specs import TensorSpec
-from rollout_core.bucketing.tensors import as_bytes, bytes_digest, check_describable, own_copy, view_key
+from rollout_core.bucketing.target import Target, work_of
+from rollout_core.bucketing.tensors import bytes_digest, view_key
 from rollout_core.errors import PlanMismatchError
 
 if TYPE_CHECKING:
     from rollout_core.bucketing.cuda.packing import Filling
-
-NewBuffer = Callable[[int, torch.device], torch.Tensor]
-#: How a kernel fills a bucket on a device, and whether it digests it; None if none does.
-FillingFor: TypeAlias = "Callable[[BucketLayout, torch.device], tuple[Filling, bool] | None]"
 
 
 def pack(
@@ -84,16 +81,25 @@ class Packer:
         self._executor = executor
         self._pool = BufferPool()
         self._largest = max((layout.nbytes for layout in plan.buckets if layout.nbytes <= plan.capacity), default=0)
-        self._work = _work_of(plan)
+        self._work = work_of(plan)
         self._fillings: dict[tuple[int, torch.device], Filling] = {}
+        self._last: dict[int, Filling] = {}  # those of the round before, by bucket
         self._names = [spec.name for spec in plan.specs]
         self._planned = frozenset(self._names)
         self._tied_places = [i for i, spec in enumerate(plan.specs) if spec.alias_of or spec.name in plan.tied]
         self._round = 0
 
-    def pack(self, source: Source, *, version: int | None = None) -> Iterator[Bucket]:
-        """One round: see the function ``pack``."""
+    def pack(self, source: Source, *, version: int | None = None, unmoved: bool = False) -> Iterator[Bucket]:
+        """One round: see the function ``pack``.
+
+        ``unmoved=True`` promises that the source's tensors are alive, and in the memory and layout that they had the round before:
+        buckets on a GPU are filled from there, and nothing of the source is looked at, which for ten thousand small tensors is
+        what takes the time. Training in place keeps tensors where they are; loading, resharding and ``to`` do not. It has no
+        effect on the first round, on other devices, or where some tensors are not contiguous.
+        """
         version = self._next_version(version)
+        if unmoved and (fillings := self._repeatable()):
+            return self._again(fillings, version)
         mapping = as_mapping(source)
         if mapping is not None:
             tensors = self._by_name(mapping)
@@ -136,6 +142,7 @@ class Packer:
     def _at_once(self, tensors: Iterator[torch.Tensor], version: int) -> Iterator[Bucket]:
         """Fill bucket after bucket from a source whose tensors all live side by side, so that those of a bucket may be taken at
         once. ``tensors`` come in the plan's order."""
+        self._last.clear()
         ties = _Ties(self._tied_places, alive=True)
         held: dict[str, torch.Tensor] = {}  # taken from the source, and not yet (or not wholly) copied
         place = 0
@@ -143,7 +150,7 @@ class Packer:
             taken = list(islice(tensors, work.until - place))
             for at in ties.places(place, work.until):
                 ties.see(self.plan.specs[at], taken[at - place])
-            target = _Target(work, self._new_buffer)
+            target = Target(work, self._new_buffer)
             if work.in_order:
                 target.copy_in_order(taken, self._executor, self._filling)
             else:
@@ -154,14 +161,30 @@ class Packer:
             del taken
             yield self._seal(target, work.layout.index, version)
 
+    def _repeatable(self) -> list[Filling]:
+        """How the buckets were filled the last time, if all of them were filled by kernels alone."""
+        last = [self._last[work.layout.index] for work in self._work if work.layout.index in self._last]
+        return last if len(last) == len(self._work) and all(filling.repeatable for filling in last) else []
+
+    def _again(self, fillings: list[Filling], version: int) -> Iterator[Bucket]:
+        """Fill bucket after bucket from where the tensors were the last time."""
+        for filling in fillings:
+            layout, device = filling.layout, filling.device
+            buffer = self._new_buffer(layout.nbytes, device)
+            if buffer.device != device:
+                raise ValueError(f"allocate({layout.nbytes}) returned memory on {buffer.device}, and the tensors are on {device}")
+            lanes = filling.repeat(buffer, digest=chosen_algorithm(self._digest, device) == BLOCK_ALGORITHM)
+            yield seal(buffer, self._digest, index=layout.index, plan_digest=self.plan.digest, version=version, lanes=lanes)
+
     def _one_by_one(self, version: int) -> Step[Bucket]:
         """Fill bucket after bucket, copying each tensor before the next is asked for: the source may use one piece of memory for
         all of them."""
+        self._last.clear()
         ties = _Ties(self._tied_places, alive=False)
         held: dict[str, torch.Tensor] = {}
         place = 0
         for work in self._work:
-            target = _Target(work, self._new_buffer)
+            target = Target(work, self._new_buffer)
             target.copy_held(held)
             while place < work.until:
                 items = (yield 1) or []
@@ -196,13 +219,13 @@ class Packer:
                 f"the source goes on with {items[0][0]!r} after the plan's {len(self._names)} tensors; plan again with specs_of"
             )
 
-    def _seal(self, target: _Target, index: int, version: int) -> Bucket:
+    def _seal(self, target: Target, index: int, version: int) -> Bucket:
         buffer = target.close()
         return seal(buffer, self._digest, index=index, plan_digest=self.plan.digest, version=version, lanes=target.lanes)
 
     def _filling(self, layout: BucketLayout, device: torch.device) -> tuple[Filling, bool] | None:
         """How a kernel fills this bucket, and whether it digests it; None if it is not on a GPU, or no kernel runs there."""
-        if device.type != "cuda":
+        if not cuda.possible(device):
             return None
         filling = self._fillings.get((layout.index, device))
         if filling is None:
@@ -211,146 +234,13 @@ class Packer:
             if not launching.usable(device):
                 return None
             filling = self._fillings[layout.index, device] = packing.Filling(layout, device)
+        self._last[layout.index] = filling
         return filling, chosen_algorithm(self._digest, device) == BLOCK_ALGORITHM
 
     def _new_buffer(self, nbytes: int, device: torch.device) -> torch.Tensor:
         if self._allocate is not None:
             return check_buffer(self._allocate(nbytes), nbytes)
         return self._pool.take(nbytes, device, room=self._largest)
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What one bucket asks for: the source's tensors up to ``until``.
-
-    ``in_order``: the bucket's slots are just those tensors, whole and in the source's order; ``runs`` are theirs.
-    """
-
-    layout: BucketLayout
-    gaps: tuple[tuple[int, int], ...]
-    until: int
-    runs: tuple[Run, ...]
-    in_order: bool
-
-
-def _work_of(plan: BucketPlan) -> tuple[_Work, ...]:
-    places = {spec.name: place for place, spec in enumerate(plan.specs)}
-    work, until = [], 0
-    for layout in plan.buckets:
-        start = until
-        until = max(until, *(places[slot.name] + 1 for slot in layout.slots))
-        if layout is plan.buckets[-1]:
-            until = len(plan.specs)
-        in_order = [places[slot.name] for slot in layout.slots] == list(range(start, until))
-        in_order = in_order and not any(slot.is_piece for slot in layout.slots)
-        runs = tuple(runs_of(layout)) if in_order else ()
-        work.append(_Work(layout, tuple(layout.gaps()), until, runs, in_order))
-    return tuple(work)
-
-
-class _Target:
-    """One bucket being filled. Its buffer is made when the first tensor says on which device."""
-
-    def __init__(self, work: _Work, new_buffer: NewBuffer) -> None:
-        self._work = work
-        self._new_buffer = new_buffer
-        self._buffer: torch.Tensor | None = None
-        self._filled = False  # by a kernel, padding included
-        self._slots: dict[str, Slot] = {}
-        #: Of the digest, if a kernel computed them.
-        self.lanes: Lanes | None = None
-
-    def copy_in_order(self, tensors: list[torch.Tensor], executor: Executor | None, filling: FillingFor) -> None:
-        """Copy a bucket whose slots are just these tensors, at once on a GPU, elsewhere runs of like ones at once."""
-        slots = self._work.layout.slots
-        if self._fill(slots[0], tensors, filling, lambda slot, tensor: self._copy(slot, {slot.name: tensor})):
-            return
-        start = 0
-        for run in self._work.runs:
-            part = tensors[start : start + len(run.slots)]
-            start += len(run.slots)
-            check_describable(run.slots[0].name, part[0])
-            if not (run.alike and write_run(self._at(part[0].device), run, part, executor)):
-                for slot, tensor in zip(run.slots, part, strict=True):
-                    self._copy(slot, {slot.name: tensor})
-
-    def copy_by_name(self, held: dict[str, torch.Tensor], filling: FillingFor) -> None:
-        """Copy every slot, each from the tensor of its name."""
-        slots = self._work.layout.slots
-        for slot in slots:
-            if slot.is_piece and slot.start == 0:
-                held[slot.name] = as_bytes(conform(slot.spec, held[slot.name]))
-        if not self._fill(slots[0], [held[slot.name] for slot in slots], filling, self._copy_ready):
-            for slot in slots:
-                self._copy_ready(slot, held[slot.name])
-        for slot in slots:
-            if slot.is_tail:
-                del held[slot.name]
-
-    def _fill(
-        self,
-        first: Slot,
-        tensors: list[torch.Tensor],
-        filling: FillingFor,
-        write: Callable[[Slot, torch.Tensor], None],
-    ) -> bool:
-        """Fill the whole bucket by a kernel, if there is one where its buffer is."""
-        check_describable(first.name, tensors[0])
-        if tensors[0].device.type != "cuda":  # without a buffer yet: its tensor may still be refused
-            return False
-        buffer = self._at(tensors[0].device)
-        found = filling(self._work.layout, buffer.device)
-        if found is None:
-            return False
-        how, digest = found
-        self.lanes = how.fill(buffer, tensors, write, digest=digest)
-        self._filled = True
-        return True
-
-    def _copy_ready(self, slot: Slot, tensor: torch.Tensor) -> None:
-        """Copy a slot from its tensor, of a split one from its bytes."""
-        plain = tensor if slot.is_piece else conform(slot.spec, tensor)
-        write_slot(self._at(plain.device), slot, plain)
-
-    def copy_held(self, held: dict[str, torch.Tensor]) -> None:
-        """Copy what was taken earlier and has its place, or its next piece, here."""
-        self._slots = {slot.name: slot for slot in self._work.layout.slots}
-        for name in [name for name in held if name in self._slots]:
-            self._copy(self._slots[name], held)
-
-    def take_one(self, name: str, held: dict[str, torch.Tensor], spec: TensorSpec) -> None:
-        """Copy one tensor just taken, or keep a copy of it for the bucket that its group completes in."""
-        if spec.alias_of is not None:
-            del held[name]
-            return
-        slot = self._slots.get(name)
-        if slot is not None:
-            self._copy(slot, held)
-        else:
-            held[name] = own_copy(conform(spec, held[name]))
-
-    def close(self) -> torch.Tensor:
-        """The filled buffer, its padding zeroed: a buffer may have been used before."""
-        assert self._buffer is not None  # a layout has a slot, and filling it made the buffer
-        if not self._filled:
-            zero_padding(self._buffer, self._work.gaps)
-        return self._buffer
-
-    def _at(self, device: torch.device) -> torch.Tensor:
-        if self._buffer is None:
-            self._buffer = self._new_buffer(self._work.layout.nbytes, device)
-        return self._buffer
-
-    def _copy(self, slot: Slot, held: dict[str, torch.Tensor]) -> None:
-        """Copy one slot. A tensor that is to be split is kept as bytes until its last piece is copied."""
-        tensor = held[slot.name]
-        if slot.start == 0:
-            tensor = conform(slot.spec, tensor)
-            if slot.is_piece:
-                tensor = held[slot.name] = as_bytes(tensor)
-        write_slot(self._at(tensor.device), slot, tensor)
-        if slot.is_tail:
-            del held[slot.name]
 
 
 class _Ties:

@@ -125,7 +125,7 @@ class StreamUnpacker:
                 if tensor is None:
                     continue
             else:
-                tensor = views.tensor(slot, contiguous_strides(slot.spec.shape))
+                tensor = views.tensor(slot, slot.spec.shape, contiguous_strides(slot.spec.shape))
                 if self._copy:
                     tensor = own_copy(tensor)
             pairs += [(name, tensor) for name in (slot.name, *tied.get(slot.name, ()))]

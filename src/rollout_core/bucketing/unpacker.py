@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from operator import mul
 from typing import TypeAlias
@@ -12,11 +12,14 @@ import torch
 from rollout_core.bucketing.bucket import Bucket, check_sealed, check_version, verify
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.plan import BucketPlan
+from rollout_core.bucketing.scatter import Scatter
 from rollout_core.bucketing.sources import Pair
 from rollout_core.bucketing.specs import TensorSpec
 from rollout_core.bucketing.tensors import own_copy
 from rollout_core.errors import IncompleteStreamError, IntegrityError, PlanMismatchError
 
+#: A slot, its name and shape, and the strides of its tensor; None for those of a piece.
+_Recipe: TypeAlias = tuple[Slot, str, tuple[int, ...], tuple[int, ...] | None]
 #: Where a split tensor is joined, by its spec: its bytes as a 1-d contiguous uint8 tensor, aligned for its dtype, on any device;
 #: None for new memory. Asked before the first piece, once that is verified.
 JoinMemory: TypeAlias = Callable[[TensorSpec], torch.Tensor | None]
@@ -37,6 +40,10 @@ class Unpacker:
     its own. ``copy=True`` gives every tensor memory of its own. ``verify=True`` checks each bucket's digest before anything of it
     is handed out. ``version``: accept this round of weights only; None accepts any that is newer than the last one. ``memory``:
     where split tensors are joined, such as the parameter that they are for: see ``JoinMemory``.
+
+    ``into``: tensors by name that each bucket is written into instead, once it is verified, on a GPU in one launch; ``feed`` hands
+    them out then. They are contiguous, of the plan's dtypes and shapes. ``reuse=True`` keeps the views of each bucket for the
+    rounds that bring it in the same memory, and that memory with it: for a receiver whose buffers stay where they are.
     """
 
     def __init__(
@@ -47,14 +54,20 @@ class Unpacker:
         copy: bool = False,
         version: int | None = None,
         memory: JoinMemory | None = None,
+        into: Mapping[str, torch.Tensor] | None = None,
+        reuse: bool = False,
     ) -> None:
+        if into is not None and (copy or reuse or memory is not None):
+            raise ValueError("into= takes everything out of the buckets; copy, reuse and memory are for what is handed out of them")
         self.plan = plan
+        self._scatter = None if into is None else Scatter(plan, into)
+        self._kept: dict[int, tuple[tuple[int, torch.device], list[Pair]]] | None = {} if reuse and not copy else None
         self._memory = memory
         self._verify = verify
         self._copy = copy
         self._last_version = -1
         self._orders = _hand_out_orders(plan)
-        self._strides = {slot.spec.shape: contiguous_strides(slot.spec.shape) for layout in plan.buckets for slot in layout.slots}
+        self._recipes: dict[int, list[_Recipe]] = {}
         self.restart(version=version)
 
     def restart(self, *, version: int | None = None) -> None:
@@ -82,7 +95,8 @@ class Unpacker:
         self._next += 1
         if self._next == len(self.plan.buckets):
             self._last_version = bucket.version
-        drop_joined(self._joins, layout)
+        if self._scatter is None:
+            drop_joined(self._joins, layout)
         return pairs
 
     def close(self) -> None:
@@ -126,22 +140,53 @@ class Unpacker:
         return layout
 
     def _hand_out(self, layout: BucketLayout, buffer: torch.Tensor) -> list[Pair]:
+        if self._scatter is not None:
+            self._scatter.write(layout, buffer)
+            whole = [(slot.name, self._scatter.targets[slot.name]) for slot in self._orders[layout.index] if slot.is_tail]
+            return [pair for name, tensor in whole for pair in ((name, tensor), *self._others(name, tensor))]
+        if self._kept is None:
+            return self._views(layout, buffer)
+        key = (buffer.data_ptr(), buffer.device)
+        kept = self._kept.get(layout.index)
+        if kept is not None and kept[0] == key:  # what is kept keeps the memory: no other can have come to lie there
+            return list(kept[1])
+        pairs = self._views(layout, buffer)
+        if not any(slot.is_piece for slot in layout.slots):
+            self._kept[layout.index] = (key, list(pairs))
+        return pairs
+
+    def _views(self, layout: BucketLayout, buffer: torch.Tensor) -> list[Pair]:
         views = Views(buffer)
         tied = self.plan.tied
         pairs: list[Pair] = []
-        for slot in self._orders[layout.index]:
-            if slot.is_piece:
-                tensor = join_piece(self._joins, slot, buffer, self._memory)
-                if tensor is None:
+        for slot, name, shape, strides in self._recipe(layout):
+            if strides is None:
+                joined = join_piece(self._joins, slot, buffer, self._memory)
+                if joined is None:
                     continue
+                tensor = joined
             else:
-                tensor = views.tensor(slot, self._strides[slot.spec.shape])
+                tensor = views.tensor(slot, shape, strides)
                 if self._copy:
                     tensor = own_copy(tensor)
-            pairs.append((slot.name, tensor))
-            if slot.name in tied:
-                pairs += [(name, tensor) for name in tied[slot.name]]
+            pairs.append((name, tensor))
+            if tied and name in tied:
+                pairs += self._others(name, tensor)
         return pairs
+
+    def _others(self, name: str, tensor: torch.Tensor) -> list[Pair]:
+        """The pairs of the names that are tied to this one."""
+        return [(other, tensor) for other in self.plan.tied.get(name, ())]
+
+    def _recipe(self, layout: BucketLayout) -> list[_Recipe]:
+        """What a bucket's tensors are made from, in the order in which they are handed out."""
+        recipe = self._recipes.get(layout.index)
+        if recipe is None:
+            recipe = self._recipes[layout.index] = [
+                (slot, slot.name, slot.spec.shape, None if slot.is_piece else contiguous_strides(slot.spec.shape))
+                for slot in self._orders[layout.index]
+            ]
+        return recipe
 
 
 def _hand_out_orders(plan: BucketPlan) -> list[tuple[Slot, ...]]:
@@ -174,15 +219,18 @@ class Views:
         aligned = buffer.storage_offset() % 16 == 0 and buffer.data_ptr() % 16 == 0
         # A receiver that put its buffer at an odd address still gets tensors; they cannot be views of it.
         self._buffer = buffer if aligned else buffer.clone()
-        self._typed: dict[torch.dtype, torch.Tensor] = {}
+        self._typed: dict[torch.dtype, tuple[torch.Tensor, int, int]] = {}
 
-    def tensor(self, slot: Slot, strides: tuple[int, ...]) -> torch.Tensor:
-        dtype = slot.spec.dtype
-        typed = self._typed.get(dtype)
+    def tensor(self, slot: Slot, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+        spec = slot.spec
+        typed = self._typed.get(spec.dtype)
         if typed is None:
-            whole = self._buffer.numel() // dtype.itemsize * dtype.itemsize
-            typed = self._typed[dtype] = self._buffer[:whole].view(dtype)
-        return typed.as_strided(slot.spec.shape, strides, typed.storage_offset() + slot.offset // dtype.itemsize)
+            itemsize = spec.dtype.itemsize
+            whole = self._buffer.numel() // itemsize * itemsize
+            view = self._buffer[:whole].view(spec.dtype)
+            typed = self._typed[spec.dtype] = (view, int(view.storage_offset()), itemsize)
+        view, start, itemsize = typed
+        return view.as_strided(shape, strides, start + slot.offset // itemsize)
 
 
 def join_piece(

@@ -142,8 +142,8 @@ def gather_aligned(target, count, blocks, ones, others, splits, ends, bases, par
     """Fill blocks of a buffer at ``target`` that have one source or two, and all on multiples of 16 bytes.
 
     Entry ``i`` is block ``blocks[i]``: its words before ``splits[i]`` are of row ``ones[i]``, those after of row ``others[i]``, up
-    to ``ends[i]``, where the buffer ends. Byte ``k`` of the buffer is read at ``bases[row] + k``. With DIGEST each program's lanes go
-    to ``partials``.
+    to ``ends[i]``, where the buffer ends. Byte ``k`` of the buffer is read at ``bases[row] + k``. With DIGEST each
+    program's lanes go to ``partials``.
     """
     word = _word()
     lanes = _no_lanes()
@@ -163,6 +163,17 @@ def gather_aligned(target, count, blocks, ones, others, splits, ends, bases, par
         _store_lanes(partials, lanes)
 
 
+@triton.jit
+def _load_shifted(address, word):
+    """A block's words at any address, each from the two aligned words that it lies in."""
+    past = (address % 4).to(tl.uint32) * 8
+    pointer = (address // 4 * 4).to(tl.pointer_type(tl.uint32))
+    low = tl.load(pointer + word)
+    high = tl.load(pointer + word + 1)
+    # Shifted up in two steps: by 32 bits at once is undefined.
+    return (low >> past) | ((high << 1) << (31 - past))
+
+
 @triton.jit(do_not_specialize=["target", "count"])
 def gather_shifted(target, count, blocks, ones, bases, partials, DIGEST: tl.constexpr):
     """Fill whole blocks from within one row each: block ``blocks[i]`` from row ``ones[i]``, at any address. The 3 bytes before and
@@ -172,13 +183,7 @@ def gather_shifted(target, count, blocks, ones, bases, partials, DIGEST: tl.cons
     for i in range(tl.program_id(0), count, tl.num_programs(0)):
         block = tl.load(blocks + i)
         begin = block * tl.full((), SIZE, tl.int64)
-        address = tl.load(bases + tl.load(ones + i)) + begin
-        past = (address % 4).to(tl.uint32) * 8
-        pointer = (address // 4 * 4).to(tl.pointer_type(tl.uint32))
-        low = tl.load(pointer + word)
-        high = tl.load(pointer + word + 1)
-        # Shifted up in two steps: by 32 bits at once is undefined.
-        words = (low >> past) | ((high << 1) << (31 - past))
+        words = _load_shifted(tl.load(bases + tl.load(ones + i)) + begin, word)
         tl.store(_vectors(target + begin) + word, words)
         if DIGEST:
             lanes = _add_block(lanes, words, block)
@@ -239,6 +244,17 @@ def copy_aligned(count, rows, places, sources, targets, sizes):
         source, target = tl.load(sources + row) + begin, tl.load(targets + row) + begin
         words = tl.load(_vectors(source) + word, mask=word < end, other=0)
         tl.store(_vectors(target) + word, words, mask=word < end)
+
+
+@triton.jit(do_not_specialize=["count"])
+def copy_shifted(count, rows, places, sources, targets, sizes):
+    """``copy_aligned`` for whole blocks from any address to a multiple of 16. The 3 bytes before and after the block are read, too;
+    ``sizes`` are not."""
+    word = _word()
+    for i in range(tl.program_id(0), count, tl.num_programs(0)):
+        row, begin = tl.load(rows + i), tl.load(places + i)
+        words = _load_shifted(tl.load(sources + row) + begin, word)
+        tl.store(_vectors(tl.load(targets + row) + begin) + word, words)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -11,7 +11,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from rollout_core.bucketing.cuda.tables import PackTable
+from rollout_core.bucketing.cuda import possible
+from rollout_core.bucketing.cuda.tables import CopyTable, PackTable
 from rollout_core.bucketing.digest import BLOCK_NBYTES, Lanes, block_multilinear_by_torch
 
 _MASK: Final = (1 << 64) - 1
@@ -27,7 +28,7 @@ _PARTS_WARPS: Final = 8
 
 def usable(device: torch.device) -> bool:
     """Whether the kernels run on this device: a CUDA GPU, Triton, and what Triton itself needs. A warning says what is missing."""
-    return device.type == "cuda" and _works(torch.cuda.current_device() if device.index is None else device.index)
+    return possible(device) and _works(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def digest_lanes(buffer: torch.Tensor) -> Lanes:
@@ -83,6 +84,19 @@ def gather(table: PackTable, buffer: torch.Tensor, *, digest: bool) -> Lanes | N
             kernel[(programs,)](*arguments, part, digest, num_warps=_WARPS if digest else warps)
             done += programs
     return None if partials is None else _sum(partials)
+
+
+def copy(table: CopyTable) -> None:
+    """Copy every row of a table. Nothing waits for the device."""
+    kernels = _kernels()
+    entries = ((kernels.copy_aligned, table.aligned), (kernels.copy_shifted, table.shifted), (kernels.copy_parts, table.parts))
+    with _on(table.device):
+        for kernel, some in entries:
+            if some is not None:
+                count = some.rows.numel()
+                warps = _COPYING_WARPS if kernel is kernels.copy_aligned else _PARTS_WARPS
+                addresses = (table.sources, table.targets, table.sizes)
+                kernel[(count,)](count, some.rows, some.places, *addresses, num_warps=warps)
 
 
 def _partials(device: torch.device, programs: int) -> torch.Tensor:

@@ -26,8 +26,11 @@ class Filling:
     """
 
     def __init__(self, layout: BucketLayout, device: torch.device) -> None:
+        self.layout = layout
+        self.device = device
+        #: Whether all tensors of the last time were read where they lie.
+        self.repeatable = False
         self._table = PackTable(layout, device)
-        self._device = device
         self._slots = [slot for slot in layout.slots if slot.nbytes]
         self._places = [place for place, slot in enumerate(layout.slots) if slot.nbytes]
         self._empty = [(place, slot) for place, slot in enumerate(layout.slots) if not slot.nbytes]
@@ -41,6 +44,7 @@ class Filling:
     ) -> Lanes | None:
         """Fill ``buffer``, the bucket's, from ``tensors``, one for each slot. ``write`` puts into its place what is not a plain
         contiguous tensor of the slot's spec on this device, or raises. Returns the lanes of the digest, if asked for."""
+        self.repeatable = False
         rows = tensors
         if self._empty:
             rows = [tensors[place] for place in self._places]
@@ -54,6 +58,12 @@ class Filling:
         else:
             addresses = self._mixed_addresses(buffer, rows, odd, write)
         self._table.point(addresses)
+        self.repeatable = not odd
+        return launching.gather(self._table, buffer, digest=digest)
+
+    def repeat(self, buffer: torch.Tensor, *, digest: bool) -> Lanes | None:
+        """``fill`` from the tensors of the last time, which have not moved; only if ``repeatable``."""
+        self._table.order.keep(new=False)
         return launching.gather(self._table, buffer, digest=digest)
 
     def _mixed_addresses(
@@ -78,7 +88,7 @@ class Filling:
                 PLAIN_TYPES.issuperset(map(type, rows))
                 and tuple(map(_DTYPE, rows)) == self._dtypes
                 and tuple(map(_SHAPE, rows)) == self._shapes
-                and {self._device}.issuperset(map(_DEVICE, rows))
+                and {self.device}.issuperset(map(_DEVICE, rows))
                 and all(map(torch.Tensor.is_contiguous, rows))
                 and not any(map(torch.Tensor.is_neg, rows))
                 and not (self._complex and any(map(torch.Tensor.is_conj, rows)))
@@ -95,7 +105,7 @@ class Filling:
             and not tensor.is_nested
             and tensor.dtype is self._dtypes[place]
             and tuple(tensor.shape) == self._shapes[place]
-            and tensor.device == self._device
+            and tensor.device == self.device
             and tensor.is_contiguous()
             and not tensor.is_neg()
             and not tensor.is_conj()

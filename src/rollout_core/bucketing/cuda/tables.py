@@ -44,9 +44,28 @@ class Parts:
     stops: torch.Tensor
 
 
+class Order:
+    """The current stream reads a table after whichever stream wrote it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._ready: torch.cuda.Event | None = None
+        self._stream: int | None = None
+
+    def keep(self, new: bool) -> None:
+        """Call it before the table is used. ``new``: the current stream has just written it."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if new or self._ready is None:
+            self._ready, self._stream = stream.record_event(), stream.cuda_stream
+        elif stream.cuda_stream != self._stream:
+            stream.wait_event(self._ready)
+
+
 class PackTable:
-    """The table of one bucket on one device. The blocks' part follows from the layout, and from which sources lie on a multiple of
-    16 bytes, and is made again only when that changes; the rows' part is one address each.
+    """The table of one bucket on one device. The blocks' part follows from the layout, and from which sources lie on a multiple
+    of 16 bytes, and is made again only when that changes; the rows' part is one address each.
 
     The rows are the layout's slots that have bytes. A row's base is the address that byte 0 of the bucket would have if the row's
     memory went on to there.
@@ -62,8 +81,7 @@ class PackTable:
         self._blocks = _Blocks.of(self._starts, self._ends, layout.nbytes)
         self._known: Integers | None = None
         self._fit: npt.NDArray[np.bool_] | None = None
-        self._ready: torch.cuda.Event | None = None
-        self._stream: int | None = None
+        self.order = Order(device)
         self.bases = self.row_starts  # until the first point()
         self.aligned: Aligned | None = None
         self.shifted: Shifted | None = None
@@ -81,7 +99,7 @@ class PackTable:
             if self._fit is None or not np.array_equal(fit, self._fit):
                 self._fit = fit
                 self._lay_out(fit)
-        self._keep_order(new)
+        self.order.keep(new)
         return new
 
     def _lay_out(self, fit: npt.NDArray[np.bool_]) -> None:
@@ -97,16 +115,6 @@ class PackTable:
         if len(parts):
             columns = (parts, blocks.rows[parts], blocks.stops[parts])
             self.parts = Parts(*(_narrow(device, column) for column in columns))
-
-    def _keep_order(self, new: bool) -> None:
-        """The current stream reads the table after whichever stream wrote it."""
-        if self.device.type != "cuda":
-            return
-        stream = torch.cuda.current_stream(self.device)
-        if new or self._ready is None:
-            self._ready, self._stream = stream.record_event(), stream.cuda_stream
-        elif stream.cuda_stream != self._stream:
-            stream.wait_event(self._ready)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +151,57 @@ class _Blocks:
         shifted = self.inside & ~aligned
         numbers = np.arange(len(self.rows), dtype=np.int64)
         return numbers[aligned], numbers[shifted], numbers[~aligned & ~shifted]
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """Blocks of rows for one of the copying kernels: int32 ``rows``, int64 ``places``."""
+
+    rows: torch.Tensor
+    places: torch.Tensor
+
+
+class CopyTable:
+    """Ranges of memory on one device and where they are copied to: rows of ``sizes`` bytes, cut into blocks."""
+
+    def __init__(self, sizes: Integers, device: torch.device) -> None:
+        self.device = device
+        self.order = Order(device)
+        self._sizes = sizes
+        counts = -(-sizes // BLOCK_NBYTES)
+        self._rows = np.repeat(np.arange(len(sizes)), counts)
+        self._places = (np.arange(len(self._rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * BLOCK_NBYTES
+        self._known: tuple[Integers, Integers] | None = None
+        self._fit: Integers | None = None
+        self.sizes = self.sources = self.targets = _on(device, sizes)
+        self.aligned: Entries | None = None
+        self.shifted: Entries | None = None
+        self.parts: Entries | None = None
+
+    def point(self, sources: Integers, targets: Integers) -> bool:
+        """Take in each row's addresses; whether any of them is new."""
+        known = self._known
+        new = known is None or not (np.array_equal(sources, known[0]) and np.array_equal(targets, known[1]))
+        if new:
+            self._known = (sources, targets)
+            self.sources, self.targets = _on(self.device, sources), _on(self.device, targets)
+            fit = (sources % _VECTOR == 0) + 2 * (targets % _VECTOR == 0)
+            if self._fit is None or not np.array_equal(fit, self._fit):
+                self._fit = fit
+                self._lay_out(fit)
+        self.order.keep(new)
+        return new
+
+    def _lay_out(self, fit: Integers) -> None:
+        left = self._sizes[self._rows] - self._places
+        aligned = (fit[self._rows] == 3) & ((left >= BLOCK_NBYTES) | (left % _VECTOR == 0))
+        shifted = (fit[self._rows] == 2) & (left >= BLOCK_NBYTES + 4) & (self._places > 0)
+        self.aligned, self.shifted, self.parts = map(self._entries, (aligned, shifted, ~aligned & ~shifted))
+
+    def _entries(self, chosen: npt.NDArray[np.bool_]) -> Entries | None:
+        if not chosen.any():
+            return None
+        return Entries(_narrow(self.device, self._rows[chosen]), _on(self.device, self._places[chosen]))
 
 
 def _narrow(device: torch.device, array: Integers) -> torch.Tensor:

@@ -1,0 +1,28 @@
+"""A bucket written into existing tensors on its own GPU, in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rollout_core.bucketing.cuda import launching
+from rollout_core.bucketing.cuda.tables import CopyTable
+from rollout_core.bucketing.placement import Slot
+
+
+class Scattering:
+    """How some slots of one bucket are written, round after round: their tensors are contiguous and on the bucket's device."""
+
+    def __init__(self, slots: Sequence[Slot], device: torch.device) -> None:
+        count = len(slots)
+        self._offsets = np.fromiter((slot.offset for slot in slots), np.int64, count)
+        self._starts = np.fromiter((slot.start for slot in slots), np.int64, count)
+        self._table = CopyTable(np.fromiter((slot.nbytes for slot in slots), np.int64, count), device)
+
+    def write(self, buffer: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:
+        """Write the slots' bytes of ``buffer`` into ``targets``, one whole tensor for each slot."""
+        addresses = np.fromiter(map(torch.Tensor.data_ptr, targets), np.int64, len(targets))
+        self._table.point(buffer.data_ptr() + self._offsets, addresses + self._starts)
+        launching.copy(self._table)
