@@ -12,12 +12,16 @@ from rich.console import Console
 BENCHES: Final = ("planning", "packing", "transfer", "conversation")
 #: Asked for by name: it needs an engine.
 ROLLOUT: Final = "rollout"
+#: Asked for by name: it is for one device.
+PACK: Final = "pack"
 
 
 def bench_command(
     which: Annotated[
         list[str] | None,
-        typer.Argument(help="planning, packing, transfer, conversation; none: all of these. Or rollout.", show_default=False),
+        typer.Argument(
+            help="planning, packing, transfer, conversation; none: all of these. Or rollout, or pack.", show_default=False
+        ),
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Repeats of each measurement: 21, of rollouts 5.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads for packing.")] = 2,
@@ -27,21 +31,26 @@ def bench_command(
         str, typer.Option(help="rollout: whose shape the random model has: SmolLM2-135M, Qwen2.5-7B or Qwen3-30B-A3B.")
     ] = "SmolLM2-135M",
     layers: Annotated[int | None, typer.Option(min=1, help="rollout: fewer layers than that has.", show_default=False)] = None,
-    device: Annotated[str, typer.Option(help="rollout: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="rollout, pack: cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="rollout: float32 or bfloat16.")] = "float32",
     graphs: Annotated[bool, typer.Option("--graphs", help="rollout: with CUDA graphs.")] = False,
     concurrency: Annotated[list[int] | None, typer.Option(min=1, help="rollout: requests at once; may be repeated.")] = None,
     requests: Annotated[int, typer.Option(min=1, help="rollout: requests for each concurrency.")] = 8,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="rollout: tokens of a prompt.")] = 64,
     response_tokens: Annotated[int, typer.Option(min=1, help="rollout: tokens of a response.")] = 32,
-    plot: Annotated[Path | None, typer.Option(help="rollout: draw it into a PNG, SVG or PDF.", show_default=False)] = None,
-    json: Annotated[Path | None, typer.Option(help="rollout: write the figures as JSON.", show_default=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="rollout, pack: draw it into a PNG, SVG or PDF.", show_default=False)] = None,
+    json: Annotated[Path | None, typer.Option(help="rollout, pack: write the figures as JSON.", show_default=False)] = None,
 ) -> None:
     """Measure planning, packing, updates between processes and growing conversations on the CPU, each beside its baseline; or a
-    worker's rollouts beside its engine's own loop."""
-    unknown = [name for name in which or () if name not in (*BENCHES, ROLLOUT)]
+    worker's rollouts beside its engine's own loop; or packing and unpacking on one device beside a plain copy."""
+    unknown = [name for name in which or () if name not in (*BENCHES, ROLLOUT, PACK)]
     if unknown:
-        _refuse(f"no bench is named {unknown[0]!r}; there are {', '.join((*BENCHES, ROLLOUT))}")
+        _refuse(f"no bench is named {unknown[0]!r}; there are {', '.join((*BENCHES, ROLLOUT, PACK))}")
+    if PACK in (which or ()):
+        if which != [PACK]:
+            _refuse("pack is measured by itself: name no other bench")
+        _pack(device, repeats or 20, plot, json)
+        return
     if ROLLOUT in (which or ()):
         if which != [ROLLOUT]:
             _refuse("rollout is measured by itself: name no other bench")
@@ -56,6 +65,30 @@ def bench_command(
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160  # in a file or pipe nothing has to fit 80 columns
     bench(tuple(which or BENCHES), repeats=repeats, threads=threads, console=console)
+
+
+def _pack(device: str, repeats: int, plot: Path | None, json: Path | None) -> None:
+    from rollout_core.bench.pack import bench_pack
+    from rollout_core.bench.pack_report import check_plot, print_pack, write_pack_json, write_pack_plot
+
+    for option, file in (("--plot", plot), ("--json", json)):
+        if file is not None and not file.absolute().parent.is_dir():
+            _refuse(f"{option}: {file} is in no folder that exists")
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160
+    try:
+        if plot is not None:
+            check_plot(plot)
+        with console.status("starting") as status:
+            bench = bench_pack(device, repeats=repeats, progress=lambda words: status.update(words))
+        print_pack(bench, console)
+        if json is not None:
+            write_pack_json(bench, json)
+        if plot is not None:
+            write_pack_plot(bench, plot)
+    except (ValueError, OSError) as error:
+        _refuse(str(error))
 
 
 def _rollout(
