@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Sequence
+from operator import add, attrgetter
 from typing import Final
 
 import torch
@@ -16,7 +16,6 @@ from rollout_core.bucketing.tensors import PLAIN_TYPES
 
 _DTYPE: Final = attrgetter("dtype")
 _SHAPE: Final = attrgetter("shape")
-_DEVICE: Final = attrgetter("device")
 
 
 class Filling:
@@ -28,6 +27,7 @@ class Filling:
     def __init__(self, layout: BucketLayout, device: torch.device) -> None:
         self.layout = layout
         self.device = device
+        self._number = -1 if device.index is None else device.index  # as get_device() says it
         #: Whether all tensors of the last time were read where they lie.
         self.repeatable = False
         self._table = PackTable(layout, device)
@@ -52,9 +52,9 @@ class Filling:
                 write(slot, tensors[place])
         odd = self._odd_places(rows)
         if not odd:
-            addresses: Sequence[int] = list(map(torch.Tensor.data_ptr, rows))
+            addresses: Iterable[int] = map(torch.Tensor.data_ptr, rows)
             if self._starts is not None:
-                addresses = [address + start for address, start in zip(addresses, self._starts, strict=True)]
+                addresses = map(add, addresses, self._starts)
         else:
             addresses = self._mixed_addresses(buffer, rows, odd, write)
         self._table.point(addresses)
@@ -88,7 +88,7 @@ class Filling:
                 PLAIN_TYPES.issuperset(map(type, rows))
                 and tuple(map(_DTYPE, rows)) == self._dtypes
                 and tuple(map(_SHAPE, rows)) == self._shapes
-                and {self.device}.issuperset(map(_DEVICE, rows))
+                and {self._number}.issuperset(map(torch.Tensor.get_device, rows))
                 and all(map(torch.Tensor.is_contiguous, rows))
                 and not any(map(torch.Tensor.is_neg, rows))
                 and not (self._complex and any(map(torch.Tensor.is_conj, rows)))
