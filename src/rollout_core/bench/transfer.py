@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import IO, Any, Final
@@ -46,7 +46,7 @@ def bench_transfer(repeats: int, threads: int) -> dict[str, dict[str, Timing]]:
 def _memory(source: Tensors, repeats: int, threads: int) -> dict[str, Timing]:
     name = f"bench-{os.getpid()}"
     target = _weights(0)
-    with _receiver("memory", name) as other, MemorySender.listen(name, timeout=TIMEOUT) as end:
+    with receiver(__name__, "memory", name) as other, MemorySender.listen(name, timeout=TIMEOUT) as end:
         candidates: dict[str, Callable[[], Any]] = {
             f"plain copy, {count} threads": partial(_copy, source, target, count) for count in sorted({1, threads})
         }
@@ -60,7 +60,7 @@ def _gloo(source: Tensors, repeats: int) -> dict[str, Timing]:
         port = free.getsockname()[1]
     flat = _flat(source)
     slots = _slots()
-    with _receiver("gloo", str(port)) as other:
+    with receiver(__name__, "gloo", str(port)) as other:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=2)
         try:
             with CollectiveSender(host="127.0.0.1") as end:
@@ -73,7 +73,7 @@ def _gloo(source: Tensors, repeats: int) -> dict[str, Timing]:
             dist.destroy_process_group()
 
 
-def _updates(source: Tensors, end: Any, other: _Other, *, small: bool = False) -> dict[str, Callable[[], Any]]:
+def _updates(source: Tensors, end: Any, other: Other, *, small: bool = False) -> dict[str, Callable[[], Any]]:
     """Updates with and without digests."""
     sizes = [(CAPACITY, SLOTS)] + ([(SMALL_CAPACITY, SMALL_SLOTS)] if small else [])
     candidates = {}
@@ -93,7 +93,7 @@ def _copy(source: Tensors, target: Tensors, threads: int) -> None:
     torch.set_num_threads(1)
 
 
-def _copy_together(source: Tensors, target: Tensors, other: _Other) -> None:
+def _copy_together(source: Tensors, target: Tensors, other: Other) -> None:
     other.tell("copy")
     _copy(source, target, 1)
     other.wait()
@@ -149,7 +149,7 @@ def _weights(seed: int) -> Tensors:
     return {f"w{i}": torch.randn(size, generator=generator) if seed else torch.zeros(size) for i in range(TENSORS)}
 
 
-class _Other:
+class Other:
     """The other process, and the words that it is told."""
 
     def __init__(self, words: IO[str], answers: IO[str]) -> None:
@@ -173,15 +173,15 @@ class _Other:
 
 
 @contextmanager
-def _receiver(kind: str, where: str) -> Iterator[_Other]:
-    """The other process; it ends with its input."""
-    command = [sys.executable, "-m", __name__, kind, where]
+def receiver(module: str, *words: str) -> Iterator[Other]:
+    """The other process, which runs a module and does as it is told; it ends with its input."""
+    command = [sys.executable, "-m", module, *words]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         torch.set_num_threads(1)
         try:
-            yield _Other(child.stdin, child.stdout)
+            yield Other(child.stdin, child.stdout)
             child.stdin.close()
             child.wait(TIMEOUT)
         finally:
@@ -195,19 +195,22 @@ def _follow(kind: str, where: str) -> None:
     if kind == "memory":
         source = _weights(1)
         with MemoryReceiver.connect(where, timeout=TIMEOUT) as end:
-            _obey(end, target, {"copy": partial(_copy, source, target.tensors, 1)})
+            obey(_receiving(end, target) | {"copy": partial(_copy, source, target.tensors, 1)})
         return
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{where}", rank=1, world_size=2)
     flat, slots = _flat(target.tensors), _slots()
     with CollectiveReceiver(timeout=TIMEOUT) as end:
-        _obey(end, target, {"broadcast": partial(_broadcast, flat), "hand": partial(_receive_by_hand, flat, slots)})
+        by_hand = {"broadcast": partial(_broadcast, flat), "hand": partial(_receive_by_hand, flat, slots)}
+        obey(_receiving(end, target) | by_hand)
     dist.destroy_process_group()
 
 
-def _obey(end: Any, target: DirectWeights, words: dict[str, Callable[[], Any]]) -> None:
-    words |= {
-        name: partial(receive, end, target, timeout=TIMEOUT, verify=name == "verified") for name in ("verified", "unverified")
-    }
+def _receiving(end: Any, target: DirectWeights) -> dict[str, Callable[[], Any]]:
+    return {name: partial(receive, end, target, timeout=TIMEOUT, verify=name == "verified") for name in ("verified", "unverified")}
+
+
+def obey(words: Mapping[str, Callable[[], Any]]) -> None:
+    """Do what each line of the input says, and say so."""
     for word in sys.stdin:
         words[word.strip()]()
         print("done", flush=True)
