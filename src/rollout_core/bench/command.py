@@ -14,13 +14,16 @@ BENCHES: Final = ("planning", "packing", "transfer", "conversation")
 ROLLOUT: Final = "rollout"
 #: Asked for by name: it is for one device.
 PACK: Final = "pack"
+#: Asked for by name: it needs a GPU.
+SYNC: Final = "sync"
+ALONE: Final = (ROLLOUT, PACK, SYNC)
 
 
 def bench_command(
     which: Annotated[
         list[str] | None,
         typer.Argument(
-            help="planning, packing, transfer, conversation; none: all of these. Or rollout, or pack.", show_default=False
+            help="planning, packing, transfer, conversation; none: all of these. Or one of rollout, pack, sync.", show_default=False
         ),
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Repeats of each measurement: 21, of rollouts 5.")] = None,
@@ -28,9 +31,11 @@ def bench_command(
     worker: Annotated[str, typer.Option(help="rollout: hf, vllm, vllm-async or sglang.")] = "hf",
     model: Annotated[Path | None, typer.Option(help="rollout: a folder; none: a random model.", show_default=False)] = None,
     shape: Annotated[
-        str, typer.Option(help="rollout: whose shape the random model has: SmolLM2-135M, Qwen2.5-7B or Qwen3-30B-A3B.")
+        str, typer.Option(help="rollout, sync: whose shape the random model has: SmolLM2-135M, Qwen2.5-7B or Qwen3-30B-A3B.")
     ] = "SmolLM2-135M",
-    layers: Annotated[int | None, typer.Option(min=1, help="rollout: fewer layers than that has.", show_default=False)] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="rollout, sync: fewer layers than that has.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="rollout, pack: cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="rollout: float32 or bfloat16.")] = "float32",
     graphs: Annotated[bool, typer.Option("--graphs", help="rollout: with CUDA graphs.")] = False,
@@ -39,21 +44,24 @@ def bench_command(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="rollout: tokens of a prompt.")] = 64,
     response_tokens: Annotated[int, typer.Option(min=1, help="rollout: tokens of a response.")] = 32,
     plot: Annotated[Path | None, typer.Option(help="rollout, pack: draw it into a PNG, SVG or PDF.", show_default=False)] = None,
-    json: Annotated[Path | None, typer.Option(help="rollout, pack: write the figures as JSON.", show_default=False)] = None,
+    json: Annotated[Path | None, typer.Option(help="rollout, pack, sync: write the figures as JSON.", show_default=False)] = None,
 ) -> None:
-    """Measure planning, packing, updates between processes and growing conversations on the CPU, each beside its baseline; or a
-    worker's rollouts beside its engine's own loop; or packing and unpacking on one device beside a plain copy."""
-    unknown = [name for name in which or () if name not in (*BENCHES, ROLLOUT, PACK)]
+    """Measure planning, packing, updates between processes and growing conversations on the CPU, each beside its baseline. Or, by
+    itself: a worker's rollouts beside its engine's own loop; packing and unpacking on one device, or updates of a model by CUDA
+    IPC, beside a plain copy."""
+    unknown = [name for name in which or () if name not in (*BENCHES, *ALONE)]
     if unknown:
-        _refuse(f"no bench is named {unknown[0]!r}; there are {', '.join((*BENCHES, ROLLOUT, PACK))}")
-    if PACK in (which or ()):
-        if which != [PACK]:
-            _refuse("pack is measured by itself: name no other bench")
+        _refuse(f"no bench is named {unknown[0]!r}; there are {', '.join((*BENCHES, *ALONE))}")
+    alone = next((name for name in which or () if name in ALONE), None)
+    if alone is not None and which != [alone]:
+        _refuse(f"{alone} is measured by itself: name no other bench")
+    if alone == PACK:
         _pack(device, repeats or 20, plot, json)
         return
-    if ROLLOUT in (which or ()):
-        if which != [ROLLOUT]:
-            _refuse("rollout is measured by itself: name no other bench")
+    if alone == SYNC:
+        _sync(shape, layers, repeats or 10, json)
+        return
+    if alone == ROLLOUT:
         load = {"concurrencies": concurrency or [1, 8], "requests": requests, "prompt_tokens": prompt_tokens}
         load |= {"response_tokens": response_tokens, "repeats": repeats or 5, "shape": shape, "layers": layers}
         _rollout(worker, model, load, {"device": device, "dtype": dtype, "graphs": graphs}, plot, json)
@@ -61,9 +69,7 @@ def bench_command(
     repeats = repeats or 21
     from rollout_core.bench.report import bench
 
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 160  # in a file or pipe nothing has to fit 80 columns
+    console = _console()
     bench(tuple(which or BENCHES), repeats=repeats, threads=threads, console=console)
 
 
@@ -71,12 +77,8 @@ def _pack(device: str, repeats: int, plot: Path | None, json: Path | None) -> No
     from rollout_core.bench.pack import bench_pack
     from rollout_core.bench.pack_report import check_plot, print_pack, write_pack_json, write_pack_plot
 
-    for option, file in (("--plot", plot), ("--json", json)):
-        if file is not None and not file.absolute().parent.is_dir():
-            _refuse(f"{option}: {file} is in no folder that exists")
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 160
+    _check_files(plot, json)
+    console = _console()
     try:
         if plot is not None:
             check_plot(plot)
@@ -102,12 +104,8 @@ def _rollout(
         _refuse(f"--worker is {worker!r}; it is one of {', '.join(KINDS)}")
     if model is not None and not (model / "config.json").is_file():
         _refuse(f"--model: {model} has no config.json; pass a folder as save_pretrained writes it")
-    for option, file in (("--plot", plot), ("--json", json)):
-        if file is not None and not file.absolute().parent.is_dir():
-            _refuse(f"{option}: {file} is in no folder that exists")
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 160
+    _check_files(plot, json)
+    console = _console()
     try:
         if plot is not None:
             check_ending(plot)
@@ -128,6 +126,40 @@ def _rollout(
         _refuse(str(error))
     except ImportError as error:
         _refuse(f"{error}: install the engine, and 'rollout-core[cli,hf]'")
+
+
+def _sync(shape: str, layers: int | None, repeats: int, json: Path | None) -> None:
+    import torch
+
+    from rollout_core.bench.sync import bench_sync
+    from rollout_core.bench.sync_report import print_sync, write_sync_json
+    from rollout_core.errors import RolloutCoreError
+
+    _check_files(None, json)
+    if not torch.cuda.is_available():
+        _refuse("sync is measured on a GPU, and torch sees none")
+    console = _console()
+    try:
+        with console.status(f"updates of {shape}"):
+            bench = bench_sync(shape, layers=layers, repeats=repeats)
+    except RolloutCoreError as error:
+        _refuse(str(error))
+    print_sync(bench, console)
+    if json is not None:
+        write_sync_json(bench, json)
+
+
+def _check_files(plot: Path | None, json: Path | None) -> None:
+    for option, file in (("--plot", plot), ("--json", json)):
+        if file is not None and not file.absolute().parent.is_dir():
+            _refuse(f"{option}: {file} is in no folder that exists")
+
+
+def _console() -> Console:
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160  # in a file or pipe nothing has to fit 80 columns
+    return console
 
 
 def _refuse(message: str) -> NoReturn:
