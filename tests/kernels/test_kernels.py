@@ -67,6 +67,27 @@ def test_each_kernel_serves_the_blocks_that_it_is_for(lead):
     check_packing(pairs, "cpu", capacity=1 << 20)
 
 
+def test_a_row_that_begins_with_a_block_is_not_read_before_its_first_byte():
+    pairs = [("w", bytes_at("cpu", 6 * KIB16, 2, 1))]
+    table = PackTable(plan_buckets(specs_of(pairs), 1 << 20).buckets[0], torch.device("cpu"))
+    table.point([pairs[0][1].data_ptr()])
+    assert table.aligned is None
+    assert table.shifted.blocks.tolist() == [1, 2, 3, 4]
+    assert table.parts.blocks.tolist() == [0, 5]
+
+
+def test_b4_padding_within_a_block_is_zero():
+    """Gaps that are multiples of 16, between tensors that are."""
+    check_packing([(f"w{i}", bytes_at("cpu", 48, 0, i)) for i in range(2)], "cpu", capacity=1 << 20, align=64)
+
+
+@pytest.mark.parametrize("bit", ["neg", "conj", "neither"])
+def test_b1_contiguous_tensors_whose_bytes_are_not_their_values(bit):
+    values = patterned(torch.complex64, 50)
+    tensor = {"neg": torch._neg_view(values), "conj": values.conj(), "neither": values}[bit]
+    check_packing([("before", torch.zeros(3)), ("w", tensor)], "cpu", capacity=1 << 20)
+
+
 def test_a_table_is_made_anew_only_where_tensors_moved():
     pairs = [(f"w{i}", bytes_at("cpu", 20_000, 0, i)) for i in range(3)]
     table = PackTable(plan_buckets(specs_of(pairs), 1 << 20).buckets[0], torch.device("cpu"))
@@ -80,6 +101,9 @@ def test_a_table_is_made_anew_only_where_tensors_moved():
     assert (table.bases != bases).tolist() == [False, True, False]
     assert table.aligned is aligned, "what follows from the layout stays"
     assert table.parts is parts
+    # To where 16 bytes cannot be read at once: other kernels serve its blocks.
+    assert table.point([bytes_at("cpu", 20_000, 2, 9).data_ptr(), *here[1:]])
+    assert table.aligned.blocks.tolist() == [b for b in aligned.blocks.tolist() if b > 1]
 
 
 def test_tensors_that_move_between_rounds_are_found():
