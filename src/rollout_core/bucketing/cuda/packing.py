@@ -27,7 +27,9 @@ class Filling:
     def __init__(self, layout: BucketLayout, device: torch.device) -> None:
         self.layout = layout
         self.device = device
-        self._number = -1 if device.index is None else device.index  # as get_device() says it
+        # get_device() is the quicker question, and -1 for whatever is on no GPU.
+        self._where: Callable[[torch.Tensor], object] = attrgetter("device") if device.index is None else torch.Tensor.get_device
+        self._here = device if device.index is None else device.index
         #: Whether all tensors of the last time were read where they lie.
         self.repeatable = False
         self._table = PackTable(layout, device)
@@ -63,7 +65,7 @@ class Filling:
 
     def repeat(self, buffer: torch.Tensor, *, digest: bool) -> Lanes | None:
         """``fill`` from the tensors of the last time, which have not moved; only if ``repeatable``."""
-        self._table.order.keep(new=False)
+        self._table.use()
         return launching.gather(self._table, buffer, digest=digest)
 
     def _mixed_addresses(
@@ -88,7 +90,7 @@ class Filling:
                 PLAIN_TYPES.issuperset(map(type, rows))
                 and tuple(map(_DTYPE, rows)) == self._dtypes
                 and tuple(map(_SHAPE, rows)) == self._shapes
-                and {self._number}.issuperset(map(torch.Tensor.get_device, rows))
+                and {self._here}.issuperset(map(self._where, rows))
                 and all(map(torch.Tensor.is_contiguous, rows))
                 and not any(map(torch.Tensor.is_neg, rows))
                 and not (self._complex and any(map(torch.Tensor.is_conj, rows)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +52,8 @@ class Order:
         self._ready: torch.cuda.Event | None = None
         self._stream: int | None = None
 
-    def keep(self, new: bool) -> None:
-        """Call it before the table is used. ``new``: the current stream has just written it."""
+    def keep(self, tensors: Iterable[torch.Tensor], *, new: bool) -> None:
+        """Call it before the table, which is these tensors, is used. ``new``: the current stream has just written it."""
         if self._device.type != "cuda":
             return
         stream = torch.cuda.current_stream(self._device)
@@ -61,6 +61,8 @@ class Order:
             self._ready, self._stream = stream.record_event(), stream.cuda_stream
         elif stream.cuda_stream != self._stream:
             stream.wait_event(self._ready)
+            for tensor in tensors:  # their memory is the other stream's, and not to be used again while this one reads it
+                tensor.record_stream(stream)
 
 
 class PackTable:
@@ -81,7 +83,7 @@ class PackTable:
         self._blocks = _Blocks.of(self._starts, self._ends, layout.nbytes)
         self._known: Integers | None = None
         self._fit: npt.NDArray[np.bool_] | None = None
-        self.order = Order(device)
+        self._order = Order(device)
         self.bases = self.row_starts  # until the first point()
         self.aligned: Aligned | None = None
         self.shifted: Shifted | None = None
@@ -99,8 +101,18 @@ class PackTable:
             if self._fit is None or not np.array_equal(fit, self._fit):
                 self._fit = fit
                 self._lay_out(fit)
-        self.order.keep(new)
+        self.use(new=new)
         return new
+
+    def use(self, *, new: bool = False) -> None:
+        """Before a kernel reads the table on the current stream."""
+        self._order.keep(self._tensors(), new=new)
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from (self.row_starts, self.row_ends, self.bases)
+        for part in (self.aligned, self.shifted, self.parts):
+            if part is not None:
+                yield from (getattr(part, name) for name in part.__slots__)
 
     def _lay_out(self, fit: npt.NDArray[np.bool_]) -> None:
         """Give each block to a kernel: in new tensors, too."""
@@ -166,7 +178,7 @@ class CopyTable:
 
     def __init__(self, sizes: Integers, device: torch.device) -> None:
         self.device = device
-        self.order = Order(device)
+        self._order = Order(device)
         self._sizes = sizes
         counts = -(-sizes // BLOCK_NBYTES)
         self._rows = np.repeat(np.arange(len(sizes)), counts)
@@ -189,8 +201,14 @@ class CopyTable:
             if self._fit is None or not np.array_equal(fit, self._fit):
                 self._fit = fit
                 self._lay_out(fit)
-        self.order.keep(new)
+        self._order.keep(self._tensors(), new=new)
         return new
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from (self.sizes, self.sources, self.targets)
+        for some in (self.aligned, self.shifted, self.parts):
+            if some is not None:
+                yield from (some.rows, some.places)
 
     def _lay_out(self, fit: Integers) -> None:
         left = self._sizes[self._rows] - self._places
