@@ -11,6 +11,7 @@ Message = dict[str, Any]
 #: Width and height of a picture.
 SIZE: Final = (112, 84)
 _WIDER: Final = (140, 84)
+_LARGER: Final = (112, 112)
 _ANSWER: Final = "The first one, I think."
 
 
@@ -39,7 +40,8 @@ def turns(*, exchanged: bool = False) -> list[list[Message]]:
 
 def others(pictures: int) -> list[list[Message]]:
     """Short conversations with so many other pictures, in pairs."""
-    return [[_user(picture(seed), picture(seed + 1), "And these?")] for seed in range(100, 100 + pictures, 2)]
+    seeds = range(100, 100 + pictures, 2)
+    return [[_user(picture(seed, _LARGER), picture(seed + 1, _LARGER), "And these?")] for seed in seeds]
 
 
 def answered(messages: Sequence[Message], more: Sequence[Message]) -> list[Message]:

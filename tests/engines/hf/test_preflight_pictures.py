@@ -266,7 +266,7 @@ NAMED = r"4 pictures sent \(\d+ kB\) and 6 named in 3 turns; \d+ tokens equal"
 SOUND = {
     Sound: rf"{SENT}; seen anew by version \d",
     Keeps: rf"{NAMED}; 4 that the engine dropped sent again; seen anew by version \d",
-    KeepsAll: rf"{NAMED}; none dropped for 12 others; seen anew by version \d",
+    KeepsAll: rf"{NAMED}; none dropped for 16 others; seen anew by version \d",
     HasACheckpointsNames: rf"{SENT}; seen anew by version \d",
     TakesNone: "this worker takes no pictures, says so, and refuses them",
 }
@@ -287,8 +287,8 @@ FAULTS = {
     ExpandsWrongly: FIRST,
     ExpandsWronglyAndCompares: r"turn 1: \d+ ids were made of a conversation of \d+",
     CountsPicturesAsText: FIRST,
-    ShowsBlackForWhatItMisses: THIRD.replace("turn 3", "turn 3 again, after 12 other pictures"),
-    FailsWhatItMisses: "turn 3 again, after 12 other pictures: a request failed",
+    ShowsBlackForWhatItMisses: THIRD.replace("turn 3", "turn 3 again, after 16 other pictures"),
+    FailsWhatItMisses: "turn 3 again, after 16 other pictures: a request failed",
     TakesOneForAnother: FIRST,
     KeepsWhatOldWeightsSaw: THIRD.replace("turn 3", r"turn 3 by version \d"),
     KeepsPicturesAndWhatOldWeightsSaw: THIRD.replace("turn 3", r"turn 3 by version \d"),
@@ -446,4 +446,4 @@ def test_vllm_gets_room_for_few_pictures_where_a_model_is_made_for_them(monkeypa
     monkeypatch.setattr("rollout_core.workers.vllm.worker.VLLMWorker", lambda *given, **options: made.append(options))
     make_worker(kind, Path("model"), threads=1, keeps_few=pictures)
     assert made[0]["mode"] == ("stepped" if kind == "vllm" else "async")
-    assert made[0]["engine_options"] == ({"mm_processor_cache_gb": 0.002} if pictures else None)
+    assert made[0]["engine_options"] == ({"mm_processor_cache_gb": 0.001} if pictures else None)

@@ -16,7 +16,7 @@ from rollout_core.workers.media import MediaReport
 from rollout_core.workers.worker import Worker
 
 #: Pictures that are shown between, so that an engine which keeps few forgets some.
-_OTHERS: Final = 12
+_OTHERS: Final = 16
 #: How often the weights that see are changed twice as much, until the change can be told by the tokens.
 _DOUBLINGS: Final = 6
 
