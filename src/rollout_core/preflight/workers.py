@@ -16,8 +16,8 @@ KINDS: Final[Mapping[str, Mapping[str, int]]] = {
     "hf": {"heads": 6, "head_dim": 20},
     **dict.fromkeys(("vllm", "vllm-async", "vllm-server", "sglang", "sglang-server"), _ENGINE),
 }
-#: GiB of vLLM's cache. It has room for the four pictures of a conversation, 1.0 MB as float32, and not for 16 others, 1.2 MB as bytes:
-#: what vLLM 0.32 keeps of them where it normalizes pixels by itself.
+#: GiB of vLLM's cache. It has room for the four pictures of a conversation, 1.0 MB as float32, and not for 16 others, 1.2 MB as
+#: bytes: what vLLM 0.32 keeps of them where it normalizes pixels by itself.
 _FEW: Final = {"mm_processor_cache_gb": 0.001}
 #: Those that a server's address can be given for.
 SERVERS: Final = ("vllm", "sglang")
