@@ -20,7 +20,7 @@ from rollout_core.bucketing.placement import BucketLayout
 from rollout_core.bucketing.plan import BucketPlan
 from rollout_core.bucketing.sources import AnySource, Pair, Source, Step, adrive, as_mapping, drive, in_loop, named_pairs
 from rollout_core.bucketing.specs import TensorSpec
-from rollout_core.bucketing.target import Target, work_of
+from rollout_core.bucketing.target import NewBuffer, Target, work_of
 from rollout_core.bucketing.tensors import bytes_digest, view_key
 from rollout_core.errors import PlanMismatchError
 
@@ -89,8 +89,10 @@ class Packer:
         self._tied_places = [i for i, spec in enumerate(plan.specs) if spec.alias_of or spec.name in plan.tied]
         self._round = 0
 
-    def pack(self, source: Source, *, version: int | None = None, unmoved: bool = False) -> Iterator[Bucket]:
-        """One round: see the function ``pack``.
+    def pack(
+        self, source: Source, *, version: int | None = None, unmoved: bool = False, allocate: Allocate | None = None
+    ) -> Iterator[Bucket]:
+        """One round: see the function ``pack``. ``allocate``: of this round, instead of the packer's own.
 
         ``unmoved=True`` promises that the source's tensors are alive, and in the memory and layout that they had the round before:
         buckets on a GPU are filled from there, and nothing of the source is looked at, which for ten thousand small tensors is
@@ -98,38 +100,45 @@ class Packer:
         effect on the first round, on other devices, or where some tensors are not contiguous.
         """
         version = self._next_version(version)
+        new_buffer = self._buffers(allocate)
         if unmoved and (fillings := self._repeatable()):
-            return self._again(fillings, version)
+            return self._again(fillings, version, new_buffer)
         mapping = as_mapping(source)
         if mapping is not None:
-            tensors = self._by_name(mapping)
+            self._expect_keys(mapping)
             if isinstance(mapping, dict):
-                return self._at_once(tensors, version)
+                return self._at_once(map(mapping.__getitem__, self._names), version, new_buffer)
             # Any other mapping may make each tensor when asked for it, and in the same memory.
-            return drive(self._one_by_one(version), zip(self._names, tensors, strict=True))
+            return drive(self._one_by_one(version, new_buffer), self._by_turn(mapping))
         if isinstance(source, list | tuple):
-            return self._at_once(self._in_order(list(named_pairs(source))), version)
-        return drive(self._one_by_one(version), named_pairs(source))
+            return self._at_once(self._in_order(list(named_pairs(source))), version, new_buffer)
+        return drive(self._one_by_one(version, new_buffer), named_pairs(source))
 
     def apack(self, source: AnySource, *, version: int | None = None) -> AsyncIterator[Bucket]:
         """One round: see the function ``apack``."""
         if not isinstance(source, AsyncIterable):
             return in_loop(self.pack(source, version=version))
-        return adrive(self._one_by_one(self._next_version(version)), source)
+        return adrive(self._one_by_one(self._next_version(version), self._buffers(None)), source)
 
     def _next_version(self, version: int | None) -> int:
         self._round = check_version(self._round + 1 if version is None else version)
         return self._round
 
-    def _by_name(self, mapping: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
-        keys = set(mapping)  # not "in mapping": a lazy mapping may load the tensor to answer
+    def _expect_keys(self, mapping: Mapping[str, torch.Tensor]) -> None:
+        """Raise ``PlanMismatchError`` unless the mapping has the plan's names and no other."""
+        # Not "in mapping": a lazy mapping may load the tensor to answer.
+        keys = mapping.keys() if isinstance(mapping, dict) else set(mapping)
         if keys != self._planned:
             missing = [name for name in self._names if name not in keys]
             if missing:
                 raise PlanMismatchError(f"the source has no tensor {missing[0]!r}, and the plan has ({len(missing)} missing)")
             extra = next(name for name in mapping if name not in self._planned)
             raise PlanMismatchError(f"the source has a tensor {extra!r} that the plan has not; plan again with specs_of")
-        return map(mapping.__getitem__, self._names)
+
+    def _by_turn(self, mapping: Mapping[str, torch.Tensor]) -> Iterator[Pair]:
+        """The pairs in the plan's order. Not zip, which keeps the last pair, and with it a tensor, until it has made the next."""
+        for name in self._names:
+            yield name, mapping[name]
 
     def _in_order(self, pairs: list[Pair]) -> Iterator[torch.Tensor]:
         if self._names:
@@ -139,7 +148,7 @@ class Packer:
         self._expect_end(pairs[len(self._names) :])
         return iter([tensor for _, tensor in pairs])
 
-    def _at_once(self, tensors: Iterator[torch.Tensor], version: int) -> Iterator[Bucket]:
+    def _at_once(self, tensors: Iterator[torch.Tensor], version: int, new_buffer: NewBuffer) -> Iterator[Bucket]:
         """Fill bucket after bucket from a source whose tensors all live side by side, so that those of a bucket may be taken at
         once. ``tensors`` come in the plan's order."""
         self._last.clear()
@@ -150,7 +159,7 @@ class Packer:
             taken = list(islice(tensors, work.until - place))
             for at in ties.places(place, work.until):
                 ties.see(self.plan.specs[at], taken[at - place])
-            target = Target(work, self._new_buffer)
+            target = Target(work, new_buffer)
             if work.in_order:
                 target.copy_in_order(taken, self._executor, self._filling)
             else:
@@ -166,17 +175,17 @@ class Packer:
         last = [self._last[work.layout.index] for work in self._work if work.layout.index in self._last]
         return last if len(last) == len(self._work) and all(filling.repeatable for filling in last) else []
 
-    def _again(self, fillings: list[Filling], version: int) -> Iterator[Bucket]:
+    def _again(self, fillings: list[Filling], version: int, new_buffer: NewBuffer) -> Iterator[Bucket]:
         """Fill bucket after bucket from where the tensors were the last time."""
         for filling in fillings:
             layout, device = filling.layout, filling.device
-            buffer = self._new_buffer(layout.nbytes, device)
+            buffer = new_buffer(layout.nbytes, device)
             if buffer.device != device:
                 raise ValueError(f"allocate({layout.nbytes}) returned memory on {buffer.device}, and the tensors are on {device}")
             lanes = filling.repeat(buffer, digest=chosen_algorithm(self._digest, device) == BLOCK_ALGORITHM)
             yield seal(buffer, self._digest, index=layout.index, plan_digest=self.plan.digest, version=version, lanes=lanes)
 
-    def _one_by_one(self, version: int) -> Step[Bucket]:
+    def _one_by_one(self, version: int, new_buffer: NewBuffer) -> Step[Bucket]:
         """Fill bucket after bucket, copying each tensor before the next is asked for: the source may use one piece of memory for
         all of them."""
         self._last.clear()
@@ -184,7 +193,7 @@ class Packer:
         held: dict[str, torch.Tensor] = {}
         place = 0
         for work in self._work:
-            target = Target(work, self._new_buffer)
+            target = Target(work, new_buffer)
             target.copy_held(held)
             while place < work.until:
                 items = (yield 1) or []
@@ -237,10 +246,16 @@ class Packer:
         self._last[layout.index] = filling
         return filling, chosen_algorithm(self._digest, device) == BLOCK_ALGORITHM
 
-    def _new_buffer(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        if self._allocate is not None:
-            return check_buffer(self._allocate(nbytes), nbytes)
-        return self._pool.take(nbytes, device, room=self._largest)
+    def _buffers(self, allocate: Allocate | None) -> NewBuffer:
+        """What gives a round its buffers."""
+        given = self._allocate if allocate is None else allocate
+
+        def new_buffer(nbytes: int, device: torch.device) -> torch.Tensor:
+            if given is not None:
+                return check_buffer(given(nbytes), nbytes)
+            return self._pool.take(nbytes, device, room=self._largest)
+
+        return new_buffer
 
 
 class _Ties:

@@ -75,7 +75,11 @@ class BucketPlan:
         return canonical_digest(self)
 
     def to_bytes(self) -> bytes:
-        """The manifest: versioned MessagePack, compressed (format: docs/manifest.md)."""
+        """The manifest: versioned MessagePack, compressed (format: docs/manifest.md). Made once."""
+        return self._manifest
+
+    @cached_property
+    def _manifest(self) -> bytes:
         from rollout_core.bucketing.manifest import encode
 
         return encode(self)

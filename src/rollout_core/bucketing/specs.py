@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from itertools import compress
+from operator import attrgetter, eq, is_
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import torch
 
 from rollout_core.bucketing.dtypes import ITEMSIZES
 from rollout_core.bucketing.sources import Source, check_name, named_pairs, open_checkpoint
-from rollout_core.bucketing.tensors import check_describable, describe, view_key
+from rollout_core.bucketing.tensors import PLAIN_TYPES, check_describable, describe, view_key
 from rollout_core.errors import CapacityError, DuplicateNameError, SourceError
 
 if TYPE_CHECKING:
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 MAX_NBYTES = 2**63 - 1
 #: More dimensions than any tensor in use has; products of sizes stay cheap however hostile they are.
 MAX_DIMS = 64
+
+_NAME: Final = attrgetter("name")
+_DTYPE: Final = attrgetter("dtype")
+_SHAPE: Final = attrgetter("shape")
+_LAYOUT: Final = attrgetter("layout")
 
 
 class TensorSpec(msgspec.Struct, frozen=True, gc=False):
@@ -88,6 +95,39 @@ def specs_of(source: Source, *, aliases: bool = True) -> list[TensorSpec]:
     ]
     check_unique(specs)
     return specs
+
+
+def are_specs_of(specs: Sequence[TensorSpec], source: Source) -> bool:
+    """Whether ``specs_of(source)`` gives just these, found out in a fraction of its time, for an update like the last. False may
+    also mean that this source is not looked at so quickly: only modules, dicts and lists of plain tensors are."""
+    if not isinstance(source, torch.nn.Module | dict | list | tuple):
+        return False
+    pairs = list(named_pairs(source))
+    names, tensors = [name for name, _ in pairs], [tensor for _, tensor in pairs]
+    try:
+        alike = (
+            names == list(map(_NAME, specs))
+            and PLAIN_TYPES.issuperset(map(type, tensors))
+            and {torch.strided}.issuperset(map(_LAYOUT, tensors))
+            and all(map(is_, map(_DTYPE, tensors), map(_DTYPE, specs)))  # which no quantized tensor has
+            and all(map(eq, map(_SHAPE, tensors), map(_SHAPE, specs)))
+        )
+        return alike and _tied_as(specs, pairs, list(map(torch.Tensor.data_ptr, tensors)))
+    except RuntimeError:  # a nested tensor, which has no shape, or one without memory, which has no address
+        return False
+
+
+def _tied_as(specs: Sequence[TensorSpec], pairs: Sequence[tuple[str, torch.Tensor]], places: Sequence[int]) -> bool:
+    """Whether these tensors, which are alive, are tied as the specs say. Only those at one address can be."""
+    if len(set(places)) == len(places):
+        return all(spec.alias_of is None for spec in specs)
+    counts: dict[int, int] = {}
+    for place in places:
+        counts[place] = counts.get(place, 0) + 1
+    shared = [counts[place] > 1 for place in places]
+    found = dict.fromkeys(map(_NAME, specs))
+    found.update((name, alias_of) for name, _, alias_of in _with_aliases(compress(pairs, shared)))
+    return all(spec.alias_of == found[spec.name] for spec in specs)
 
 
 def _with_aliases(pairs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor, str | None]]:

@@ -42,6 +42,7 @@ def send(
     timeout: float = 60.0,
     deadline: float | None = None,
     digest: DigestChoice = "auto",
+    packer: Packer | None = None,
     observe: Observe | None = None,
     tap: Tap | None = None,
 ) -> SendReport:
@@ -49,7 +50,9 @@ def send(
 
     ``plan`` and ``source`` are as for ``pack``. While a bucket is read by the receivers the next is packed, in ``slots`` buffers of
     the size of the largest bucket. ``version``: of the new weights, larger than what the receivers have; None counts on from the
-    last that this carrier committed. ``digest``: as for ``pack``; None where receivers are told ``verify=False``.
+    last that this carrier committed. ``digest``: as for ``pack``; None where receivers are told ``verify=False``. ``packer``: a
+    ``Packer`` of this plan, kept from one update to the next, so that what it knows of the plan and of where tensors lie is made
+    once; its digests are made as it was told, and ``digest`` is not looked at.
 
     ``timeout``: seconds from a receiver's last sign of life to the end of the update with an error. Three quarters of it have to be
     longer than any side takes over one step: a bucket, the source's own work included, or with ``StagedWeights`` the commit.
@@ -62,7 +65,7 @@ def send(
 
     Raises:
         PlanMismatchError: a receiver has other tensors, or the source is not the plan's; nothing was moved in the first case. Also
-            if ``plan`` is no plan.
+            if ``plan`` is no plan, or ``packer`` is of another.
         TransferError: a receiver ended, fell silent, or was not done in time.
         IntegrityError: what arrived was not what was sent. Other errors of a receiver come as the same class, too.
         Exception: whatever the source raises, unchanged.
@@ -70,10 +73,13 @@ def send(
     if not isinstance(plan, BucketPlan):
         raise PlanMismatchError(f"plan is a {type(plan).__name__}; pass what plan_buckets(specs_of(source), capacity) gives")
     options = _Options(version, slots, seconds_of("timeout", timeout), deadline_of(deadline), digest, observe)
+    kept = Packer(plan, digest=digest) if packer is None else packer
+    if kept.plan is not plan:
+        plan.require_same(kept.plan)
     hands = _Sending(carrier, tap)
 
     def buckets(version: int) -> Iterator[Bucket]:
-        return Packer(plan, digest=digest, allocate=hands.allocate).pack(source, version=version)
+        return kept.pack(source, version=version, allocate=hands.allocate)
 
     slot_nbytes = max((layout.nbytes for layout in plan.buckets), default=0)
     return _send(hands, _Content(buckets, slot_nbytes, plan.to_bytes(), plan.digest), options)

@@ -1,0 +1,53 @@
+"""Whether many tensors still look as they did: for thousands of small ones, each attribute by itself takes longer than copying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+
+from rollout_core.bucketing.tensors import PLAIN_TYPES
+
+#: Called with tensors: whether each looks like the one in its place did. False may also mean that it cannot be told.
+Alike: TypeAlias = Callable[..., bool]
+
+
+def alike_to(tensors: Sequence[torch.Tensor]) -> Alike | None:
+    """A check for tensors of as many: type, dtype, shape, strides, device, layout, conjugate and negative bits, but not where they
+    lie, nor their values. It keeps no tensor. None where there is no quick one, as for one tensor that comes twice."""
+    kind = _guards()
+    if kind is None or not PLAIN_TYPES.issuperset(map(type, tensors)):
+        return None
+    try:
+        check: Alike = kind(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        return check if check(*tensors) else None
+    except RuntimeError:  # a sparse or nested tensor, which has no strides or no shape
+        return None
+
+
+@cache
+def _guards() -> Any:
+    """``TensorGuards``, by which ``torch.compile`` checks its inputs in one call, if this torch has it, and it sees what it is here
+    for: it is none of torch's public names."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        guards: Any = TensorGuards  # whose stub does not say that it takes tensors
+
+        def sees(before: torch.Tensor, after: torch.Tensor) -> bool:
+            check: Alike = guards(before, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+            return check(before) and check(before.clone()) and not check(after)
+
+        with torch.inference_mode(False):  # whatever is on where it is first asked
+            square = torch.zeros(2, 2, dtype=torch.int32, device="cpu")
+            real, pair = square.view(torch.float32), torch.zeros(2, dtype=torch.complex64, device="cpu")
+            others = [
+                *((square, other) for other in (square.t(), square.view(4), square[:1], real, square.to("meta"))),
+                *((real, other) for other in (torch._neg_view(real), torch.nn.Parameter(real), real.to_sparse())),
+                (pair, pair.conj()),
+            ]
+            return guards if all(sees(before, after) for before, after in others) else None
+    except Exception:  # whatever another version of torch raises
+        return None
