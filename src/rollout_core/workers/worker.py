@@ -15,7 +15,7 @@ from typing import Final, Self
 import msgspec
 import torch
 
-from rollout_core.bucketing import Bucket, BucketPlan, TensorSpec, plan_buckets, specs_of
+from rollout_core.bucketing import Bucket, BucketPlan, Packer, TensorSpec
 from rollout_core.bucketing.dtypes import DTYPES
 from rollout_core.bucketing.placement import Order, Oversize
 from rollout_core.bucketing.sources import Source
@@ -24,7 +24,7 @@ from rollout_core.multimodal import Conversation
 from rollout_core.transfer import SendReport, send
 from rollout_core.transfer.carriers.names import CarrierName
 from rollout_core.transfer.causes import cause_of, error_of
-from rollout_core.transfer.targets import persistent_weights
+from rollout_core.transfer.targets import named_weights, persistent_weights
 from rollout_core.workers.carriers import CarrierChoice, Senders
 from rollout_core.workers.contract import Completion, SamplingParams
 from rollout_core.workers.digests import SentDigests, algorithm_on, combined_digest
@@ -57,6 +57,7 @@ from rollout_core.workers.link.messages import (
 )
 from rollout_core.workers.media import Form, Media, MediaReport
 from rollout_core.workers.names import EMBEDDING, HEAD, canonical
+from rollout_core.workers.plans import Plans
 from rollout_core.workers.rollouts import Rollout, Rollouts, raise_failed
 
 #: Seconds in which a process that ends has ended, once its end of a carrier is closed.
@@ -124,6 +125,8 @@ class Worker:
         self._version = 0
         self._next = 1  # the next update's
         self._specs: dict[str, TensorSpec] | None = None  # that an update has to have; empty: the engine looks itself
+        self._plans = Plans()
+        self._checked: BucketPlan | None = None  # the last that had the engine's specs
         self._media = Media(self.media_form)
         # Weakly: the link's thread keeps the rollouts, and must not keep a worker that is forgotten.
         resend = weakref.WeakMethod(self._resend)
@@ -181,9 +184,10 @@ class Worker:
         with self._lock:
             link = self._alive()
             start = time.perf_counter()
-            if not self.takes_computed and isinstance(source, torch.nn.Module):
-                source = persistent_weights(source)
-            plan = plan_buckets(specs_of(source), capacity, oversize=oversize, order=order)
+            if isinstance(source, torch.nn.Module):
+                source = named_weights(source) if self.takes_computed else persistent_weights(source)
+            packer = self._plans.packer_for(source, capacity, oversize=oversize, order=order)
+            plan = packer.plan
             self._check_specs(link, plan)
             before, version = self._version, self._next
             sent = SentDigests(plan, values=self.reads_values, algorithm=self.digest_algorithm) if readback else None
@@ -195,7 +199,7 @@ class Worker:
                 return bucket if inject is None else inject(bucket)
 
             try:
-                report, loading = self._send(link, plan, source, carrier, version, tap)
+                report, loading = self._send(link, packer, source, carrier, version, tap)
                 self._next = version + 1  # the engine has committed it: no other update may have this version
                 reading = time.perf_counter()
                 found = None if sent is None else self._read_back(link, sent)
@@ -339,9 +343,10 @@ class Worker:
         return answer.nbytes
 
     def free_buffers(self) -> int:
-        """Give back the GPU memory that updates by CUDA IPC keep between them in this process: two buckets. The next update takes
-        it anew. Returns its bytes."""
+        """Give back the GPU memory that updates by CUDA IPC keep between them in this process: two buckets, and tables by which
+        they are packed. The next update takes it anew. Returns the buckets' bytes."""
         with self._lock:
+            self._plans.clear()
             return self._senders.free()
 
     def resume_memory(self) -> None:
@@ -465,7 +470,7 @@ class Worker:
     def _send(
         self,
         link: Link,
-        plan: BucketPlan,
+        packer: Packer,
         source: Source,
         carrier: CarrierName,
         version: int,
@@ -482,7 +487,7 @@ class Worker:
         with self._senders.listen(carrier, source, address, timeout=link.timeout, check=check) as end:
             link.is_updating = True
             try:
-                report = send(plan, source, end, version=version, timeout=link.timeout, tap=tap)
+                report = send(packer.plan, source, end, version=version, timeout=link.timeout, packer=packer, tap=tap)
             except TransferError:
                 link.check(_LAST_WORDS if received.done() else 0.0)
                 raise
@@ -504,8 +509,9 @@ class Worker:
             assert isinstance(answer, Specs)
             listed = answer.specs or []
             self._specs = {name: TensorSpec(name, DTYPES[dtype], shape) for name, dtype, shape in listed}
-        if self._specs:
+        if self._specs and plan is not self._checked:
             check_specs(plan, self._specs)
+            self._checked = plan
 
     def _read_back(self, link: Link, sent: SentDigests) -> dict[str, str]:
         """The digests of what the worker has, found right."""
