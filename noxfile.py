@@ -55,21 +55,15 @@ def typing(session: nox.Session) -> None:
 
 @nox.session
 def unit(session: nox.Session) -> None:
-    """The pure tests, with every branch of bucketing covered."""
+    """The pure tests, and those of the Triton kernels in Triton's interpreter, with every branch of bucketing covered."""
     install(session, "test", extras="[hf,http,cli,testing]")
-    session.run(
-        *("pytest", "tests/unit", "-m", "not slow", *PARALLEL, "--cov", "--cov-report=term-missing", "--cov-fail-under=100"),
-        *session.posargs,
-        env=QUIET,
-    )
-
-
-@nox.session
-def kernels(session: nox.Session) -> None:
-    """The Triton kernels on the CPU, in Triton's interpreter."""
-    install(session, "test", extras="[testing]")
     session.install("--no-deps", TRITON)
-    session.run("pytest", "tests/kernels", *PARALLEL[:4], *session.posargs, env=QUIET)
+    covered = ("--cov", "--cov-report=term-missing", "--cov-fail-under=100")
+    session.run(
+        *("pytest", "tests/unit", "tests/kernels", "-m", "not slow", *PARALLEL, *covered),
+        *session.posargs,
+        env={**QUIET, "TRITON_INTERPRET": "1"},
+    )
 
 
 @nox.session

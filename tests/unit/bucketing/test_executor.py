@@ -117,7 +117,7 @@ def test_b1_neighbours_that_no_concatenation_can_write(pool):
 @pytest.mark.parametrize("count", [2, 30])
 def test_like_tensors_are_never_copied_one_by_one(pool, monkeypatch, count, as_parameter, jobs, make):
     """That each call costs more than its bytes is why they are joined; the bytes alone would not show it."""
-    monkeypatch.setattr("rollout_core.bucketing.packer.write_slot", lambda *_: pytest.fail("one by one"))
+    monkeypatch.setattr("rollout_core.bucketing.target.write_slot", lambda *_: pytest.fail("one by one"))
     pairs = [(f"w{i}", patterned(torch.float32, i % 3 + 1, 5, 2, seed=i)) for i in range(count)]
     if as_parameter:
         pairs = [(name, torch.nn.Parameter(tensor)) for name, tensor in pairs]
