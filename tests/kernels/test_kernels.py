@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from rollout_core.bucketing import Packer, TensorSpec, Unpacker, plan_buckets, specs_of, unpack
-from rollout_core.bucketing.cuda import launching
+from rollout_core.bucketing.cuda import launching, packing
 from rollout_core.bucketing.cuda.tables import CopyTable, PackTable
 from rollout_core.bucketing.digest import block_multilinear_by_torch
 from rollout_core.errors import PlanMismatchError, SourceError
+from support.in_place import CHANGES, square
 from support.kernel_checks import BLOCK, bytes_at, check_packing, check_unpacking, picture, random_pairs
 from support.tensors import odd_inputs, patterned
 
@@ -168,6 +169,47 @@ def test_a_tensor_that_is_not_the_plans_is_refused(tensor, error, order):
     list(packer.pack(pairs))
     with pytest.raises(error, match="'b'"):
         list(packer.pack([pairs[0], ("b", tensor)]))
+
+
+def outcome(packer, pairs):
+    try:
+        return [(bytes(bucket.buffer), bucket.digest) for bucket in packer.pack(pairs, version=9)]
+    except PlanMismatchError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+@pytest.mark.parametrize("change", [*CHANGES, "values", "data elsewhere", "storage of its own"])
+def test_b1_a_tensor_that_changed_in_place_is_looked_at_again(change, rounds):
+    """However often it was found to be the plan's before."""
+    pairs = [("before", torch.arange(3.0)), ("w", square()), ("after", torch.arange(5.0))]
+    plan = plan_buckets(specs_of(pairs), 1 << 20)
+    packer = Packer(plan, digest=BLOCK)
+    for _ in range(rounds):
+        list(packer.pack(pairs))
+    tensor = pairs[1][1]
+    match change:
+        case "values":
+            tensor += 1
+        case "data elsewhere":
+            tensor.data = square() + 2
+        case "storage of its own":
+            tensor.set_(torch.arange(20.0).untyped_storage(), 4, (4, 4), (4, 1))
+        case _:
+            CHANGES[change](tensor)
+    assert outcome(packer, pairs) == outcome(Packer(plan, digest=BLOCK), pairs)
+    assert outcome(packer, pairs) == outcome(Packer(plan, digest=BLOCK), pairs)
+
+
+def test_a_source_that_stays_is_looked_at_in_one_call(monkeypatch):
+    pairs = [(f"w{i}", patterned(torch.float32, 10, seed=i)) for i in range(4)]
+    packer = Packer(plan_buckets(specs_of(pairs), 80), digest=BLOCK)
+    for _ in range(2):
+        list(packer.pack(pairs))
+    monkeypatch.setattr(packing.Filling, "_are_plain", None)  # calling it would raise
+    assert picture(unpack(packer.plan, packer.pack(pairs))) == picture(pairs)
+    other = [(name, tensor.clone()) for name, tensor in pairs]
+    assert picture(unpack(packer.plan, packer.pack(other))) == picture(pairs), "in other memory, too"
 
 
 def test_a_tensor_without_bytes_is_looked_at_too():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from rollout_core.bucketing.tensors import PLAIN_TYPES
@@ -25,6 +26,34 @@ def alike_to(tensors: Sequence[torch.Tensor]) -> Alike | None:
         return check if check(*tensors) else None
     except RuntimeError:  # a sparse or nested tensor, which has no strides or no shape
         return None
+
+
+class Seen:
+    """Which tensors had which names, what they looked like and where they lay, to be held against those of later. It keeps none."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._names = list(tensors)
+        self._turns, one_each = _turns(tensors)
+        self._alike = alike_to(one_each)
+        self._places = _places(one_each if self._alike is not None else ())
+
+    def same(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these are no other: values apart, nothing can be told from them that could not be told then."""
+        if self._alike is None or list(tensors) != self._names:
+            return False
+        turns, one_each = _turns(tensors)
+        return turns == self._turns and self._alike(*one_each) and np.array_equal(_places(one_each), self._places)
+
+
+def _turns(tensors: Mapping[str, torch.Tensor]) -> tuple[list[int], list[torch.Tensor]]:
+    """For each name the number of its tensor among them all, and these: one may have several names."""
+    numbers: dict[int, int] = {}
+    turns = [numbers.setdefault(id(tensor), len(numbers)) for tensor in tensors.values()]
+    return turns, list({id(tensor): tensor for tensor in tensors.values()}.values())
+
+
+def _places(tensors: Sequence[torch.Tensor]) -> Any:
+    return np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,34 +27,51 @@ class Scatter:
     """
 
     def __init__(self, plan: BucketPlan, targets: Mapping[str, torch.Tensor]) -> None:
+        self._plan = plan
         self.targets = {spec.name: _checked(spec.name, targets.get(spec.name), spec) for spec in plan.specs if not spec.alias_of}
-        self._fast: dict[tuple[int, torch.device], tuple[tuple[Slot, ...], Scattering | None]] = {}
+        self._ways: dict[tuple[int, torch.device], _Way] = {}
+
+    def let_go(self) -> None:
+        """Keep no tensor until ``take_up``."""
+        self.targets = {}
+
+    def take_up(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Go on with these: on the devices, and of the dtypes and shapes, of those before. It is not checked again."""
+        self.targets = {spec.name: targets[spec.name] for spec in self._plan.specs if not spec.alias_of}
 
     def write(self, layout: BucketLayout, buffer: torch.Tensor) -> None:
         """Write every slot of a bucket into its tensor, a piece of a split one into its part of it."""
-        fast, scattering = self._fast_slots(layout, buffer.device)
-        if scattering is not None:
-            scattering.write(buffer, [self.targets[slot.name] for slot in fast])
-            slots = tuple(slot for slot in layout.slots if self.targets[slot.name].device != buffer.device)
-        else:
-            slots = layout.slots
-        for slot in slots:
-            if slot.nbytes:
-                part = as_bytes(self.targets[slot.name])[slot.start : slot.start + slot.nbytes]
-                part.copy_(buffer[slot.offset : slot.end])
+        way = self._way(layout, buffer.device)
+        if way.scattering is not None:
+            way.scattering.write(buffer, [self.targets[slot.name] for slot in way.fast])
+        for slot in way.others:
+            part = as_bytes(self.targets[slot.name].detach())[slot.start : slot.start + slot.nbytes]
+            part.copy_(buffer[slot.offset : slot.end])
 
-    def _fast_slots(self, layout: BucketLayout, device: torch.device) -> tuple[tuple[Slot, ...], Scattering | None]:
-        """The slots that a kernel writes, and how."""
-        if not cuda.possible(device):
-            return (), None
-        found = self._fast.get((layout.index, device))
+    def _way(self, layout: BucketLayout, device: torch.device) -> _Way:
+        """How the slots of a bucket on this device are written."""
+        found = self._ways.get((layout.index, device))
         if found is None:
-            from rollout_core.bucketing.cuda import launching, unpacking
+            slots = tuple(slot for slot in layout.slots if slot.nbytes)
+            found = _Way((), None, slots)
+            if cuda.possible(device):
+                from rollout_core.bucketing.cuda import launching, unpacking
 
-            slots = tuple(slot for slot in layout.slots if slot.nbytes and self.targets[slot.name].device == device)
-            works = bool(slots) and launching.usable(device)
-            found = self._fast[layout.index, device] = (slots, unpacking.Scattering(slots, device) if works else None)
+                fast = tuple(slot for slot in slots if self.targets[slot.name].device == device)
+                if fast and launching.usable(device):
+                    others = tuple(slot for slot in slots if self.targets[slot.name].device != device)
+                    found = _Way(fast, unpacking.Scattering(fast, device), others)
+            self._ways[layout.index, device] = found
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """``fast``: the slots that a kernel writes."""
+
+    fast: tuple[Slot, ...]
+    scattering: Scattering | None
+    others: tuple[Slot, ...]
 
 
 def _checked(name: str, tensor: torch.Tensor | None, spec: TensorSpec) -> torch.Tensor:

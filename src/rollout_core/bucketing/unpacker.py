@@ -23,6 +23,9 @@ _Recipe: TypeAlias = tuple[Slot, str, tuple[int, ...], tuple[int, ...] | None]
 #: Where a split tensor is joined, by its spec: its bytes as a 1-d contiguous uint8 tensor, aligned for its dtype, on any device;
 #: None for new memory. Asked before the first piece, once that is verified.
 JoinMemory: TypeAlias = Callable[[TensorSpec], torch.Tensor | None]
+#: Called with each verified bucket's layout and buffer: whether it has taken all of it, so that nothing of it is handed out. It
+#: says the same of every bucket of a round.
+WriteBucket: TypeAlias = Callable[[BucketLayout, torch.Tensor], bool]
 
 
 def unpack(plan: BucketPlan, buckets: Iterable[Bucket], *, verify: bool = True, copy: bool = False) -> Iterator[Pair]:
@@ -39,7 +42,8 @@ class Unpacker:
     Tensors are views of their bucket's buffer and stay valid as long as its content does; a split tensor is joined in memory of
     its own. ``copy=True`` gives every tensor memory of its own. ``verify=True`` checks each bucket's digest before anything of it
     is handed out. ``version``: accept this round of weights only; None accepts any that is newer than the last one. ``memory``:
-    where split tensors are joined, such as the parameter that they are for: see ``JoinMemory``.
+    where split tensors are joined, such as the parameter that they are for: see ``JoinMemory``. ``write``: what takes buckets as
+    they are, before any tensor is made of them: see ``WriteBucket``.
 
     ``into``: tensors by name that each bucket is written into instead, once it is verified, on a GPU in one launch; ``feed`` hands
     them out then. They are contiguous, of the plan's dtypes and shapes. ``reuse=True`` keeps the views of each bucket for the
@@ -54,15 +58,17 @@ class Unpacker:
         copy: bool = False,
         version: int | None = None,
         memory: JoinMemory | None = None,
+        write: WriteBucket | None = None,
         into: Mapping[str, torch.Tensor] | None = None,
         reuse: bool = False,
     ) -> None:
-        if into is not None and (copy or reuse or memory is not None):
-            raise ValueError("into= takes everything out of the buckets; copy, reuse and memory are for what is handed out of them")
+        if into is not None and (copy or reuse or memory is not None or write is not None):
+            raise ValueError("into= takes everything out of the buckets: copy, reuse, memory and write are of no use then")
         self.plan = plan
         self._scatter = None if into is None else Scatter(plan, into)
         self._kept: dict[int, tuple[tuple[int, torch.device], list[Pair]]] | None = {} if reuse and not copy else None
         self._memory = memory
+        self._write = write
         self._verify = verify
         self._copy = copy
         self._last_version = -1
@@ -90,12 +96,13 @@ class Unpacker:
         layout = self._accept(bucket)
         if self._verify:
             verify(bucket)
-        pairs = self._hand_out(layout, bucket.buffer)
+        is_written = self._write is not None and self._write(layout, bucket.buffer)
+        pairs = [] if is_written else self._hand_out(layout, bucket.buffer)
         self._version = bucket.version
         self._next += 1
         if self._next == len(self.plan.buckets):
             self._last_version = bucket.version
-        if self._scatter is None:
+        if self._scatter is None and not is_written:
             drop_joined(self._joins, layout)
         return pairs
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from rollout_core.bucketing import Bucket, BucketPlan, StreamBucket, StreamUnpacker, Unpacker
 from rollout_core.bucketing.sources import Pair
-from rollout_core.bucketing.unpacker import JoinMemory
+from rollout_core.bucketing.unpacker import JoinMemory, WriteBucket
 from rollout_core.errors import PlanMismatchError, RolloutCoreError, TransferError
 from rollout_core.transfer.carriers.contract import Moving, ReceiverEnd
 from rollout_core.transfer.driver import Driver
@@ -158,14 +159,15 @@ class _Receiving:
         """Refuse by raising, before anything has changed."""
         self._start = time.monotonic()
         memory: JoinMemory | None = getattr(self._target, "memory_for", None)
+        write: WriteBucket | None = getattr(self._target, "write_bucket", None)
         if hello.manifest:
-            plan = BucketPlan.from_bytes(hello.manifest)
+            plan = _plan_of(hello.manifest)
             if plan.digest != hello.plan_digest:
                 raise PlanMismatchError(f"the sender's plan has digest {plan.digest.hex()}, and it says {hello.plan_digest.hex()}")
             if self._plan is not None:
                 self._plan.require_same(plan)
             largest = max((layout.nbytes for layout in plan.buckets), default=0)
-            self._unpacker = Unpacker(plan, verify=self._verify, version=hello.version, memory=memory)
+            self._unpacker = Unpacker(plan, verify=self._verify, version=hello.version, memory=memory, write=write)
         elif self._plan is not None:
             raise PlanMismatchError("the sender sends a stream, whose tensors are not known ahead, and this side expects a plan")
         else:
@@ -213,3 +215,9 @@ class _Receiving:
             case StreamUnpacker() as unpacker:
                 return unpacker.feed(StreamBucket(**sealed, header=filled.header))
         raise RolloutCoreError("no update is under way")
+
+
+@lru_cache(maxsize=2)
+def _plan_of(manifest: bytes) -> BucketPlan:
+    """A trainer sends the same one again and again."""
+    return BucketPlan.from_bytes(manifest)

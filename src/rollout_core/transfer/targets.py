@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
-from rollout_core.bucketing import BucketPlan, TensorSpec
+from rollout_core.bucketing import BucketLayout, BucketPlan, TensorSpec, cuda
+from rollout_core.bucketing.looks import Seen
+from rollout_core.bucketing.scatter import Scatter
 from rollout_core.bucketing.sources import Pair
-from rollout_core.bucketing.tensors import as_bytes, describe, is_sharded, own_copy, same_bits_copy, view_key
+from rollout_core.bucketing.tensors import as_bytes, describe, own_copy, same_bits_copy, view_key
 from rollout_core.errors import PlanMismatchError, TransferError
+from rollout_core.transfer.fitting import check_apart, check_memory, check_tied
 
 #: A module, or its tensors by name.
 Weights: TypeAlias = torch.nn.Module | Mapping[str, torch.Tensor]
@@ -23,7 +25,8 @@ class Target(Protocol):
     once, at any place after ``begin`` returned.
 
     A target may have ``memory_for(spec)``, too: the bytes of the tensor that a split one is joined in, see ``JoinMemory``. What is
-    joined there comes to ``load`` as well, once it is whole.
+    joined there comes to ``load`` as well, once it is whole. And ``write_bucket(layout, buffer)``, which takes a plan's buckets
+    whole, see ``WriteBucket``: nothing of them comes to ``load`` then.
     """
 
     @property
@@ -55,7 +58,8 @@ class Target(Protocol):
 
 class DirectWeights:
     """Loads into a model's own tensors as they come, without memory of its own. An update that fails after the first of them leaves
-    weights that are ``unusable``, and says so until one completes.
+    weights that are ``unusable``, and says so until one completes. On a GPU, where all are contiguous and no two are one, a bucket
+    is written in one launch.
 
     ``weights``: a module (its parameters and buffers, under each name, as they are when an update begins) or a mapping of tensors.
     ``version``: what they are now. The model must not be used while an update is under way.
@@ -74,6 +78,8 @@ class DirectWeights:
         self._dirty: set[str] = set()  # changed by an update that is not, or not yet, complete
         self._before: tuple[int, set[str]] = (0, set())  # version and _dirty before the last commit
         self._updating = 0
+        self._seen: tuple[BucketPlan, Seen] | None = None  # that were found to fit
+        self._scatter: Scatter | None = None
 
     def check_usable(self) -> None:
         """Raise ``TransferError`` if an update has left the weights half done."""
@@ -83,13 +89,15 @@ class DirectWeights:
     def begin(self, plan: BucketPlan | None, version: int) -> None:
         """Raises ``PlanMismatchError`` naming the first tensor that is not this model's, or that the update leaves out."""
         self.tensors = _named(self._weights)  # a module may have got others: by to(), to_empty(), load_state_dict(assign=True)
-        for name, mine in self.tensors.items():
-            _check_memory(name, mine)
-        _check_apart(self.tensors)
-        if plan is not None:
-            for spec in plan.specs:
-                self._check(spec)
-            self._check_complete({spec.name for spec in plan.specs})
+        if self._is_as_before(plan):
+            if self._scatter is not None:
+                self._scatter.take_up(self.tensors)
+        else:
+            self._seen = self._scatter = None
+            self._check_all(plan)
+            if plan is not None:
+                self._seen = (plan, Seen(self.tensors))
+                self._scatter = self._scatter_of(plan)
         self._agreed = plan is not None
         self._came, self._loaded = set(), {}
         self._updating = version
@@ -99,6 +107,16 @@ class DirectWeights:
         for two names of one tensor of the model that come with different values."""
         self._look_at(pairs)
         self._overwrite(pairs)
+
+    def write_bucket(self, layout: BucketLayout, buffer: torch.Tensor) -> bool:
+        """Write all of a bucket at once, if that can be; it has been verified."""
+        if self._scatter is None:
+            return False
+        assert self._seen is not None
+        tied = self._seen[0].tied
+        self._spoil([name for slot in layout.slots for name in (slot.name, *tied.get(slot.name, ()))])
+        self._scatter.write(layout, buffer)
+        return True
 
     def memory_for(self, spec: TensorSpec) -> torch.Tensor | None:
         """The tensor's own memory, so that its pieces are copied once."""
@@ -118,11 +136,46 @@ class DirectWeights:
         self._before = (self.version, self._dirty)
         self.version = version  # first: interrupted after it, abort takes all of this back
         self.unusable, self._dirty = None, set()
+        self._let_go()
 
     def abort(self, version: int) -> None:
         if self.version == version:
             self.version, self._dirty = self._before
             self.unusable = f"the update to version {version} was not completed"
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of memory that the model may get rid of between updates."""
+        if self._scatter is not None:
+            self._scatter.let_go()
+
+    def _is_as_before(self, plan: BucketPlan | None) -> bool:
+        """Whether the checks have passed on this plan and these tensors."""
+        return self._seen is not None and plan is self._seen[0] and not self._dirty and self._seen[1].same(self.tensors)
+
+    def _check_all(self, plan: BucketPlan | None) -> None:
+        """Raise ``PlanMismatchError`` for what cannot be loaded into, or is not what the plan says."""
+        for name, mine in self.tensors.items():
+            check_memory(name, mine)
+        check_apart(self.tensors)
+        if plan is not None:
+            for spec in plan.specs:
+                self._check(spec)
+            self._check_complete({spec.name for spec in plan.specs})
+
+    def _scatter_of(self, plan: BucketPlan) -> Scatter | None:
+        """What writes this plan's buckets at once: where a GPU may, into tensors each of which is written once, and whole."""
+        mine = {spec.name: self.tensors[spec.name] for spec in plan.specs}
+        if type(self).load is not DirectWeights.load or not any(cuda.possible(tensor.device) for tensor in mine.values()):
+            return None
+        if not all(tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() for tensor in mine.values()):
+            return None
+        if any(spec.alias_of and view_key(mine[spec.name]) != view_key(mine[spec.alias_of]) for spec in plan.specs):
+            return None  # two tensors here that are one there
+        travelling = [mine[spec.name] for spec in plan.specs if not spec.alias_of and spec.nbytes]
+        if len({(tensor.device, tensor.data_ptr()) for tensor in travelling}) < len(travelling):
+            return None  # one tensor here that is two there: their values have to be held against each other
+        return Scatter(plan, mine)
 
     def _look_at(self, pairs: list[Pair]) -> None:
         """Check what no plan has said before."""
@@ -140,7 +193,7 @@ class DirectWeights:
             if just.get(key) is tensor:
                 continue  # a tied name, of which the update says so too
             if key is not None and key in self._loaded:
-                _check_tied(self._loaded[key], mine, name, tensor)
+                check_tied(self._loaded[key], mine, name, tensor)
             elif mine.data_ptr() != tensor.data_ptr() or not mine.is_contiguous():  # else joined where it belongs
                 same_bits_copy(mine, tensor)
             just[key] = tensor
@@ -201,7 +254,7 @@ class StagedWeights(DirectWeights):
             key = view_key(self.tensors[name])
             other = first.setdefault(key, name)
             if key is not None and self._stage.tensors[other] is not tensor:
-                _check_tied(other, self._stage.tensors[other], name, tensor)
+                check_tied(other, self._stage.tensors[other], name, tensor)
 
     def memory_for(self, spec: TensorSpec) -> torch.Tensor | None:
         self._check(spec)
@@ -276,39 +329,6 @@ def persistent_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _named(weights: Weights) -> dict[str, torch.Tensor]:
     return named_weights(weights) if isinstance(weights, torch.nn.Module) else dict(weights)
-
-
-def _check_memory(name: str, mine: torch.Tensor) -> None:
-    """Raise ``PlanMismatchError`` for a tensor of the model that nothing can be loaded into."""
-    why = None
-    if mine.is_meta:
-        why = "is on the meta device and has no memory; call to_empty() on the model"
-    elif is_sharded(mine):
-        why = "is a DTensor, of which this rank has a part; updates are of whole tensors"
-    elif any(size > 1 and stride == 0 for size, stride in zip(mine.shape, mine.stride(), strict=True)):
-        why = "is expanded: several of its elements are one, and cannot be written"
-    if why is not None:
-        raise PlanMismatchError(f"the model's tensor {name!r} {why}")
-
-
-def _check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise ``PlanMismatchError`` if two tensors of a model share a part of their memory, and are not one: what is loaded into the
-    first would be changed with the second. Looks at those without gaps; between others there may be elements in turns."""
-    dense = [(name, mine) for name, mine in tensors.items() if mine.numel() and mine.is_contiguous()]
-    places = sorted((str(mine.device), mine.data_ptr(), mine.data_ptr() + mine.nbytes, name) for name, mine in dense)
-    for (device, start, end, name), (other_device, other_start, other_end, other) in pairwise(places):
-        if device == other_device and other_start < end and (start, end) != (other_start, other_end):
-            raise PlanMismatchError(
-                f"the model's tensors {name!r} and {other!r} share a part of their memory, and are not one tensor"
-            )
-
-
-def _check_tied(first: str, one: torch.Tensor, second: str, other: torch.Tensor) -> None:
-    """Raise ``PlanMismatchError`` unless these values for one tensor of the model are the same, bit for bit."""
-    if not torch.equal(as_bytes(one), as_bytes(other).to(one.device)):
-        raise PlanMismatchError(
-            f"{first!r} and {second!r} are one tensor in the model, and the update has different values for them"
-        )
 
 
 def own_copies(pairs: list[Pair]) -> list[Pair]:

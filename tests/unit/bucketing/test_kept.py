@@ -10,30 +10,11 @@ import pytest
 import torch
 
 from rollout_core.bucketing import Packer, plan_buckets, specs_of, unpack
-from rollout_core.bucketing.looks import alike_to
+from rollout_core.bucketing.looks import Seen, alike_to
 from rollout_core.bucketing.specs import are_specs_of
 from rollout_core.testing.oracles import picture
+from support.in_place import CHANGES, square
 from support.tensors import patterned
-
-
-def square():
-    return torch.arange(16, dtype=torch.float32).view(4, 4)
-
-
-#: Changes of one tensor that leave its memory where it is. Each makes another tensor for a plan, or gives its bytes another order.
-CHANGES = {
-    "t_": lambda t: t.t_(),
-    "transpose_": lambda t: t.transpose_(0, 1),
-    "resize_": lambda t: t.resize_(2, 8),
-    "resize_ to fewer": lambda t: t.resize_(4, 2),
-    "unsqueeze_": lambda t: t.unsqueeze_(0),
-    "as_strided_": lambda t: t.as_strided_((4, 4), (0, 1)),
-    "set_": lambda t: t.set_(t.untyped_storage(), 0, (4, 4), (1, 4)),
-    "data of another shape": lambda t: setattr(t, "data", t.data.view(8, 2)),
-    "data of another dtype": lambda t: setattr(t, "data", t.data.view(torch.int32)),
-    "data transposed": lambda t: setattr(t, "data", t.data.t()),
-    "data negated": lambda t: setattr(t, "data", torch._neg_view(t.data)),
-}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -76,6 +57,52 @@ def test_b15_what_is_known_of_tensors_keeps_none():
     gc.collect()
     assert [ref() for ref in refs] == [None] * 4
     assert alike(square(), square())
+
+
+def named():
+    tied = square()
+    return {"a": square(), "tied": tied, "also tied": tied, "b": torch.zeros(3)}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_a_tensor_that_was_seen_is_noticed(change):
+    tensors = named()
+    seen = Seen(tensors)
+    tensors["tied"] += 1
+    assert seen.same(tensors)
+    assert seen.same(dict(tensors))
+    CHANGES[change](tensors["tied"])
+    assert not seen.same(tensors)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: {**t, "a": t["a"].clone()},
+        lambda t: {**t, "also tied": t["tied"].clone()},
+        lambda t: {**t, "also tied": t["a"]},
+        lambda t: {**t, "tied": t["a"], "also tied": t["tied"]},
+        lambda t: {name: tensor for name, tensor in t.items() if name != "b"},
+        lambda t: {**t, "c": t["b"]},
+        lambda t: {("c" if name == "b" else name): tensor for name, tensor in t.items()},
+        lambda t: {**t, "also tied": t["tied"].detach()},
+    ],
+    ids=["moved", "untied", "tied to another", "tied in turn", "one fewer", "one more", "renamed", "another of it"],
+)
+def test_others_than_were_seen_are_noticed(change):
+    tensors = named()
+    seen = Seen(tensors)
+    assert not seen.same(change(tensors))
+
+
+def test_b15_what_was_seen_is_not_kept():
+    tensors = named()
+    seen = Seen(tensors)
+    refs = [weakref.ref(tensor.untyped_storage()) for tensor in tensors.values()]
+    del tensors
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 4
+    assert not seen.same({})
 
 
 def source():

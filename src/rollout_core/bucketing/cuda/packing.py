@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from operator import add, attrgetter
+from operator import add, attrgetter, eq, is_
 from typing import Final
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from rollout_core.bucketing.cuda import launching
 from rollout_core.bucketing.cuda.tables import PackTable
 from rollout_core.bucketing.digest import Lanes
+from rollout_core.bucketing.looks import Alike, alike_to
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.tensors import PLAIN_TYPES
 
@@ -40,6 +41,8 @@ class Filling:
         self._shapes = tuple((slot.spec.nbytes,) if slot.is_piece else slot.spec.shape for slot in self._slots)
         self._starts = [slot.start for slot in self._slots] if any(slot.start for slot in self._slots) else None
         self._complex = any(dtype.is_complex for dtype in self._dtypes)
+        self._alike: Alike | None = None  # to tensors that were all found plain
+        self._was_plain = False
 
     def fill(
         self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor], write: Callable[[Slot, torch.Tensor], None], *, digest: bool
@@ -83,22 +86,32 @@ class Filling:
         return addresses
 
     def _odd_places(self, rows: Sequence[torch.Tensor]) -> set[int]:
-        """The rows whose tensor is not just memory of this device, laid out as the spec says. The common answer is found by maps
-        over C attributes, without Python for each tensor."""
+        """The rows whose tensor is not just memory of this device, laid out as the spec says. The common answer, none, is found
+        without Python for each tensor: in one call, once two rounds have found it."""
+        if self._alike is not None:
+            if self._alike(*rows):
+                return set()
+            self._alike, self._was_plain = None, False
+        plain = self._are_plain(rows)
+        if plain and self._was_plain:
+            self._alike = alike_to(rows)
+        self._was_plain = plain
+        return set() if plain else {place for place, tensor in enumerate(rows) if not self._is_plain(place, tensor)}
+
+    def _are_plain(self, rows: Sequence[torch.Tensor]) -> bool:
+        """``_is_plain`` of all, by maps over C attributes."""
         try:
-            if (
+            return (
                 PLAIN_TYPES.issuperset(map(type, rows))
-                and tuple(map(_DTYPE, rows)) == self._dtypes
-                and tuple(map(_SHAPE, rows)) == self._shapes
+                and all(map(is_, map(_DTYPE, rows), self._dtypes))
+                and all(map(eq, map(_SHAPE, rows), self._shapes))
                 and {self._here}.issuperset(map(self._where, rows))
                 and all(map(torch.Tensor.is_contiguous, rows))
                 and not any(map(torch.Tensor.is_neg, rows))
                 and not (self._complex and any(map(torch.Tensor.is_conj, rows)))
-            ):
-                return set()
+            )
         except RuntimeError:  # a sparse or nested tensor, which has no strides or no shape
-            pass
-        return {place for place, tensor in enumerate(rows) if not self._is_plain(place, tensor)}
+            return False
 
     def _is_plain(self, place: int, tensor: torch.Tensor) -> bool:
         return (
