@@ -16,7 +16,7 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(cuda, "possible", lambda device: device.type == "cpu")
     monkeypatch.setattr(launching, "usable", lambda device: True)
-    calls = {"gather": 0, "copy": 0, "digest_lanes": 0}
+    calls = {"gather": 0, "copy": 0, "digest_lanes": 0, "digest_rows": 0}
     for name in calls:
         monkeypatch.setattr(launching, name, _counted(calls, name, getattr(launching, name)))
     return calls

@@ -119,13 +119,13 @@ def block_multilinear(buffer: torch.Tensor) -> Lanes:
     return block_multilinear_by_torch(buffer)
 
 
-def block_multilinear_by_torch(buffer: torch.Tensor) -> Lanes:
-    """``block_multilinear`` as torch operations."""
+def block_multilinear_by_torch(buffer: torch.Tensor, *, first: int = 0) -> Lanes:
+    """``block_multilinear`` as torch operations; ``first``: of a part of a payload, the blocks before it."""
     keys = block_keys(buffer.device)
     whole = buffer.numel() // BLOCK_NBYTES * BLOCK_NBYTES
     rest = torch.nn.functional.pad(buffer[whole:], (0, -buffer.numel() % BLOCK_NBYTES))
     totals = [torch.zeros((), dtype=torch.int64, device=buffer.device) for _ in keys]
-    done = 0
+    done = first * BLOCK_COLUMNS
     for part in (buffer[:whole], rest):
         cells = _words(part).view(-1, BLOCK_NBYTES // BLOCK_COLUMNS // 16, BLOCK_COLUMNS, 4)
         for chunk in torch.split(cells, _CHUNK_BLOCKS.get(buffer.device.type, _MANY_BLOCKS)):

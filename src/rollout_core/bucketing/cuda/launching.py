@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rollout_core.bucketing.cuda import possible
-from rollout_core.bucketing.cuda.tables import CopyTable, PackTable
+from rollout_core.bucketing.cuda.tables import CopyTable, Integers, PackTable, on_device
 from rollout_core.bucketing.digest import BLOCK_NBYTES, Lanes, block_multilinear_by_torch
 
 _MASK: Final = (1 << 64) - 1
@@ -49,6 +49,23 @@ def digest_lanes(buffer: torch.Tensor) -> Lanes:
         if rest > 0:
             kernels.digest_part[(1,)](buffer.data_ptr() + nbytes - rest, rest, blocks, partials[programs:], num_warps=_WARPS)
     return _sum(partials)
+
+
+def digest_rows(device: torch.device, addresses: Integers, sizes: Integers, firsts: Integers) -> torch.Tensor:
+    """The lanes of many payloads, int64 of shape [payloads, 2] on the device, in one launch: of ``sizes`` bytes at ``addresses``,
+    any, their blocks counted from ``firsts``. Nothing waits for the device."""
+    counts = -(-sizes // BLOCK_NBYTES)
+    total = int(counts.sum())
+    lanes = torch.zeros((len(sizes), 2), dtype=torch.int64, device=device)
+    if not total:
+        return lanes
+    table = on_device(device, np.stack([addresses, sizes, firsts, np.cumsum(counts) - counts, counts]))
+    rows = torch.repeat_interleave(table[4], output_size=total)
+    partials = _partials(device, total)
+    with _on(device):
+        grid = (_programs(device, _DIGESTING, total),)
+        _kernels().digest_rows[grid](total, len(sizes), rows, table, partials, num_warps=_WARPS)
+    return lanes.index_add_(0, rows, partials)
 
 
 def gather(table: PackTable, buffer: torch.Tensor, *, digest: bool) -> Lanes | None:

@@ -79,7 +79,7 @@ class PackTable:
         self.device = device
         self._starts = np.fromiter((slot.offset for slot in slots), np.int64, len(slots))
         self._ends = np.fromiter((slot.end for slot in slots), np.int64, len(slots))
-        self.row_starts, self.row_ends = _on(device, self._starts), _on(device, self._ends)
+        self.row_starts, self.row_ends = on_device(device, self._starts), on_device(device, self._ends)
         self._blocks = _Blocks.of(self._starts, self._ends, layout.nbytes)
         self._known: Integers | None = None
         self._fit: npt.NDArray[np.bool_] | None = None
@@ -96,7 +96,7 @@ class PackTable:
         new = self._known is None or not np.array_equal(bases, self._known)
         if new:
             # A new tensor: kernels that were launched before may still read the last one.
-            self._known, self.bases = bases, _on(self.device, bases)
+            self._known, self.bases = bases, on_device(self.device, bases)
             fit = bases % _VECTOR == 0
             if self._fit is None or not np.array_equal(fit, self._fit):
                 self._fit = fit
@@ -185,7 +185,7 @@ class CopyTable:
         self._places = (np.arange(len(self._rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * BLOCK_NBYTES
         self._known: tuple[Integers, Integers] | None = None
         self._fit: Integers | None = None
-        self.sizes = self.sources = self.targets = _on(device, sizes)
+        self.sizes = self.sources = self.targets = on_device(device, sizes)
         self.aligned: Entries | None = None
         self.shifted: Entries | None = None
         self.parts: Entries | None = None
@@ -196,7 +196,7 @@ class CopyTable:
         new = known is None or not (np.array_equal(sources, known[0]) and np.array_equal(targets, known[1]))
         if new:
             self._known = (sources, targets)
-            self.sources, self.targets = _on(self.device, sources), _on(self.device, targets)
+            self.sources, self.targets = on_device(self.device, sources), on_device(self.device, targets)
             fit = (sources % _VECTOR == 0) + 2 * (targets % _VECTOR == 0)
             if self._fit is None or not np.array_equal(fit, self._fit):
                 self._fit = fit
@@ -219,13 +219,13 @@ class CopyTable:
     def _entries(self, chosen: npt.NDArray[np.bool_]) -> Entries | None:
         if not chosen.any():
             return None
-        return Entries(_narrow(self.device, self._rows[chosen]), _on(self.device, self._places[chosen]))
+        return Entries(_narrow(self.device, self._rows[chosen]), on_device(self.device, self._places[chosen]))
 
 
 def _narrow(device: torch.device, array: Integers) -> torch.Tensor:
-    return _on(device, array.astype(np.int32))
+    return on_device(device, array.astype(np.int32))
 
 
-def _on(device: torch.device, array: npt.NDArray[np.generic]) -> torch.Tensor:
+def on_device(device: torch.device, array: npt.NDArray[np.generic]) -> torch.Tensor:
     """On the device, once the array may be changed or dropped: from memory that is not pinned the driver copies first."""
     return torch.from_numpy(np.ascontiguousarray(array)).to(device, copy=True)
