@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 from rich.console import Console
 
-BENCHES: Final = ("planning", "packing", "transfer", "conversation")
+BENCHES: Final = ("planning", "host", "packing", "transfer", "conversation")
 #: Asked for by name: it needs an engine.
 ROLLOUT: Final = "rollout"
 #: Asked for by name: it is for one device.
@@ -23,7 +23,8 @@ def bench_command(
     which: Annotated[
         list[str] | None,
         typer.Argument(
-            help="planning, packing, transfer, conversation; none: all of these. Or one of rollout, pack, sync.", show_default=False
+            help="planning, host, packing, transfer, conversation; none: all of these. Or one of rollout, pack, sync.",
+            show_default=False,
         ),
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Repeats of each measurement: 21, of rollouts 5.")] = None,
@@ -46,9 +47,9 @@ def bench_command(
     plot: Annotated[Path | None, typer.Option(help="rollout, pack: draw it into a PNG, SVG or PDF.", show_default=False)] = None,
     json: Annotated[Path | None, typer.Option(help="rollout, pack, sync: write the figures as JSON.", show_default=False)] = None,
 ) -> None:
-    """Measure planning, packing, updates between processes and growing conversations on the CPU, each beside its baseline. Or, by
-    itself: a worker's rollouts beside its engine's own loop; packing and unpacking on one device, or updates of a model by CUDA
-    IPC, beside a plain copy."""
+    """Measure planning, an update's host time, packing, updates between processes and growing conversations on the CPU, each beside
+    its baseline. Or, by itself: a worker's rollouts beside its engine's own loop; packing and unpacking on one device, or updates
+    of a model by CUDA IPC, beside a plain copy."""
     unknown = [name for name in which or () if name not in (*BENCHES, *ALONE)]
     if unknown:
         _refuse(f"no bench is named {unknown[0]!r}; there are {', '.join((*BENCHES, *ALONE))}")

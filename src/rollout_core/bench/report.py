@@ -24,6 +24,11 @@ def bench(which: tuple[str, ...], *, repeats: int, threads: int, console: Consol
             f"manifest {result.manifest_nbytes / result.tensors:.2f} B a tensor, pickle {result.pickle_nbytes / result.tensors:.1f}"
         )
         console.print(_table(f"planning {result.tensors} tensors; {sizes}", result.timings, "pickle loads"))
+    if "host" in which:
+        from rollout_core.bench.host_time import bench_host_time
+
+        for name, timings in bench_host_time(repeats).items():
+            console.print(_table(name, timings, next(iter(timings))))
     if "packing" in which:
         for name, timings in bench_packing(repeats, threads).items():
             console.print(_table(f"packing {name}, {threads} threads", timings, "plain copy"))

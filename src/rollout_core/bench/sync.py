@@ -68,7 +68,7 @@ def bench_sync(
                 name = {"discarded": VERIFIED if digest else "pack and move"}.get(
                     word
                 ) or f"the same{'' if digest else ', unverified'}, loaded"
-                update = partial(send, plan, weights, end, timeout=TIMEOUT, digest=digest)
+                update = partial(send, plan, weights, end, timeout=TIMEOUT, packer=Packer(plan, digest=digest))
                 candidates[name] = other.together(f"{word} {'verified' if digest else 'unverified'}", update)
         timings = measure(candidates, repeats=repeats)
     return SyncBench(
