@@ -38,7 +38,7 @@ class Ended:
 
 
 def run_ranks(
-    size: int, function: str, *arguments: Any, timeout: float = 60.0, until: int | None = None, **environment: str
+    size: int, function: str, *arguments: Any, timeout: float = 240.0, until: int | None = None, **environment: str
 ) -> list[Ended]:
     """Call ``module:name`` with the rank and these arguments on each rank. Ranks that are left after ``timeout`` seconds are
     killed, and say so in ``error``; so are the others once the rank ``until`` has ended. ``environment``: variables that they

@@ -29,7 +29,7 @@ from rollout_core.transfer.targets import named_weights
 from rollout_core.workers import HFWorker, SamplingParams, ShardedHFWorker, sync_sharded, to_batch
 from rollout_core.workers.hf.generate import generate
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0  # nothing waits for it to pass; a busy machine may need much of it
 #: Of the worker, and of the trainer. On several GPUs each rank has one.
 DEVICE = os.environ.get("ROLLOUT_CORE_DEVICE", "cpu")
 TRAINER = os.environ.get("ROLLOUT_CORE_TRAINER", "cpu")
@@ -323,7 +323,7 @@ def dies(rank: int, folder: str, who: int, how: str) -> Any:
         if rank == who and self.name.endswith("layers.1.mlp.up_proj.weight"):
             if how == "exit":
                 os._exit(7)
-            time.sleep(60.0)
+            time.sleep(120.0)
         return start(self)
 
     sharded.Way.start = dying

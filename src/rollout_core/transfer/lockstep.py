@@ -20,6 +20,7 @@ from rollout_core.transfer.sending import seconds_of
 
 _FIRST_NAP: Final = 20e-6  # seconds between looks at a collective
 _LONGEST_NAP: Final = 1e-3
+_MARGIN: Final = 60.0  # seconds
 _DECODER: Final = msgspec.msgpack.Decoder(Cause)
 _WELL, _FAILED, _LEFT = b"\x00", b"\x01", b"\x02"  # before what a rank gives to the others
 
@@ -143,6 +144,14 @@ def bounded(groups: Iterable[dist.ProcessGroup], timeout: float) -> Iterator[Non
         for group, seconds in before:
             with suppress(RuntimeError):  # aborted meanwhile
                 _set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def patient(group: dist.ProcessGroup, timeout: float) -> Iterator[None]:
+    """This group's own timeout is meanwhile no shorter than ``timeout`` seconds and some: who waits in it gives up by itself."""
+    own = timeout_of(group)
+    with bounded([group] if own < timeout + _MARGIN else [], timeout + _MARGIN):
+        yield
 
 
 def timeout_of(group: dist.ProcessGroup) -> float:

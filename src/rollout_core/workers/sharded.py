@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rollout_core.bucketing import BucketPlan, plan_buckets, specs_of
 from rollout_core.bucketing.placement import Order, Oversize
 from rollout_core.errors import PlanMismatchError, TransferError, WorkerError
-from rollout_core.transfer.lockstep import Lockstep, bounded
+from rollout_core.transfer.lockstep import Lockstep, bounded, patient
 from rollout_core.transfer.sharded import Parts, Sharded
 from rollout_core.workers.worker import SyncReport, Worker
 
@@ -53,13 +53,29 @@ def sync_sharded(
 
     Whatever is raised on one rank ends the call on all of them: as the same class, with the rank in a note. A rank that ends, or
     does not come, ends it on the others with ``TransferError``, at once over gloo and otherwise within ``timeout``; the group is of
-    no use after that. The worker's weights are then as after a failed ``sync_weights``.
+    no use after that. The worker's weights are then as after a failed ``sync_weights``, unless a note says that the update is
+    committed: a rank was lost after it.
 
     Raises:
         WorkerError: not exactly one rank has a worker; or as ``sync_weights``.
         PlanMismatchError: ranks have other tensors than each other, or than the worker.
     """
     steps = Lockstep(group, timeout)
+    with patient(steps.group, timeout):
+        return _sync(worker, source, steps, capacity, oversize, order, readback, dtype, rename)
+
+
+def _sync(
+    worker: Worker | None,
+    source: Sharded,
+    steps: Lockstep,
+    capacity: int,
+    oversize: Oversize,
+    order: Order,
+    readback: bool,
+    dtype: torch.dtype | None,
+    rename: Callable[[str], str] | None,
+) -> SyncReport:
     hello = _Part(worker is not None, worker is not None and worker.takes_computed)
     said = [msgspec.msgpack.decode(one, type=_Part) for one in steps.exchange(msgspec.msgpack.encode(hello))]
     senders = [rank for rank, one in enumerate(said) if one.sends]
@@ -82,7 +98,10 @@ def sync_sharded(
             except PlanMismatchError as error:
                 raise PlanMismatchError(f"rank {rank} has another plan than rank {sender}, which sends: {error}") from error
 
+    report: SyncReport | None = None
+
     def update() -> bytes:
+        nonlocal report
         if worker is None:
             parts.follow()
             return b""
@@ -95,5 +114,10 @@ def sync_sharded(
         parts.end()
         return msgspec.msgpack.encode(report)
 
-    with bounded(parts.groups, timeout):
-        return msgspec.msgpack.decode(steps.together(update)[sender], type=SyncReport)
+    try:
+        with bounded(parts.groups - {steps.group}, steps.timeout):
+            return msgspec.msgpack.decode(steps.together(update)[sender], type=SyncReport)
+    except BaseException as error:
+        if report is not None:
+            error.add_note(f"the worker has committed version {report.version} all the same")
+        raise

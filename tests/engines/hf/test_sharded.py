@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    ended = run_ranks(2, "support.sharded:scenarios", folder, list(SCENARIOS), timeout=100.0)
+    ended = run_ranks(2, "support.sharded:scenarios", folder, list(SCENARIOS))
     assert [one.error for one in ended] == [None, None]
     return [one.value for one in ended]
 
@@ -179,26 +179,26 @@ def test_w5_ranks_agree_on_the_version(found):
 def test_t2_an_error_within_a_forward_pass_leaves_no_rank_in_a_collective(found):
     assert found[1]["forward"][:2] == ("ValueError", "a kernel failed")
     assert found[0]["forward"][0] == "TransferError"
-    assert 2.9 < found[0]["seconds"] < 10.0, "the timeout is 3 s, and the other rank lives for 20"
+    assert 2.9 < found[0]["seconds"] < 30.0, "the timeout is 3 s, and the other rank lives for 60"
     for rank in found:
         assert rank["again"][0] == "TransferError"
 
 
 @pytest.mark.parametrize("who", [0, 1], ids=["sender", "follower"])
 def test_t2_a_rank_that_dies_in_an_update_ends_it_on_the_other(folder, who):
-    ended = run_ranks(2, "support.sharded:dies", folder, who, "exit", timeout=30.0)
+    ended = run_ranks(2, "support.sharded:dies", folder, who, "exit")
     assert ended[who].exitcode == 7
     assert ended[1 - who].error is None
     other = ended[1 - who].value
     assert other["error"][0] == "TransferError"
     assert "another rank has ended" in other["error"][1]
-    assert other["seconds"] < 10.0, "gloo says it at once; the timeout is 20 s"
+    assert other["seconds"] < 30.0, "gloo says it at once; the timeout is 60 s"
     if who == 1:
         assert "unusable" in other["usable"][1]
 
 
 def test_t2_an_engine_that_dies_in_an_update_ends_it_on_every_rank(folder):
-    ended = run_ranks(2, "support.sharded:engine_dies", folder, timeout=60.0)
+    ended = run_ranks(2, "support.sharded:engine_dies", folder)
     assert [one.error for one in ended] == [None, None]
     mine, other = (one.value for one in ended)
     assert mine["error"][0] == "TransferError"
@@ -208,16 +208,16 @@ def test_t2_an_engine_that_dies_in_an_update_ends_it_on_every_rank(folder):
 
 
 def test_t2_a_rank_that_stops_ends_the_update_on_the_other_within_the_timeout(folder):
-    ended = run_ranks(2, "support.sharded:dies", folder, 1, "stop", timeout=50.0, until=0)
+    ended = run_ranks(2, "support.sharded:dies", folder, 1, "stop", until=0)
     assert ended[0].error is None
     kind, text, _ = ended[0].value["error"]
     assert kind == "TransferError"
     assert "waited 3 s for the others" in text
-    assert ended[0].value["seconds"] < 20.0, "the other rank sleeps for 60"
+    assert ended[0].value["seconds"] < 60.0, "the other rank sleeps for 120"
 
 
 def test_b1_shapes_dtypes_and_placements_on_four_ranks():
-    ended = run_ranks(4, "support.sharded:meshes", 100, timeout=60.0)
+    ended = run_ranks(4, "support.sharded:meshes", 100)
     assert [one.error for one in ended] == [None] * 4
     assert [one.value for one in ended] == [[]] * 4
 
