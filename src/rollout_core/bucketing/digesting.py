@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +14,8 @@ from rollout_core.bucketing.digest import BLOCK_NBYTES, Lanes, block_multilinear
 from rollout_core.bucketing.tensors import as_bytes
 
 _MASK = (1 << 64) - 1
+#: What a payload is called.
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(slots=True)
@@ -24,16 +28,16 @@ class _Payload:
 
 
 @dataclass(slots=True)
-class _Rows:
+class _Rows(Generic[Name]):
     """What is to be digested on one device: contiguous bytes, whole blocks or the end of a payload."""
 
-    names: list[str] = field(default_factory=list)
+    names: list[Name] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     firsts: list[int] = field(default_factory=list)  # blocks of the payload before these
     memory: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # where it lies, and from which byte
 
-    def add(self, name: str, memory: torch.Tensor, start: int, nbytes: int, first: int) -> None:
+    def add(self, name: Name, memory: torch.Tensor, start: int, nbytes: int, first: int) -> None:
         self.names.append(name)
         self.addresses.append(memory.data_ptr() + start)
         self.sizes.append(nbytes)
@@ -41,7 +45,7 @@ class _Rows:
         self.memory.append((memory, start))
 
 
-class BlockDigests:
+class BlockDigests(Generic[Name]):
     """``payload_digest`` by ``block-multilinear-128``, with an empty context, of payloads by name.
 
     The lanes are sums over blocks, so a payload that comes in pieces is kept nowhere: only what a piece leaves of a block, less
@@ -49,13 +53,13 @@ class BlockDigests:
     """
 
     def __init__(self) -> None:
-        self._open: dict[str, _Payload] = {}
-        self._nbytes: dict[str, int] = {}  # of payloads that are complete
-        self._rows: dict[torch.device, _Rows] = {}
-        self._launched: list[tuple[list[str], torch.Tensor]] = []  # lanes, on their device
-        self._lanes: dict[str, Lanes] = {}
+        self._open: dict[Name, _Payload] = {}
+        self._nbytes: dict[Name, int] = {}  # of payloads that are complete
+        self._rows: dict[torch.device, _Rows[Name]] = {}
+        self._launched: list[tuple[list[Name], torch.Tensor]] = []  # lanes, on their device
+        self._lanes: dict[Name, Lanes] = {}
 
-    def add(self, name: str, memory: torch.Tensor, start: int = 0, nbytes: int | None = None, *, last: bool = True) -> None:
+    def add(self, name: Name, memory: torch.Tensor, start: int = 0, nbytes: int | None = None, *, last: bool = True) -> None:
         """The payload's next piece: ``nbytes`` from byte ``start`` on of a contiguous tensor, without ``nbytes`` all of it;
         ``last``: it ends with it. The memory has to stay as it is until ``flush``."""
         nbytes = memory.nbytes - start if nbytes is None else nbytes
@@ -105,7 +109,7 @@ class BlockDigests:
             for name, (memory, start), nbytes, first in zip(rows.names, rows.memory, rows.sizes, rows.firsts, strict=True):
                 self._count(name, block_multilinear_by_torch(as_bytes(memory)[start : start + nbytes], first=first))
 
-    def digests(self) -> dict[str, bytes]:
+    def digests(self) -> dict[Name, bytes]:
         """Of all payloads that are complete. Waits for each device once."""
         self.flush()
         launched, self._launched = self._launched, []
@@ -116,6 +120,6 @@ class BlockDigests:
                 self._count(name, (one, other))
         return {name: lanes_digest(self._lanes.get(name, (0, 0)), nbytes, b"") for name, nbytes in self._nbytes.items()}
 
-    def _count(self, name: str, lanes: Lanes) -> None:
+    def _count(self, name: Name, lanes: Lanes) -> None:
         one, other = self._lanes.get(name, (0, 0))
         self._lanes[name] = ((one + lanes[0]) & _MASK, (other + lanes[1]) & _MASK)
