@@ -55,15 +55,18 @@ def typing(session: nox.Session) -> None:
 
 @nox.session
 def unit(session: nox.Session) -> None:
-    """The pure tests, and those of the Triton kernels in Triton's interpreter, with every branch of bucketing covered."""
+    """The pure tests, and what is around the Triton kernels, with every branch of bucketing covered."""
     install(session, "test", extras="[hf,http,cli,testing]")
-    session.install("--no-deps", TRITON)
     covered = ("--cov", "--cov-report=term-missing", "--cov-fail-under=100")
-    session.run(
-        *("pytest", "tests/unit", "tests/kernels", "-m", "not slow", *PARALLEL, *covered),
-        *session.posargs,
-        env={**QUIET, "TRITON_INTERPRET": "1"},
-    )
+    session.run(*("pytest", "tests/unit", "tests/kernels", "-m", "not slow", *PARALLEL, *covered), *session.posargs, env=QUIET)
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """The Triton kernels on the CPU, in Triton's interpreter."""
+    install(session, "test", extras="[testing]")
+    session.install("--no-deps", TRITON)
+    session.run("pytest", "tests/kernels", "-n", "auto", *session.posargs, env={**QUIET, "TRITON_INTERPRET": "1"})
 
 
 @nox.session
@@ -243,12 +246,19 @@ def gpu_sglang(session: nox.Session) -> None:
     _on_a_gpu(session, "sglang")
 
 
-def _on_a_gpu(session: nox.Session, engine: str) -> None:
+@nox.session
+@nox.parametrize("part", ["hf", "vllm", "sglang"], ids=["hf", "vllm", "sglang"])
+def gpu_multi(session: nox.Session, part: str) -> None:
+    """Two GPUs: sharded trainers and NCCL, and tensor parallelism in vLLM and SGLang. With fewer they fail: they do not skip."""
+    _on_a_gpu(session, part, "two-")
+
+
+def _on_a_gpu(session: nox.Session, engine: str, places: str = "") -> None:
     """With the torch that the engines for it want. A host without a registry has no need of nox: see tests/gpu/run.py."""
     session.install(GPU_TORCH, GPU_TRANSFORMERS, *nox.project.dependency_groups(PYPROJECT, "test"))
     session.install("--no-deps", "-r", f"tests/gpu/host/{engine}.txt")
     session.install("--no-deps", ".")
-    session.run("python", "tests/gpu/run.py", engine, *session.posargs)
+    session.run("python", "tests/gpu/run.py", f"{places}{engine}", *session.posargs)
 
 
 @nox.session

@@ -634,7 +634,7 @@ def test_a_damaged_bucket_is_refused(place, damage, where):
         seen.append(bucket.index)
         return damage(bucket) if bucket.index == at else bucket
 
-    with within(5), pytest.raises(kind, match=message):
+    with within(15), pytest.raises(kind, match=message):
         place.worker.sync_weights(trainer, capacity=CAPACITY, inject=inject)
     assert at in seen
     if where == "first":
@@ -659,7 +659,7 @@ def test_a_bucket_of_an_older_update_is_a_replay(place, at):
     trainer = place.changed(3)
     version = place.worker.sync_weights(place.changed(4), capacity=CAPACITY, inject=record).version
     place.worker.sync_weights(trainer, capacity=CAPACITY)
-    with within(5), pytest.raises(IntegrityError, match=f"bucket {at} of version {version + 2} is damaged"):
+    with within(15), pytest.raises(IntegrityError, match=f"bucket {at} of version {version + 2} is damaged"):
         place.worker.sync_weights(trainer, capacity=CAPACITY, inject=lambda b: recorded[at] if b.index == at else b)
     if at:
         assert_unusable(place.worker, version + 1)
@@ -674,7 +674,7 @@ def test_a_bucket_fed_twice_is_refused(place):
         held.append(replace(bucket, buffer=bucket.buffer.clone()))
         return held[1] if bucket.index == 2 else bucket
 
-    with within(5), pytest.raises(TransferError, match="bucket 1 was given in the place of bucket 2"):
+    with within(15), pytest.raises(TransferError, match="bucket 1 was given in the place of bucket 2"):
         place.worker.sync_weights(place.changed(3), capacity=CAPACITY, inject=twice)
     assert_unusable(place.worker, place.before)
 
@@ -688,7 +688,7 @@ def test_a_bucket_may_lie_in_other_memory(place):
         bucket.buffer.zero_()
         return moved
 
-    with within(5):
+    with within(15):
         place.worker.sync_weights(trainer, capacity=1000, inject=move)
     assert_has(place.worker, trainer)
 
@@ -718,7 +718,7 @@ ERRORS = [OSError("the disk is gone"), TransferError("not ours"), KeyboardInterr
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_what_a_source_raises_comes_out_unchanged(place, error):
     source = Failing(place.changed(3).state_dict(), "model.norm.weight", error)
-    with within(5), pytest.raises(type(error)) as raised:
+    with within(15), pytest.raises(type(error)) as raised:
         place.worker.sync_weights(source, capacity=2000)
     assert raised.value is error
     assert source.reads == 2
@@ -830,7 +830,7 @@ def test_many_faults_in_a_row(place):
 
     for _ in range(4):
         for inject, kind in ((boom, ArithmeticError), (late_flip, IntegrityError)):
-            with within(5), pytest.raises(kind):
+            with within(15), pytest.raises(kind):
                 place.worker.sync_weights(trainer, capacity=2000, inject=inject)
     assert_unusable(place.worker, place.before)
     place.worker.sync_weights(trainer, capacity=2000)
@@ -896,7 +896,7 @@ def test_an_update_interrupted_while_it_waits(place, alarm, at):
             alarm(0.1, also=lambda: os.kill(pid, signal.SIGCONT))
         return bucket
 
-    with within(5), pytest.raises(KeyboardInterrupt):
+    with within(15), pytest.raises(KeyboardInterrupt):
         place.worker.sync_weights(place.changed(3), capacity=1000, inject=inject)
     if at == 3 or is_unusable(place.worker):  # before, nothing may have been loaded
         assert_unusable(place.worker, place.before)
@@ -940,7 +940,7 @@ def test_a_source_may_ask_the_worker_while_it_is_read(place, process):
         return bucket
 
     trainer = place.changed(3)
-    with within(5):
+    with within(15):
         place.worker.sync_weights(Asking(tensors_of(trainer), "", None), capacity=1000, inject=slow_down)
     assert_in_step(place.worker, trainer)
 
@@ -985,9 +985,9 @@ def assert_dead(worker, pid, message):
     """Every later call says at once what happened."""
     assert not is_there(pid)
     for call in (*REQUESTS.values(), lambda w: w.sync_weights(Failing({}, "", None))):
-        with within(1), pytest.raises(TransferError, match=f"{message}.*; close this worker and make another"):
+        with within(5), pytest.raises(TransferError, match=f"{message}.*; close this worker and make another"):
             call(worker)
-    with within(1):
+    with within(5):
         worker.close()
         worker.close()
     with pytest.raises(WorkerError, match="the worker is closed"):
@@ -1025,7 +1025,7 @@ def test_a_killed_worker_is_reported_and_not_waited_for(fresh, originals, step):
     version = 0
     if step == "before begin":
         killed(pid)
-        with within(3), pytest.raises(TransferError, match=DEAD):
+        with within(15), pytest.raises(TransferError, match=DEAD):
             worker.sync_weights(trainer)
     elif step in ("middle", "last bucket"):
         version = worker.sync_weights(trainer, capacity=CAPACITY).version
@@ -1035,7 +1035,7 @@ def test_a_killed_worker_is_reported_and_not_waited_for(fresh, originals, step):
                 killed(pid)
             return bucket
 
-        with within(3), pytest.raises(TransferError, match=DEAD):
+        with within(15), pytest.raises(TransferError, match=DEAD):
             worker.sync_weights(trainer, capacity=CAPACITY, inject=kill)
     elif step == "source fails too":
         planted = OSError("the source's own")
@@ -1044,7 +1044,7 @@ def test_a_killed_worker_is_reported_and_not_waited_for(fresh, originals, step):
             killed(pid)
             raise planted
 
-        with within(3), pytest.raises(OSError, match="the source's own") as raised:
+        with within(15), pytest.raises(OSError, match="the source's own") as raised:
             worker.sync_weights(trainer, inject=kill_and_fail)
         assert raised.value is planted
         del raised
@@ -1057,12 +1057,12 @@ def test_a_killed_worker_is_reported_and_not_waited_for(fresh, originals, step):
                 threading.Timer(0.2, os.kill, (pid, signal.SIGKILL)).start()
             return bucket
 
-        with within(3), pytest.raises(TransferError, match=DEAD):
+        with within(15), pytest.raises(TransferError, match=DEAD):
             worker.sync_weights(trainer, capacity=1000, inject=halt)
     else:
         stop(pid)  # so that the request is under way for as long as it takes
         threading.Timer(0.2, os.kill, (pid, signal.SIGKILL)).start()
-        with within(3), pytest.raises(TransferError, match=DEAD):
+        with within(15), pytest.raises(TransferError, match=DEAD):
             REQUESTS[step](worker)
     assert worker.version == version
     assert_dead(worker, pid, DEAD)
@@ -1072,7 +1072,7 @@ def test_a_worker_that_does_not_answer_is_killed(fresh):
     worker, pid = fresh(timeout=0.5)
     stop(pid)
     message = r"the worker process \(pid \d+, killed for it\): no answer from the other process within 0.5 s"
-    with within(3), pytest.raises(TransferError, match=message):
+    with within(15), pytest.raises(TransferError, match=message):
         worker.generate(PROMPTS, GREEDY)
     assert_dead(worker, pid, message)
 
@@ -1080,7 +1080,7 @@ def test_a_worker_that_does_not_answer_is_killed(fresh):
 def test_a_worker_that_takes_nothing_in_is_killed(fresh):
     worker, pid = fresh(timeout=0.5)
     stop(pid)
-    with within(5), pytest.raises(TransferError, match="took no message in within 0.5 s"):
+    with within(15), pytest.raises(TransferError, match="took no message in within 0.5 s"):
         worker.generate([[1] * 1000] * 1000, GREEDY)
     assert_dead(worker, pid, "took no message in")
 
@@ -1088,7 +1088,7 @@ def test_a_worker_that_takes_nothing_in_is_killed(fresh):
 def test_closing_does_not_wait_for_a_stopped_process_nor_for_another_thread(fresh):
     worker, pid = fresh(timeout=0.5)
     stop(pid)
-    with within(3):
+    with within(15):
         worker.close()
     assert not is_there(pid)
 
@@ -1105,7 +1105,7 @@ def test_closing_does_not_wait_for_a_stopped_process_nor_for_another_thread(fres
     thread = threading.Thread(target=wait)
     thread.start()
     time.sleep(0.2)
-    with within(3):
+    with within(15):
         worker.close()
         thread.join()
     assert len(errors) == 1
@@ -1196,7 +1196,7 @@ def broken_folders(tmp_path, folders):
 def test_a_folder_without_a_model_is_named(tmp_path, folders, nothing_left, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("something was looked for on the network"))
     for name, folder in broken_folders(tmp_path, folders):
-        with within(5), pytest.raises(WorkerError) as raised:
+        with within(15), pytest.raises(WorkerError) as raised:
             HFWorker(folder, process=False)
         assert str(folder) in str(raised.value), name
         if name in ("missing", "a file"):
@@ -1215,7 +1215,7 @@ def test_a_process_that_cannot_load_its_model_says_why_and_is_gone(tmp_path, not
 
 @pytest.mark.parametrize("dtype", ["float99", "int32", "bool", "nn", "", "torch.float32", torch.float32, None])
 def test_a_bad_dtype_is_refused(folders, process, dtype):
-    with within(1), pytest.raises(WorkerError, match="floating-point torch dtype, for example 'float32'"):
+    with within(5), pytest.raises(WorkerError, match="floating-point torch dtype, for example 'float32'"):
         HFWorker(str(folders["qwen2 tied"]), dtype=dtype, process=process)
 
 
@@ -1234,7 +1234,7 @@ PROGRAMS = {
 def test_a_process_that_does_not_start_is_reported(monkeypatch, nothing_left, program):
     text, message = PROGRAMS[program]
     monkeypatch.setattr(hosts, "_PROGRAM", text)
-    with within(4), pytest.raises(TransferError, match=message) as raised:
+    with within(15), pytest.raises(TransferError, match=message) as raised:
         HFWorker("anywhere", start_timeout=0.5 if program == "silent" else 20)
     del raised
 
