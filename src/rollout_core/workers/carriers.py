@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
@@ -9,11 +10,13 @@ import torch
 
 from rollout_core.bucketing.sources import Source
 from rollout_core.errors import WorkerError
+from rollout_core.transfer.carriers import unix
 from rollout_core.transfer.carriers.contract import ReceiverEnd
 from rollout_core.transfer.carriers.links import LinkedSender
+from rollout_core.transfer.carriers.memory import MemorySender
 from rollout_core.transfer.carriers.names import CarrierName, connect, listen
 from rollout_core.transfer.targets import named_weights
-from rollout_core.workers.engine import Update
+from rollout_core.workers.engine import Update, rank_address
 
 if TYPE_CHECKING:
     from rollout_core.transfer.carriers.cuda_ipc import CudaSlots
@@ -24,9 +27,11 @@ _CHOICES: Final[tuple[str, ...]] = get_args(CarrierChoice)
 
 
 def check_carrier_choice(choice: object, device: str) -> None:
-    """Raise ``WorkerError`` for what is no choice, and for CUDA IPC to an engine that is on no GPU."""
+    """Raise ``WorkerError`` for what is no choice, or no device, and for CUDA IPC to an engine that is on no GPU."""
     if choice not in _CHOICES:
         raise WorkerError(f"carrier is {choice!r}; it is one of {', '.join(map(repr, _CHOICES))}")
+    if re.fullmatch(r"cpu|cuda(:[0-9]+)?", device) is None:
+        raise WorkerError(f"device is {device!r}; it is 'cpu', 'cuda', or one of several GPUs, such as 'cuda:1'")
     if choice == "cuda_ipc" and not is_cuda(device):
         raise WorkerError(
             f"carrier is 'cuda_ipc', and the engine's device {device!r}: CUDA IPC reaches engines on a GPU; pass 'auto'"
@@ -37,10 +42,10 @@ def is_cuda(device: str) -> bool:
     return device.partition(":")[0] == "cuda"
 
 
-def receiver_of(update: Update, device: torch.device | str) -> ReceiverEnd:
-    """The engine's end of an update's carrier, for weights on ``device``. ``TransferError`` if the sender does not come in time, or
-    its memory cannot be reached from there."""
-    return connect(update.carrier, update.address, device=device, timeout=update.timeout)
+def receiver_of(update: Update, device: torch.device | str, rank: int = 0) -> ReceiverEnd:
+    """The end of an update's carrier of one of the engine's ranks, for weights on ``device``. ``TransferError`` if the sender does
+    not come in time, or its memory cannot be reached from there."""
+    return connect(update.carrier, update.address_of(rank), device=device, timeout=update.timeout)
 
 
 class Senders:
@@ -64,21 +69,30 @@ class Senders:
         return self._choice
 
     def listen(
-        self, carrier: CarrierName, source: Source, address: str, *, timeout: float, check: Callable[[], None]
+        self, carrier: CarrierName, source: Source, address: str, *, ranks: int = 1, timeout: float, check: Callable[[], None]
     ) -> LinkedSender:
-        """The sender's end of one update, once the engine has connected to ``address``; what it keeps is on the source's GPU, or
-        that in use."""
-        if carrier == "memory":
-            return listen(carrier, address, timeout=timeout, check=check)
+        """The sender's end of one update, once each of the engine's ranks has connected to its ``rank_address``: they are its
+        receivers, by their numbers. What it keeps is on the source's GPU, or that in use."""
+        slots = self._slots_on(gpu_of(source)) if carrier == "cuda_ipc" else None
+        if ranks == 1:
+            return listen(carrier, address, timeout=timeout, check=check, slots=slots)
+        sockets = unix.listen_each([rank_address(address, rank, ranks) for rank in range(ranks)], timeout, check)
+        if slots is None:
+            return unix.joined(MemorySender, sockets)
+        from rollout_core.transfer.carriers.cuda_ipc import CudaIpcSender
+
+        return unix.joined(lambda sockets: CudaIpcSender(sockets, slots=slots), sockets)
+
+    def _slots_on(self, gpu: torch.device | None) -> CudaSlots:
+        """Those that are kept, if they are on this GPU."""
         from rollout_core.transfer.carriers.cuda_ipc import CudaSlots
 
-        slots = CudaSlots(gpu_of(source) or "cuda")
+        slots = CudaSlots(gpu or "cuda")
         if self._slots is not None and self._slots.device == slots.device:
-            slots = self._slots
-        else:
-            self.free()
+            return self._slots
+        self.free()
         self._slots = slots
-        return listen(carrier, address, timeout=timeout, check=check, slots=slots)
+        return slots
 
     @property
     def nbytes(self) -> int:

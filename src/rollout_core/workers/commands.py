@@ -16,6 +16,7 @@ from rollout_core.errors import WorkerError
 from rollout_core.transfer.causes import error_of
 from rollout_core.transfer.protocol.messages import Cause
 from rollout_core.workers.engine import Update
+from rollout_core.workers.shards import WHOLE, Shard, joined
 
 
 class Receive(msgspec.Struct, tag=True, frozen=True):
@@ -35,7 +36,15 @@ class Digests(msgspec.Struct, tag=True, frozen=True):
     shapes: dict[str, tuple[int, ...]]
 
 
+class Layout(msgspec.Struct, tag=True, frozen=True):
+    """Which part is there of tensors, by the names and with the shapes that a checkpoint has."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+
 class Read(msgspec.Struct, tag=True, frozen=True):
+    """A tensor, or the part of it that is there."""
+
     name: str
     shape: tuple[int, ...]
 
@@ -47,24 +56,31 @@ class Expect(msgspec.Struct, tag=True, frozen=True):
 
 
 class Settle(msgspec.Struct, tag=True, frozen=True):
-    """An update is over. ``mend``: see to what is known to be wrong after it."""
+    """An update that came from ``address`` is over; another's may be under way. ``mend``: see to what is known to be wrong after
+    it."""
 
     mend: bool
+    address: str = ""
 
 
-Command: TypeAlias = Receive | Abandon | Digests | Read | Expect | Settle
+Command: TypeAlias = Receive | Abandon | Digests | Layout | Read | Expect | Settle
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """``unusable``: why the weights are of no use after it, if they are not; ``version``: of the last update that was committed
-    there; ``device``: where they are, if it says so. The rest is what was asked for."""
+    there; ``device``: where they are, if it says so; ``quantization`` of them by the engine; ``sleeps``: whether it lets go of
+    their memory when it is told to. The rest is what was asked for; no ``dtype``: that tensor is not there."""
 
     version: int = -1
     device: str = ""
+    quantization: str = ""
+    sleeps: bool = True
     unusable: str | None = None
     failed: Cause | None = None
     loading: float = 0.0
     digests: dict[str, str] = {}
+    shards: dict[str, Shard] = {}
+    shard: Shard = WHOLE
     dtype: str = ""
     shape: tuple[int, ...] = ()
     data: bytes = b""
@@ -78,9 +94,18 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         return torch.frombuffer(bytearray(self.data), dtype=torch.uint8).view(dtype).view(self.shape)
 
 
-def answer_with(tensor: torch.Tensor) -> Answer:
+def answer_with(tensor: torch.Tensor, shard: Shard = WHOLE) -> Answer:
     """The answer to ``Read``."""
-    return Answer(dtype=WIRE_NAMES[tensor.dtype], shape=tuple(tensor.shape), data=as_bytes(tensor).cpu().numpy().tobytes())
+    data = as_bytes(tensor).cpu().numpy().tobytes()
+    return Answer(dtype=WIRE_NAMES[tensor.dtype], shape=tuple(tensor.shape), data=data, shard=shard)
+
+
+def tensor_of(name: str, shape: tuple[int, ...], answers: Sequence[Answer]) -> torch.Tensor:
+    """The tensor that was ``Read``, joined if it is in parts. ``WorkerError`` if no rank has it, or they have different values."""
+    parts = {rank: (answer.shard, answer.tensor) for rank, answer in enumerate(answers) if answer.dtype}
+    if len(answers) == 1 and parts:
+        return parts[0][1]
+    return joined(name, shape, parts)
 
 
 def unusable_of(answers: Sequence[Answer]) -> str | None:
@@ -106,7 +131,16 @@ def not_completed(version: int) -> str:
 
 
 def raise_failed(answers: Sequence[Answer], engine: str) -> None:
-    """Raise what one of them raised."""
-    for answer in answers:
+    """Raise what one of them raised, and say which if there are several."""
+    for rank, answer in enumerate(answers):
         if answer.failed is not None:
-            raise error_of(answer.failed, lambda text: WorkerError(f"{engine} failed with {text}"))
+            where = f" (on rank {rank} of {len(answers)})" if len(answers) > 1 else ""
+            cause = msgspec.structs.replace(answer.failed, message=answer.failed.message + where)
+            raise error_of(cause, lambda text: WorkerError(f"{engine} failed with {text}"))
+
+
+def check_versions(answers: Sequence[Answer], version: int) -> None:
+    """Raise ``WorkerError`` unless each rank has committed this version."""
+    for rank, answer in enumerate(answers):
+        if answer.version != version:
+            raise WorkerError(f"after the update to version {version} rank {rank} of {len(answers)} has version {answer.version}")

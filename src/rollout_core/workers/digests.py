@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from rollout_core.bucketing import Bucket, BucketPlan
 from rollout_core.bucketing.digest import Algorithm, default_algorithm, payload_digest
 from rollout_core.bucketing.placement import Slot
 from rollout_core.bucketing.tensors import as_bytes
+from rollout_core.workers.shards import WHOLE, Shard
 
 
 def algorithm_on(device: str) -> Algorithm:
@@ -36,37 +37,53 @@ def without_signs(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class SentDigests:
-    """The digest of each tensor, taken from the buckets as they are sent, where they are; see ``weight_digest``."""
+    """The digest of each tensor, taken from the buckets as they are sent, where they are; see ``weight_digest``. ``parts``: by
+    name, the parts of tensors that are digested as well."""
 
-    def __init__(self, plan: BucketPlan, *, values: bool = False, algorithm: str = "xxh3-128") -> None:
+    def __init__(
+        self,
+        plan: BucketPlan,
+        *,
+        values: bool = False,
+        algorithm: str = "xxh3-128",
+        parts: Mapping[str, Collection[Shard]] | None = None,
+    ) -> None:
         self._plan = plan
         self._values = values
         self._algorithm = algorithm
+        self._parts = parts or {}
         self._states: dict[str, Any] = {}  # of split tensors, by xxh3-128
-        self._joined: dict[str, torch.Tensor] = {}  # the bytes of split tensors, for an algorithm that wants them whole
+        self._joined: dict[str, torch.Tensor] = {}  # the bytes of split tensors, where they are wanted whole
         self.digests: dict[str, str] = {}
+        self.of_parts: dict[tuple[str, Shard], str] = {}  # whole tensors among them
 
     def add(self, bucket: Bucket) -> None:
         for slot in self._plan.buckets[bucket.index].slots:
-            digest = self._digest(slot, bucket.buffer[slot.offset : slot.end])
-            if digest is not None:
-                for name in (slot.name, *self._plan.tied.get(slot.name, ())):
-                    self.digests[name] = digest
+            names = (slot.name, *self._plan.tied.get(slot.name, ()))
+            shards = {shard for name in names for shard in self._parts.get(name, ()) if not shard.is_whole}
+            found = self._digests(slot, bucket.buffer[slot.offset : slot.end], shards)
+            for name in names if found else ():
+                self.digests[name] = found[WHOLE]
+                self.of_parts.update(((name, shard), digest) for shard, digest in found.items())
 
-    def _digest(self, slot: Slot, piece: torch.Tensor) -> str | None:
-        """Of the slot's tensor, once it is complete."""
+    def _digests(self, slot: Slot, piece: torch.Tensor, shards: Collection[Shard]) -> dict[Shard, str]:
+        """Of the slot's tensor and of parts of it, once it is complete; else none."""
         if self._values:
             piece = as_bytes(without_signs(piece.view(slot.spec.dtype)))
-        if not slot.is_piece:
-            return weight_digest(piece, algorithm=self._algorithm)
-        if self._algorithm == "xxh3-128":
+        if slot.is_piece and self._algorithm == "xxh3-128" and not shards:
             state = self._states.setdefault(slot.name, xxhash.xxh3_128())
             state.update(piece.cpu().numpy().data)
-            return str(self._states.pop(slot.name).hexdigest()) if slot.is_tail else None
-        if slot.name not in self._joined:
-            self._joined[slot.name] = torch.empty(slot.spec.nbytes, dtype=torch.uint8, device=piece.device)
-        self._joined[slot.name][slot.start : slot.start + slot.nbytes].copy_(piece)
-        return weight_digest(self._joined.pop(slot.name), algorithm=self._algorithm) if slot.is_tail else None
+            return {WHOLE: str(self._states.pop(slot.name).hexdigest())} if slot.is_tail else {}
+        if slot.is_piece:
+            if slot.name not in self._joined:
+                self._joined[slot.name] = torch.empty(slot.spec.nbytes, dtype=torch.uint8, device=piece.device)
+            self._joined[slot.name][slot.start : slot.start + slot.nbytes].copy_(piece)
+            if not slot.is_tail:
+                return {}
+            piece = self._joined.pop(slot.name)
+        whole = piece.view(slot.spec.dtype).view(slot.spec.shape) if shards else piece
+        parts = {shard: weight_digest(shard.of(whole), algorithm=self._algorithm) for shard in shards}
+        return {WHOLE: weight_digest(piece, algorithm=self._algorithm), **parts}
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:

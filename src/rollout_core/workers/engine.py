@@ -6,7 +6,7 @@ numbers that are never used twice, and says of each what was sampled and, once, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Protocol, runtime_checkable
 
 import msgspec
@@ -16,6 +16,7 @@ from rollout_core.bucketing import TensorSpec
 from rollout_core.transfer.carriers.names import CarrierName
 from rollout_core.transfer.protocol.messages import Cause
 from rollout_core.workers.contract import SamplingParams, Status
+from rollout_core.workers.shards import Shard
 
 
 class MediaItem(msgspec.Struct, frozen=True):
@@ -71,12 +72,22 @@ class Progress(msgspec.Struct, frozen=True):
 
 class Update(msgspec.Struct, frozen=True):
     """An update of the weights to ``version`` will come from who listens at ``address``, by a carrier of this name; see
-    ``rollout_core.transfer.carriers.names``."""
+    ``rollout_core.transfer.carriers.names``. ``ranks``: how many of the engine are waited for, each at ``address_of`` its own."""
 
     address: str
     version: int
     timeout: float
     carrier: CarrierName = "memory"
+    ranks: int = 1
+
+    def address_of(self, rank: int) -> str:
+        """Where this rank finds the sender, so that the sender knows who it is."""
+        return rank_address(self.address, rank, self.ranks)
+
+
+def rank_address(address: str, rank: int, ranks: int) -> str:
+    """The address for one rank of several; of a single one it is ``address`` itself."""
+    return address if ranks == 1 else f"{address}/{rank}"
 
 
 Emit = Callable[[Sequence[Progress]], None]
@@ -147,6 +158,19 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Ranked(Protocol):
+    """What an ``Engine`` has, too, that may have its weights on several ranks, none of which has whole tensors (clause W9)."""
+
+    def shards(self) -> Sequence[Mapping[str, Shard]]:
+        """By rank, which part it has of the tensors that it has, by the names of a checkpoint; empty if there is one rank."""
+        ...
+
+    def rank_digests(self) -> Sequence[Mapping[str, str]]:
+        """By rank, ``weight_digest`` of the parts that it has."""
+        ...
 
 
 @runtime_checkable

@@ -41,8 +41,11 @@ from rollout_core.workers.link.messages import (
     Freed,
     MediaHits,
     Ping,
+    RankDigests,
     ReadDigests,
     ReadMediaHits,
+    ReadRankDigests,
+    ReadShards,
     ReadSpecs,
     ReadTensor,
     Receive,
@@ -51,6 +54,7 @@ from rollout_core.workers.link.messages import (
     ResumeMemory,
     Returned,
     Run,
+    Shards,
     Specs,
     Submit,
     TensorBytes,
@@ -59,6 +63,7 @@ from rollout_core.workers.media import Form, Media, MediaReport
 from rollout_core.workers.names import EMBEDDING, HEAD, canonical
 from rollout_core.workers.plans import Plans
 from rollout_core.workers.rollouts import Rollout, Rollouts, raise_failed
+from rollout_core.workers.shards import Expected, Shard
 
 #: Seconds in which a process that ends has ended, once its end of a carrier is closed.
 _LAST_WORDS: Final = 1.0
@@ -125,6 +130,7 @@ class Worker:
         self._version = 0
         self._next = 1  # the next update's
         self._specs: dict[str, TensorSpec] | None = None  # that an update has to have; empty: the engine looks itself
+        self._layout: list[dict[str, Shard]] | None = None  # by rank, the parts that it has; empty: there is one rank
         self._plans = Plans()
         self._checked: BucketPlan | None = None  # the last that had the engine's specs
         self._media = Media(self.media_form)
@@ -149,6 +155,12 @@ class Worker:
     def digest_algorithm(self) -> str:
         """What its tensors are digested by: one that runs where they are. "xxh3-128" on a CPU."""
         return algorithm_on(self._device)
+
+    @property
+    def ranks(self) -> int:
+        """On how many ranks the engine has its weights, each of which takes its part of every update (clause W9)."""
+        with self._lock:
+            return max(1, len(self._layout_of(self._alive())))
 
     @property
     def timeout(self) -> float:
@@ -190,7 +202,11 @@ class Worker:
             plan = packer.plan
             self._check_specs(link, plan)
             before, version = self._version, self._next
-            sent = SentDigests(plan, values=self.reads_values, algorithm=self.digest_algorithm) if readback else None
+            layout = self._layout_of(link)
+            expected = Expected(layout, plan) if readback and layout else None
+            parts = None if expected is None else expected.parts
+            algorithm = self.digest_algorithm
+            sent = SentDigests(plan, values=self.reads_values, algorithm=algorithm, parts=parts) if readback else None
             carrier = self._senders.carrier_for(source)
 
             def tap(bucket: Bucket) -> Bucket:
@@ -202,7 +218,7 @@ class Worker:
                 report, loading = self._send(link, packer, source, carrier, version, tap)
                 self._next = version + 1  # the engine has committed it: no other update may have this version
                 reading = time.perf_counter()
-                found = None if sent is None else self._read_back(link, sent)
+                found = None if sent is None else self._read_back(link, sent, expected)
                 reading = time.perf_counter() - reading
                 self._version = version
             except BaseException:
@@ -477,14 +493,14 @@ class Worker:
         tap: Callable[[Bucket], Bucket],
     ) -> tuple[SendReport, float]:
         """Send all buckets of an update, which the engine receives beside; also the seconds that it took to load them."""
-        address = secrets.token_hex(16)
-        received = link.post(Receive(Update(address, version, link.timeout, carrier)))
+        address, ranks = secrets.token_hex(16), max(1, len(self._layout or ()))
+        received = link.post(Receive(Update(address, version, link.timeout, carrier, ranks)))
 
         def check() -> None:
             if received.done():
                 link.result(received, Received)
 
-        with self._senders.listen(carrier, source, address, timeout=link.timeout, check=check) as end:
+        with self._senders.listen(carrier, source, address, ranks=ranks, timeout=link.timeout, check=check) as end:
             link.is_updating = True
             try:
                 report = send(packer.plan, source, end, version=version, timeout=link.timeout, packer=packer, tap=tap)
@@ -513,8 +529,20 @@ class Worker:
             check_specs(plan, self._specs)
             self._checked = plan
 
-    def _read_back(self, link: Link, sent: SentDigests) -> dict[str, str]:
-        """The digests of what the worker has, found right."""
+    def _layout_of(self, link: Link) -> list[dict[str, Shard]]:
+        """By rank of the engine, the parts of tensors that it has; empty if there is one rank."""
+        if self._layout is None:
+            answer = link.ask(ReadShards(), Shards)
+            assert isinstance(answer, Shards)
+            self._layout = answer.ranks
+        return self._layout
+
+    def _read_back(self, link: Link, sent: SentDigests, expected: Expected | None) -> dict[str, str]:
+        """The digests of what the worker has, found right; ``expected``: of each rank, if there are several."""
+        if expected is not None:
+            answer = link.ask(ReadRankDigests(), RankDigests)
+            assert isinstance(answer, RankDigests)
+            return expected.check(sent.of_parts, answer.ranks)
         found, wanted = _digests(link, None), dict(sent.digests)
         known = {canonical(name): digest for name, digest in found.items()}
         embedding = next((name for name in wanted if canonical(name) == EMBEDDING), None)

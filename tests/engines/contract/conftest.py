@@ -13,8 +13,11 @@ KINDS = {
     "sglang": ("sglang-untied", "sglang-tied", "sglang_server-untied"),
 }
 
-#: transformers is no server.
-collect_ignore = ["test_servers.py"] if ENGINE == "hf" else []
+#: transformers is no server, and has one rank. Two ranks want two GPUs: tests/gpu/run.py names that file where it has them.
+collect_ignore = [
+    *(["test_servers.py"] if ENGINE == "hf" else []),
+    *(["test_ranks.py"] if ENGINE == "hf" or DEVICE == "cuda" else []),
+]
 
 
 @pytest.fixture(autouse=True, scope="session")

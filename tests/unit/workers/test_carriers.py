@@ -1,6 +1,9 @@
 """By which carrier a worker's weights go: what is chosen, what is refused, and what an engine is told."""
 
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -143,6 +146,41 @@ def test_the_engine_hears_of_the_carrier_and_the_sender_keeps_its_memory(fake_gp
         assert slots.freed == freed + 1
         worker.resume_memory()
     assert slots.freed == freed + 2  # and at its end
+
+
+def test_w9_receivers_are_ranks_in_whatever_order_they_come():
+    """The last connects first; who says what is known all the same."""
+    senders, update = Senders("memory", "cpu"), Update("ranks-of-one-engine", 1, 5.0, ranks=3)
+    came = []
+
+    def connect(rank):
+        time.sleep({2: 0.0, 0: 0.2, 1: 0.4}[rank])
+        came.append(rank)
+        return receiver_of(update, "cpu", rank)
+
+    with ThreadPoolExecutor(3) as beside:
+        connecting = {rank: beside.submit(connect, rank) for rank in range(3)}
+        with senders.listen("memory", HOST, update.address, ranks=3, timeout=5, check=lambda: None) as sender:
+            assert came == [2, 0, 1]
+            ends = {rank: one.result() for rank, one in connecting.items()}
+            for rank, end in ends.items():
+                end.post(str(rank).encode())
+            heard = []
+            while len(heard) < 3:
+                heard += sender.poll(5)
+            assert sorted(heard) == [(rank, str(rank).encode()) for rank in range(3)]
+            for end in ends.values():
+                end.close()
+
+
+def test_w9_a_rank_that_does_not_come_is_named():
+    update = Update("ranks-that-miss-one", 1, 5.0, ranks=2)
+    with ThreadPoolExecutor(1) as beside:
+        first = beside.submit(receiver_of, update, "cpu", 0)
+        with pytest.raises(TransferError, match="1 of 2 receivers connected to 'ranks-that-miss-one/1' within 0.3 s"):
+            Senders("memory", "cpu").listen("memory", HOST, update.address, ranks=2, timeout=0.3, check=lambda: None)
+        with suppress(TransferError):  # whether it has got the memory by then
+            first.result().close()
 
 
 def test_another_gpu_is_another_memory(fake_gpu, monkeypatch):

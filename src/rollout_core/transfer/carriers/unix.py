@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Final, Protocol, TypeVar
 
 from rollout_core.errors import TransferError
@@ -27,36 +28,53 @@ def listen(name: str, receivers: int, timeout: float, check: Callable[[], None] 
     """Wait for ``receivers`` processes of the same user that ``connect`` to ``name``, at most ``timeout`` seconds; in the order in
     which they came. ``TransferError`` if the name is in use, or somebody does not come in time. ``check`` is called every now and
     then: what it raises ends the wait."""
+    return _gathered([name] * receivers, timeout, check)
+
+
+def listen_each(names: Sequence[str], timeout: float, check: Callable[[], None] | None = None) -> list[socket.socket]:
+    """``listen`` for one process at each of these names, in their order."""
+    return _gathered(names, timeout, check)
+
+
+def _gathered(names: Sequence[str], timeout: float, check: Callable[[], None] | None) -> list[socket.socket]:
+    """A connection for each name; as many to one as it stands there."""
     deadline = time.monotonic() + timeout
     accepted: list[socket.socket] = []
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        try:
-            listener.bind(_address(name))
-            listener.listen(receivers)
-        except OSError as error:
-            raise TransferError(f"no receiver can be waited for at {name!r}: {error}") from error
-        try:
-            while len(accepted) < receivers:
-                left = max(0.001, deadline - time.monotonic())
-                listener.settimeout(left if check is None else min(left, _LOOK))
-                try:
-                    one = listener.accept()[0]
-                except TimeoutError:
-                    if check is None or time.monotonic() >= deadline:
-                        raise
-                    check()
-                    continue
-                if _peer_user(one) in (0, os.getuid()):  # an abstract name has no permissions of its own
-                    accepted.append(one)
-                else:
-                    one.close()
-        except BaseException as error:
-            close_all(accepted)
-            if isinstance(error, TimeoutError):
-                came = f"{len(accepted)} of {receivers} receivers connected"
-                raise TransferError(f"{came} to {name!r} within {timeout:g} s") from error
-            raise
+    with ExitStack() as stack:
+        listeners = {name: stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) for name in names}
+        for name, listener in listeners.items():
+            try:
+                listener.bind(_address(name))
+                listener.listen(names.count(name))
+            except OSError as error:
+                raise TransferError(f"no receiver can be waited for at {name!r}: {error}") from error
+        for name in names:
+            try:
+                accepted.append(_accepted(listeners[name], deadline, check))
+            except BaseException as error:
+                close_all(accepted)
+                if isinstance(error, TimeoutError):
+                    came = f"{len(accepted)} of {len(names)} receivers connected"
+                    raise TransferError(f"{came} to {name!r} within {timeout:g} s") from error
+                raise
     return accepted
+
+
+def _accepted(listener: socket.socket, deadline: float, check: Callable[[], None] | None) -> socket.socket:
+    """The next connection of the same user. ``TimeoutError`` after the deadline."""
+    while True:
+        left = max(0.001, deadline - time.monotonic())
+        listener.settimeout(left if check is None else min(left, _LOOK))
+        try:
+            one = listener.accept()[0]
+        except TimeoutError:
+            if check is None or time.monotonic() >= deadline:
+                raise
+            check()
+            continue
+        if _peer_user(one) in (0, os.getuid()):  # an abstract name has no permissions of its own
+            return one
+        one.close()
 
 
 def connect(name: str, timeout: float) -> socket.socket:

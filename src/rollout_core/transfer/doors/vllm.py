@@ -8,8 +8,9 @@ weight_transfer_config=WeightTransferConfig(backend="rollout_core"))``. docs/doo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -35,6 +36,11 @@ class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     ``timeout``: seconds to wait for the sender, then and in each update. ``staged``: keep an update in memory of its own until it
     is complete, so that one that fails leaves the old weights; else it is loaded as it comes, and one that fails leaves weights
     that are unusable. ``partial``: allow updates without some of the model's parameters, which then stay as they are.
+
+    For who drives several workers: ``by_rank``, each finds a sender of its own, at ``address``, ``/`` and its rank, which then
+    knows who is who. ``raises=False``: what goes wrong in ``init_weight_transfer_engine`` and ``update_weights`` is kept as the
+    engine's ``failure``, and has to be asked for: vLLM 0.32 takes what several workers answered to a call that failed in one for
+    their answers to its next.
     """
 
     carrier: str = "memory"
@@ -42,6 +48,11 @@ class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     timeout: float = 60.0
     staged: bool = False
     partial: bool = False
+    by_rank: bool = False
+    raises: bool = True
+
+    def address_of(self, rank: int) -> str:
+        return f"{self.address}/{rank}" if self.by_rank else self.address
 
 
 @dataclass
@@ -71,25 +82,37 @@ class RolloutCoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ig
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self.target = _Model(model, self.model_config)
+        self._parallel = vllm_config.parallel_config
         self._info = InitInfo()
         self._carrier: ReceiverEnd | None = None
         self._finished = False
         self.loading = 0.0  # seconds of the last update
+        #: What went wrong since ``init_weight_transfer_engine``, where that said not to raise it.
+        self.failure: Exception | None = None
+
+    @property
+    def address(self) -> str:
+        """Of the last ``init_weight_transfer_engine``, by which one that drives vLLM tells its own from another's."""
+        return self._info.address
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        if init_info.carrier not in RECEIVERS:
-            raise TransferError(f"carrier is {init_info.carrier!r}; this worker knows {', '.join(sorted(RECEIVERS))}")
-        self.shutdown()
-        self._carrier = RECEIVERS[init_info.carrier](init_info, self.device)
-        self._info = init_info
-        self.target.staged, self.target.partial = init_info.staged, init_info.partial
+        self._info, self.failure = init_info, None
+        with self._kept():
+            if init_info.carrier not in RECEIVERS:
+                raise TransferError(f"carrier is {init_info.carrier!r}; this worker knows {', '.join(sorted(RECEIVERS))}")
+            self.shutdown()
+            found = replace(init_info, address=init_info.address_of(self._parallel.rank))
+            self._carrier = RECEIVERS[init_info.carrier](found, self.device)
+            self.target.staged, self.target.partial = init_info.staged, init_info.partial
 
     def start_weight_update(self) -> None:
         self._finished = False
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # Not the base class's: it synchronizes torch.accelerator, which a CPU has not.
-        self.receive_weights(self.parse_update_info(update_info))
+        if self.failure is None:
+            with self._kept():
+                self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
@@ -114,8 +137,18 @@ class RolloutCoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ig
         raise TransferError("the trainer's side of this backend is rollout_core.transfer.send")
 
     def finish_weight_update(self) -> None:
-        if not self._finished:
+        if not self._finished and self._info.raises:
             raise TransferError("no update was received since start_weight_update; call update_weights before finish_weight_update")
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """What is raised in it is kept, if ``InitInfo`` says so."""
+        try:
+            yield
+        except Exception as error:
+            if self._info.raises:
+                raise
+            self.failure = error
 
     def shutdown(self) -> None:
         carrier, self._carrier = self._carrier, None

@@ -12,6 +12,7 @@ import msgspec
 
 from rollout_core.transfer.protocol.messages import Cause
 from rollout_core.workers.engine import Group, Progress, Update
+from rollout_core.workers.shards import Shard
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
@@ -47,6 +48,14 @@ class ReadSpecs(msgspec.Struct, tag=True, frozen=True):
 
 class ReadDigests(msgspec.Struct, tag=True, frozen=True):
     names: list[str] | None
+
+
+class ReadShards(msgspec.Struct, tag=True, frozen=True):
+    """Which part of each tensor does each rank have?"""
+
+
+class ReadRankDigests(msgspec.Struct, tag=True, frozen=True):
+    """Of the parts that each rank has."""
 
 
 class ReadTensor(msgspec.Struct, tag=True, frozen=True):
@@ -88,6 +97,8 @@ Asking: TypeAlias = (
     | Abandon
     | ReadSpecs
     | ReadDigests
+    | ReadShards
+    | ReadRankDigests
     | ReadTensor
     | ReadMediaHits
     | Call
@@ -142,6 +153,18 @@ class Digests(msgspec.Struct, tag=True, frozen=True):
     digests: dict[str, str]
 
 
+class Shards(msgspec.Struct, tag=True, frozen=True):
+    """By rank; empty if there is one."""
+
+    ranks: list[dict[str, Shard]]
+
+
+class RankDigests(msgspec.Struct, tag=True, frozen=True):
+    """``weight_digest`` of the parts of tensors that each rank has, by rank and name."""
+
+    ranks: list[dict[str, str]]
+
+
 class TensorBytes(msgspec.Struct, tag=True, frozen=True):
     dtype: str
     shape: tuple[int, ...]
@@ -160,7 +183,9 @@ class Events(msgspec.Struct, tag=True, frozen=True):
     progress: list[Progress]
 
 
-Answer: TypeAlias = Done | Received | Returned | Freed | MediaHits | Specs | Digests | TensorBytes | Failed | Events
+Answer: TypeAlias = (
+    Done | Received | Returned | Freed | MediaHits | Specs | Digests | Shards | RankDigests | TensorBytes | Failed | Events
+)
 
 
 class Answered(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ from rollout_core.bucketing.tensors import as_bytes
 from rollout_core.errors import WorkerError
 from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.channel import Channel
-from rollout_core.workers.engine import Engine, Progress, SelfRunning, Update
+from rollout_core.workers.engine import Engine, Progress, Ranked, SelfRunning, Update
 from rollout_core.workers.link.messages import (
     Abandon,
     Abort,
@@ -31,8 +31,11 @@ from rollout_core.workers.link.messages import (
     Freed,
     MediaHits,
     Ping,
+    RankDigests,
     ReadDigests,
     ReadMediaHits,
+    ReadRankDigests,
+    ReadShards,
     ReadSpecs,
     ReadTensor,
     Receive,
@@ -41,6 +44,7 @@ from rollout_core.workers.link.messages import (
     ResumeMemory,
     Returned,
     Run,
+    Shards,
     Specs,
     Submit,
     TensorBytes,
@@ -179,6 +183,10 @@ class Serving:
                 return Specs(listed)
             case ReadDigests():
                 return Digests(engine.digests(request.names))
+            case ReadShards():
+                return Shards([dict(shards) for shards in engine.shards()] if isinstance(engine, Ranked) else [])
+            case ReadRankDigests():
+                return RankDigests([dict(found) for found in engine.rank_digests()] if isinstance(engine, Ranked) else [])
             case ReadTensor():
                 tensor = engine.read_tensor(request.name)
                 return TensorBytes(WIRE_NAMES[tensor.dtype], tuple(tensor.shape), as_bytes(tensor).numpy().tobytes())

@@ -56,7 +56,7 @@ def write_answer(folder: str, rank: int, answer: Answer) -> None:
 
 def read_answers(folder: Path, ranks: int, *, said: str) -> list[Answer]:
     """One of each rank. ``WorkerError`` if one is missing, with what SGLang ``said``."""
-    files = sorted(folder.glob("*.answer"))
+    files = sorted(folder.glob("*.answer"), key=lambda file: int(file.stem))
     if files and len(files) < ranks:
         raise WorkerError(f"{len(files)} of SGLang's {ranks} ranks answered ({said}): see its log for what became of the others")
     if not files:

@@ -23,9 +23,8 @@ from rollout_core.errors import WorkerError
 from rollout_core.workers.commands import (
     Abandon,
     Answer,
-    Digests,
-    Read,
     Receive,
+    check_versions,
     left_by,
     not_completed,
     raise_failed,
@@ -35,12 +34,13 @@ from rollout_core.workers.contract import SamplingParams
 from rollout_core.workers.engine import Request, Update
 from rollout_core.workers.limits import Limits
 from rollout_core.workers.model_dir import Checkpoint, config_of
-from rollout_core.workers.names import name_among
+from rollout_core.workers.parts import Parts
 from rollout_core.workers.sglang.answers import ENDED, piece_of, tells_an_end
 from rollout_core.workers.sglang.commands import LOADER, Asked, Named, Order, Where, packed, read_answers
 from rollout_core.workers.sglang.features import Features, capabilities_of, context_for, room_of
 from rollout_core.workers.sglang.media import check_placeholders, pictures_of, placeholder_of, wrong_length
 from rollout_core.workers.sglang.memory import used_memory
+from rollout_core.workers.shards import Shard
 from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
 
 _NO_SEEDS: Final = "SGLang repeats samples only under enable_deterministic_inference, whose attention needs a GPU"
@@ -73,6 +73,7 @@ class SGLangBase(StreamingEngine):
         self._frees = bool(arguments.get("enable_memory_saver"))
         self._folder = folder
         self._checkpoint = Checkpoint(folder)
+        self._parts = Parts(self._ask, self._checkpoint.shapes, device=self._device, ranks=self._ranks)
         self._placeholder = placeholder_of(config_of(folder))
 
     # What differs between an Engine and a server
@@ -182,17 +183,20 @@ class SGLangBase(StreamingEngine):
         return self._checkpoint.specs_in(self)
 
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:
-        shapes = self._checkpoint.shapes
-        wanted = shapes if names is None else {name: shapes[name] for name in names if name in shapes}
         with self._on_the_ground():  # SGLang's loaders wait for what is in the air
-            return self._ask(Digests(wanted))[0].digests
+            return self._parts.digests(names)
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        own = name_among(name, self._checkpoint.shapes)
-        if own is None:
-            raise WorkerError(f"the worker has no tensor {name!r}")
         with self._on_the_ground():
-            return self._ask(Read(own, self._checkpoint.shapes[own]))[0].tensor
+            return self._parts.read_tensor(name)
+
+    def shards(self) -> list[dict[str, Shard]]:
+        with self._on_the_ground():
+            return self._parts.shards()
+
+    def rank_digests(self) -> list[dict[str, str]]:
+        with self._on_the_ground():
+            return self._parts.rank_digests()
 
     def _ask(self, what: Asked) -> list[Answer]:
         """Have each rank carry this out."""
@@ -206,10 +210,13 @@ class SGLangBase(StreamingEngine):
                 flush = changes and self._features.flushes_in_update
                 worked, said = self._load(packed(Order(what, folder)), flush)
             answers = read_answers(Path(folder), self._ranks, said=said)
-        failed = any(answer.failed is not None for answer in answers)
         if isinstance(what, Receive):
-            self._unusable = left_by(answers, what.update.version, before) if failed else unusable_of(answers)
+            version = what.update.version
+            well = all(answer.failed is None and answer.version == version for answer in answers)
+            self._unusable = unusable_of(answers) if well else left_by(answers, version, before)
         raise_failed(answers, "SGLang's loader")
+        if isinstance(what, Receive):
+            check_versions(answers, what.update.version)
         if changes and not (flush and worked) and not self._is_flushed():
             self._unusable = f"SGLang did not flush what it computed with others: {said}"
             raise WorkerError(self._unusable)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any, Final
 
@@ -20,11 +21,12 @@ from rollout_core.errors import WorkerError
 from rollout_core.transfer import receive
 from rollout_core.transfer.causes import cause_of
 from rollout_core.workers.carriers import receiver_of
-from rollout_core.workers.commands import Abandon, Answer, Digests, Expect, Read, Receive, Settle, answer_with
+from rollout_core.workers.commands import Abandon, Answer, Digests, Expect, Layout, Read, Receive, Settle, answer_with
 from rollout_core.workers.digests import algorithm_on, weight_digest
 from rollout_core.workers.names import canonical
 from rollout_core.workers.sglang.commands import Asked, Named, Where, unpacked, write_answer
-from rollout_core.workers.vllm.readback import read_weight
+from rollout_core.workers.shards import Shard
+from rollout_core.workers.vllm.readback import AbsentWeight, read_part
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ def load(model: Any, named: Named) -> None:
                 answer = _answer(model, target, order.what)
         except Exception as error:
             answer = Answer(failed=cause_of(error))
-        write_answer(order.folder, _rank(), msgspec.structs.replace(answer, unusable=target.unusable, version=target.version))
+        write_answer(order.folder, rank_here(), msgspec.structs.replace(answer, unusable=target.unusable, version=target.version))
     except Exception:
         _LOG.exception("rollout_core's loader could not answer")
 
@@ -50,22 +52,22 @@ def _answer(model: Any, target: _Model, command: Asked) -> Answer:
         case Receive(update=update):
             # Who counted before may be gone, and its count with it: what is offered is the next.
             target.version = update.version - 1
-            with closing(receiver_of(update, _device_of(model))) as carrier:
+            with closing(receiver_of(update, _device_of(model), rank_here())) as carrier:
                 return Answer(loading=receive(carrier, target, timeout=update.timeout).loading)
         case Abandon(version=version, why=why):
             if target.version == version:
                 target.version, target.unusable = version - 1, why
             return Answer()
         case Digests(shapes=shapes):
-            found, algorithm = {}, algorithm_on(str(_device_of(model)))
-            for name, shape in shapes.items():
-                try:
-                    found[name] = weight_digest(_read(model, name, shape), algorithm=algorithm)
-                except WorkerError:
-                    continue
-            return Answer(digests=found)
+            algorithm = algorithm_on(str(_device_of(model)))
+            return Answer(digests={name: weight_digest(part, algorithm=algorithm) for name, part, _ in _parts(model, shapes)})
+        case Layout(shapes=shapes):
+            return Answer(shards={name: shard for name, _, shard in _parts(model, shapes)})
         case Read(name=name, shape=shape):
-            return answer_with(_read(model, name, shape))
+            try:
+                return answer_with(*read_part(model, _name_in(model, name), shape))
+            except AbsentWeight:
+                return Answer()
         case Where():
             return Answer(device=_gpu(_device_of(model)))
         case Settle():
@@ -74,18 +76,14 @@ def _answer(model: Any, target: _Model, command: Asked) -> Answer:
             raise WorkerError("SGLang's loader is not asked that")
 
 
-def _read(model: Any, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A weight without the zeros that SGLang pads it with on a CPU. ``WorkerError`` if there is something else in the padding,
-    which would be computed with."""
-    whole = read_weight(model, _name_in(model, name))
-    if len(whole.shape) != len(shape) or tuple(whole.shape) == shape:
-        return whole
-    part = whole
-    for dim, size in enumerate(shape):
-        part = part.narrow(dim, 0, min(size, part.shape[dim]))
-    if int(whole.count_nonzero()) != int(part.count_nonzero()):
-        raise WorkerError(f"the padding of {name!r}, {list(whole.shape)} for {list(shape)}, is not zero")
-    return part.contiguous()
+def _parts(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor, Shard]]:
+    """Of the tensors of a checkpoint, what this rank has, without the zeros that SGLang pads it with on a CPU; left out are those
+    that it has not, and those that have something else in their padding."""
+    for name, shape in shapes.items():
+        try:
+            yield name, *read_part(model, _name_in(model, name), shape)
+        except WorkerError:
+            continue
 
 
 def _name_in(model: Any, name: str) -> str:
@@ -161,5 +159,6 @@ def _target_of(model: Any) -> _Model:
     return found
 
 
-def _rank() -> int:
+def rank_here() -> int:
+    """Of this process among SGLang's: tensor and pipeline parallel ones counted together."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
+from rollout_core.errors import WorkerError
 from rollout_core.workers.carriers import CarrierChoice, is_cuda
 from rollout_core.workers.http.server import ServerProcess
 from rollout_core.workers.http.worker import ServerWorker
@@ -69,7 +70,10 @@ class SGLangWorker(Worker):
         start_timeout: float = 300.0,
         timeout: float = 300.0,
     ) -> None:
-        options = {"dtype": dtype or _dtype_on(device), **_options_on(device), **(engine_options or {})}
+        given, chosen = dict(engine_options or {}), _options_on(device)
+        if given.get("device", chosen["device"]) != chosen["device"]:
+            raise WorkerError(f"engine_options has device={given['device']!r}, and device is {device!r}: pass device= alone")
+        options = {"dtype": dtype or _dtype_on(device), **chosen, **given}
         self.capabilities = capabilities_of(
             str(options["device"]),
             frees=bool(options.get("enable_memory_saver")),

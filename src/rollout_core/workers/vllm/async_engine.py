@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -19,6 +19,8 @@ from rollout_core.workers.vllm.engine import check_can_sleep
 from rollout_core.workers.vllm.media import check_expanded, hits_of, missing_in, prompt_of, reading_options
 from rollout_core.workers.vllm.streamed import VLLMStreamed, options_of, piece_of
 from rollout_core.workers.vllm.versions import check_installed, taken_by
+
+_ENDED: Final = "vLLM's engine core has ended"
 
 
 class VLLMAsyncEngine(VLLMStreamed):
@@ -73,7 +75,7 @@ class VLLMAsyncEngine(VLLMStreamed):
             raise
         except Exception as error:
             if isinstance(error, EngineDeadError):
-                raise TransferError("vLLM's engine core has ended") from error
+                raise TransferError(_ENDED) from error
             if is_first:  # others may have driven its pictures out of the cache between two looks at it
                 self._check_media(flight)
             raise
@@ -93,21 +95,26 @@ class VLLMAsyncEngine(VLLMStreamed):
 
     async def _ping(self) -> None:
         if self._llm.errored:
-            raise TransferError("vLLM's engine core has ended")
+            raise TransferError(_ENDED)
 
     async def _official(self, call: str, seconds: float = 0.0, **arguments: Any) -> None:
         del seconds  # the link's own timeout ends a process that does not answer
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
-        kinds = {"init_weight_transfer_engine": WeightTransferInitRequest, "update_weights": WeightTransferUpdateRequest}
-        if call in kinds:
-            await getattr(self._llm, call)(kinds[call](**arguments))
-        else:
-            method = getattr(self._llm, call)
-            await method(**taken_by(method, arguments))
+        kinds: dict[str, Any] = {
+            "init_weight_transfer_engine": WeightTransferInitRequest,
+            "update_weights": WeightTransferUpdateRequest,
+        }
+        method = getattr(self._llm, call)
+        with _ended_core():
+            if call in kinds:
+                await method(kinds[call](**arguments))
+            else:
+                await method(**taken_by(method, arguments))
 
     async def _rpc(self, method: str, *arguments: str) -> list[Any]:
-        return list(await self._llm.collective_rpc(method, args=arguments))
+        with _ended_core():
+            return list(await self._llm.collective_rpc(method, args=arguments))
 
     async def _sleep(self, sleep: bool) -> None:
         if sleep:
@@ -123,3 +130,14 @@ class VLLMAsyncEngine(VLLMStreamed):
     def close(self) -> None:
         super().close()
         self._llm.shutdown(timeout=1)
+
+
+@contextmanager
+def _ended_core() -> Iterator[None]:
+    """In our words, that vLLM's core has ended: by itself, or with one of its ranks."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise TransferError(_ENDED) from error

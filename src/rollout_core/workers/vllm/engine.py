@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ import msgspec
 import torch
 
 from rollout_core.bucketing import TensorSpec
-from rollout_core.errors import TransferError, WorkerError
+from rollout_core.errors import RolloutCoreError, TransferError, WorkerError
 from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.protocol.messages import Cause
 from rollout_core.workers.commands import (
@@ -20,8 +21,10 @@ from rollout_core.workers.commands import (
     Answer,
     Command,
     Expect,
+    Layout,
     Settle,
     asked,
+    check_versions,
     left_by,
     not_completed,
     unusable_of,
@@ -31,9 +34,10 @@ from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress
 from rollout_core.workers.limits import Limits, seed_of
 from rollout_core.workers.media import data_in
 from rollout_core.workers.model_dir import Checkpoint, config_of
-from rollout_core.workers.names import name_among
+from rollout_core.workers.parts import Parts
+from rollout_core.workers.shards import Shard
 from rollout_core.workers.vllm.media import check_expanded, hits_of, missing_in, prompt_of, reading_options
-from rollout_core.workers.vllm.streamed import init_info, options_of
+from rollout_core.workers.vllm.streamed import init_info, options_of, traits_of
 from rollout_core.workers.vllm.versions import check_installed, taken_by
 
 _STATUSES: Final[dict[str, Status]] = {"stop": "stop", "length": "length", "abort": "aborted"}
@@ -68,6 +72,10 @@ class VLLMEngine:
         except Exception as error:  # of many kinds; what the operator needs is the folder and the cause
             raise WorkerError(f"vLLM did not start with the model in {model}: {type(error).__name__}: {error}") from error
         self._engine: Any = self._llm.llm_engine
+        ranks = int(self._engine.vllm_config.parallel_config.world_size)
+        self._parts = Parts(self._ask, self._checkpoint.shapes, values_on="cpu", ranks=ranks)
+        self._is_parallel = ranks > 1
+        self._lost: str | None = None  # why vLLM has to be started again, if it has
         self._limits = Limits.of(folder, int(self._llm.model_config.max_model_len))
         self._mend = mend
         self._version = self._before = 0  # the one before the last update, too
@@ -117,19 +125,42 @@ class VLLMEngine:
         emit([Progress(key, [], [], self._version, "aborted") for key in missed])
 
     def step(self, emit: Emit, between: Callable[[], None]) -> None:
-        if self._unusable is not None:  # what an update that failed has left is not sampled from
+        if self._unusable is not None or self._lost is not None:  # what an update that failed has left is not sampled from
             self._fail_all(emit)
         missed, self._missed = self._missed, {}
         progress = [Progress(key, [], [], self._version, missing=missing) for key, missing in missed.items()]
-        for output in self._engine.step() if self._names else ():
+        for output in self._stepped():
             key = self._keys.get(output.request_id)
             if key is not None:
                 progress += self._progress(key, output)
         emit(progress)
         between()
 
+    def _stepped(self) -> Sequence[Any]:
+        """What a step gave."""
+        try:
+            return self._engine.step() if self._names else ()
+        except Exception as error:
+            if not self._is_parallel:
+                raise
+            self._lose(error)
+            return ()
+
+    def _lose(self, error: Exception) -> TransferError:
+        """One of vLLM's several workers has ended or failed. Which of their answers belong to which call is not known any more: see
+        ``doors.vllm``."""
+        ended = []
+        with suppress(Exception):
+            for worker in self._engine.engine_core.engine_core.model_executor.workers:
+                if worker.proc.exitcode not in (None, 0, -signal.SIGTERM):  # the others are told to end
+                    ended.append(f"rank {worker.rank} ended with exit code {worker.proc.exitcode}")
+        why = ", ".join(ended) or f"{type(error).__name__}: {error}"
+        self._lost = self._lost or f"vLLM has lost a rank, and has to be started again: {why}"
+        return TransferError(self._lost)
+
     def _fail_all(self, emit: Emit) -> None:
-        cause = cause_of(WorkerError(f"the worker's weights are unusable: {self._unusable}"))
+        lost = None if self._lost is None else TransferError(self._lost)
+        cause = cause_of(lost or WorkerError(f"the worker's weights are unusable: {self._unusable}"))
         self._engine.abort_request(list(self._names.values()), internal=True)
         emit([self._ended(key, "failed", cause) for key in list(self._names)])
         emit([Progress(key, [], [], self._version, "failed", cause) for key in self._missed])
@@ -144,15 +175,22 @@ class VLLMEngine:
             self._ask(Expect(update.version))
             llm.start_weight_update()
             llm.update_weights({"update_info": {"version": update.version}})
+            try:
+                answers = self._ask(Settle(self._mend, update.address))
+                check_versions(answers, update.version)
+            except Exception:
+                llm.finish_weight_update()  # or the next cannot begin
+                raise
             llm.finish_weight_update(**taken_by(llm.finish_weight_update, {"weight_version": str(update.version)}))
-            answers = self._ask(Settle(self._mend))
             # What was computed with the old weights: requests under way are computed anew, and no other may build on them.
             self._engine.reset_encoder_cache()
             if not self._engine.reset_prefix_cache(reset_running_requests=True):
                 raise TransferError("vLLM did not reset its prefix cache, and would go on from what the old weights computed")
-        except Exception:
+        except Exception as error:
             with suppress(Exception):  # the error that led here says more
-                self._unusable = left_by(self._ask(Settle(mend=False)), update.version, before)
+                self._unusable = left_by(self._ask(Settle(mend=False, address=update.address)), update.version, before)
+            if self._is_parallel and not isinstance(error, RolloutCoreError):
+                raise self._lose(error) from error
             raise
         self._before, self._version = self._version, update.version
         self._unusable = unusable_of(answers)
@@ -164,20 +202,30 @@ class VLLMEngine:
             self._ask(Abandon(version, not_completed(version)))
 
     def _ask(self, command: Command) -> list[Answer]:
-        return asked(self._llm.collective_rpc("rollout_core_carry_out", args=(msgspec.json.encode(command).decode(),)))
+        written = msgspec.json.encode(command).decode()
+        try:
+            found = self._llm.collective_rpc("rollout_core_carry_out", args=(written,))
+        except Exception as error:
+            if self._is_parallel:
+                raise self._lose(error) from error
+            raise
+        return asked(found)
 
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:
         self._check_resumed()
-        wanted = list(self._checkpoint.shapes) if names is None else list(names)
-        answers: list[dict[str, str]] = self._llm.collective_rpc("rollout_core_digests", args=(wanted,))
-        return answers[0]
+        return self._parts.digests(names)
 
     def read_tensor(self, name: str) -> torch.Tensor:
         self._check_resumed()
-        if name_among(name, self._checkpoint.shapes) is None:
-            raise WorkerError(f"the worker has no tensor {name!r}")
-        tensor: torch.Tensor = self._llm.collective_rpc("rollout_core_read", args=(name,))[0]
-        return tensor
+        return self._parts.read_tensor(name)
+
+    def shards(self) -> list[dict[str, Shard]]:
+        self._check_resumed()
+        return self._parts.shards()
+
+    def rank_digests(self) -> list[dict[str, str]]:
+        self._check_resumed()
+        return self._parts.rank_digests()
 
     def release_memory(self) -> int:
         if self._is_released:
@@ -200,6 +248,11 @@ class VLLMEngine:
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
+
+    def call_traits(self, argument: bytes) -> bytes:
+        """What vLLM is: ``Traits`` as JSON."""
+        del argument
+        return traits_of(self._ask(Layout({})))
 
     def specs(self) -> list[TensorSpec]:
         return self._checkpoint.specs_in(self)
@@ -252,6 +305,8 @@ class VLLMEngine:
         return Progress(key, [], [], self._version, status, cause)
 
     def _check_resumed(self) -> None:
+        if self._lost is not None:
+            raise TransferError(self._lost)
         if self._is_released:
             raise WorkerError(RELEASED)
 

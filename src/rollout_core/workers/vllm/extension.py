@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -11,32 +11,14 @@ import torch
 from rollout_core.errors import WorkerError
 from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.doors.vllm import WorkerExtension
-from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Read, Receive, Settle, answer_with
+from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Layout, Read, Receive, Settle, answer_with
 from rollout_core.workers.digests import algorithm_on, weight_digest
-from rollout_core.workers.vllm.readback import read_weight
+from rollout_core.workers.shards import WHOLE, Shard
+from rollout_core.workers.vllm.readback import AbsentWeight, read_part, read_weight
 
 
 class RolloutExtension(WorkerExtension):
     """For ``worker_extension_cls``. Its methods become the worker's, for ``collective_rpc``."""
-
-    def rollout_core_digests(self, names: Sequence[str]) -> dict[str, str]:
-        """Digests of tensors, by the names of a checkpoint; of those that this worker has. On a CPU they are of their values: see
-        ``readback``."""
-        found: dict[str, str] = {}
-        device: torch.device = self.device  # type: ignore[attr-defined]
-        values, algorithm = device.type == "cpu", algorithm_on(str(device))
-        with torch.no_grad():
-            for name in names:
-                try:
-                    weight = read_weight(self._rollout_core_model(), name)
-                    found[name] = weight_digest(weight, values=values, algorithm=algorithm)
-                except WorkerError:
-                    continue
-        return found
-
-    def rollout_core_read(self, name: str) -> torch.Tensor:
-        with torch.no_grad():
-            return read_weight(self._rollout_core_model(), name).cpu().clone()
 
     def rollout_core_loading(self) -> float:
         """Seconds of the last update that went into digests and loading."""
@@ -70,9 +52,12 @@ class RolloutExtension(WorkerExtension):
 
     def rollout_core_carry_out(self, command: str) -> dict[str, Any]:
         """One of ``workers.commands`` as JSON; the answer as what JSON can say, which is all that a server lets through."""
+        # An error that left this would be handed on as its text alone; and of several workers vLLM 0.32 would take what they
+        # answered for the answers to its next call (see doors.vllm).
         try:
-            answer = self._rollout_core_answer(msgspec.json.decode(command, type=Command))
-        except Exception as error:  # vLLM would hand it on as its text alone
+            with torch.no_grad():
+                answer = self._rollout_core_answer(msgspec.json.decode(command, type=Command))
+        except Exception as error:
             answer = Answer(failed=cause_of(error))
         target = self._rollout_core_target()
         answer = msgspec.structs.replace(
@@ -81,27 +66,58 @@ class RolloutExtension(WorkerExtension):
             version=target.version,
             loading=self.rollout_core_loading(),
             device=str(self.device),  # type: ignore[attr-defined]
+            quantization=str(self.model_config.quantization or ""),  # type: ignore[attr-defined]
+            # On a CPU it sleeps, too, and frees nothing.
+            sleeps=self.device.type == "cpu" or bool(self.model_config.enable_sleep_mode),  # type: ignore[attr-defined]
         )
         return msgspec.to_builtins(answer)  # type: ignore[no-any-return]
 
     def _rollout_core_answer(self, command: Command) -> Answer:
         match command:
             case Digests(shapes=shapes):
-                return Answer(digests=self.rollout_core_digests(list(shapes)))
-            case Read(name=name):
-                return answer_with(self.rollout_core_read(name))
+                # On a CPU they are of values: see ``readback``.
+                device: torch.device = self.device  # type: ignore[attr-defined]
+                values, algorithm = device.type == "cpu", algorithm_on(str(device))
+                parts = self._rollout_core_parts(shapes)
+                return Answer(digests={name: weight_digest(part, values=values, algorithm=algorithm) for name, part, _ in parts})
+            case Layout(shapes=shapes):
+                return Answer(shards={name: shard for name, _, shard in self._rollout_core_parts(shapes)})
+            case Read(name=name, shape=shape):
+                try:
+                    return answer_with(*self._rollout_core_part(name, shape))
+                except AbsentWeight:
+                    return Answer()
             case Abandon(version=version):
                 self.rollout_core_abandon(version)
             case Expect(version=version):
                 self._rollout_core_target().version = version - 1
-            case Settle(mend=mend):
-                # Or the sender's memory stays mapped, and is not freed when it is given back.
-                self.weight_transfer_engine.shutdown()  # type: ignore[attr-defined]
+            case Settle(mend=mend, address=address):
+                engine = self.weight_transfer_engine  # type: ignore[attr-defined]
+                if engine.address != address:
+                    return Answer()
+                engine.shutdown()  # or the sender's memory stays mapped, and is not freed when it is given back
+                failure, engine.failure = engine.failure, None
+                if failure is not None:
+                    return Answer(failed=cause_of(failure))
                 if mend:
                     self.rollout_core_mend()
             case Receive():
                 raise WorkerError("vLLM has calls of its own for updates")
         return Answer()
+
+    def _rollout_core_parts(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor, Shard]]:
+        """Of the tensors of a checkpoint, what this worker has; those that it has not are left out."""
+        for name, shape in shapes.items():
+            try:
+                yield name, *self._rollout_core_part(name, shape)
+            except WorkerError:
+                continue
+
+    def _rollout_core_part(self, name: str, shape: tuple[int, ...]) -> tuple[torch.Tensor, Shard]:
+        model = self._rollout_core_model()
+        if self.parallel_config.world_size == 1:  # type: ignore[attr-defined]
+            return read_weight(model, name), WHOLE
+        return read_part(model, name, shape)
 
     def _rollout_core_target(self) -> Any:
         return self.weight_transfer_engine.target  # type: ignore[attr-defined]

@@ -6,30 +6,63 @@ model's ``packed_modules_mapping`` says so. On a CPU a linear layer's weight is 
 the engine uses it, value for value: products with 0 and 1 and sums with 0 are exact, only the sign of a zero is lost, and a NaN or
 an infinity fills its row with NaN. On a GPU what is read is the weight itself, where it is; of a layer that vLLM has quantized to 8
 bits, what it multiplies by.
+
+With tensor parallelism a layer has a part: see ``layers``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import torch
 
 from rollout_core.errors import WorkerError
+from rollout_core.workers.layers import shard_of
+from rollout_core.workers.shards import Shard
 
 _FP8: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: Where a model does not say it.
 _FUSED: Final = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
+class AbsentWeight(WorkerError):
+    """This model, or this rank's part of it, has nothing of that name."""
+
+
 def read_weight(model: Any, name: str) -> torch.Tensor:
     """The tensor that a checkpoint calls ``name``, where the model has it: a view of its weights, or what was made of them.
-    ``WorkerError`` if this model has nothing of that name."""
+    ``AbsentWeight``, a ``WorkerError``, if this model has nothing of that name."""
+    return _found(model, name)[0]
+
+
+def read_part(model: Any, name: str, shape: Sequence[int]) -> tuple[torch.Tensor, Shard]:
+    """``read_weight`` of a rank that has a part of it, without padding: and which part, ``shape`` being that of the whole.
+    ``WorkerError`` also if it is not known which, or if there is something else than zeros in the padding, which would be
+    computed with."""
+    tensor, module, part = _found(model, name)
+    shard = shard_of(module, part, tuple(tensor.shape), tuple(shape), name)
+    real = list(shape)
+    if not shard.is_whole:
+        real[shard.dim] = shard.size
+    if list(tensor.shape) == real or len(tensor.shape) != len(real):
+        return tensor, shard
+    cut = tensor
+    for dim, size in enumerate(real):
+        cut = cut.narrow(dim, 0, min(size, cut.shape[dim]))
+    if int(tensor.count_nonzero()) != int(cut.count_nonzero()):
+        raise WorkerError(f"the padding of {name!r}, {list(tensor.shape)} for {real}, is not zero")
+    return cut.contiguous(), shard
+
+
+def _found(model: Any, name: str) -> tuple[torch.Tensor, Any, int | None]:
+    """The tensor, the module that has it, and which part of that it is if it is fused there."""
     path, _, leaf = _mapped(model, name).rpartition(".")
     module, part = _module_of(model, path)
     tensor = None if module is None else getattr(module, leaf, None)
     if module is None or not isinstance(tensor, torch.Tensor):
-        raise WorkerError(f"the worker has no tensor {name!r}")
+        raise AbsentWeight(f"the worker has no tensor {name!r}")
     # An output layer that is the embeddings too has both a weight and what was packed of it, and multiplies by the latter.
     is_output = path.rpartition(".")[2] == "lm_head"
     if leaf == "weight" and hasattr(module, "cpu_linear") and (tensor.numel() == 0 or is_output):
@@ -40,8 +73,10 @@ def read_weight(model: Any, name: str) -> torch.Tensor:
         sizes = list(module.output_partition_sizes)
         tensor = tensor.narrow(0, sum(sizes[:part]), sizes[part])
     elif hasattr(module, "org_vocab_size"):
-        tensor = tensor[: module.org_vocab_size]  # the rest pads it
-    return tensor.detach()
+        indices = getattr(module, "shard_indices", None)
+        rows = module.org_vocab_size if indices is None else indices.org_vocab_end_index - indices.org_vocab_start_index
+        tensor = tensor[:rows]  # the rest pads it
+    return tensor.detach(), module, part
 
 
 def _mapped(model: Any, name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rollout_core.errors import WorkerError
-from rollout_core.workers.commands import Settle, unusable_of
+from rollout_core.workers.commands import Layout, unusable_of
 from rollout_core.workers.http.client import Client, RequestError, Timeouts
 from rollout_core.workers.http.server import ServerProcess, start_module
 from rollout_core.workers.streaming import Flight, Piece
@@ -46,7 +46,7 @@ class VLLMServerEngine(VLLMStreamed):
                 raise WorkerError(f"{url} serves the model in {folder}, which is not on this machine: pass model_dir")
             super().__init__(folder, loop=loop, positions=int(listed["max_model_len"]), mend=mend, timeout=timeout)
             # Whether the extension is there, and whether somebody has left the weights half done.
-            self._unusable = unusable_of(self._run(self._ask(Settle(mend=False))))
+            self._unusable = unusable_of(self._run(self._ask(Layout({}))))
         except BaseException:
             loop.run_until_complete(self._close_clients())
             loop.close()
@@ -62,7 +62,7 @@ class VLLMServerEngine(VLLMStreamed):
                         rows = (choice.get("logprobs") or {}).get("content") or ()
                         logprobs, reason = [_logprob(row["logprob"]) for row in rows], choice.get("finish_reason")
                         yield piece_of(choice.get("token_ids") or (), logprobs, reason)
-            if reason is None:  # an older vLLM's way to end one that was aborted: see ``versions``
+            if reason is None and flight.is_called_back:  # an older vLLM's way to end one that was aborted: see ``versions``
                 yield piece_of((), (), "abort")
         except RequestError as error:
             if "Out of range float values" in str(error):  # what vLLM says of a NaN that it cannot write

@@ -18,11 +18,11 @@ from rollout_core.workers.commands import (
     Abandon,
     Answer,
     Command,
-    Digests,
     Expect,
-    Read,
+    Layout,
     Settle,
     asked,
+    check_versions,
     left_by,
     not_completed,
     unusable_of,
@@ -30,7 +30,8 @@ from rollout_core.workers.commands import (
 from rollout_core.workers.engine import Update
 from rollout_core.workers.limits import Limits
 from rollout_core.workers.model_dir import Checkpoint
-from rollout_core.workers.names import name_among
+from rollout_core.workers.parts import Parts
+from rollout_core.workers.shards import Shard
 from rollout_core.workers.streaming import Flight, Piece, StreamingEngine
 
 #: What of ours runs in vLLM's workers.
@@ -45,6 +46,7 @@ class VLLMStreamed(StreamingEngine):
         super().__init__(loop=loop, limits=Limits.of(folder, positions), timeout=timeout)
         self._folder = folder
         self._checkpoint = Checkpoint(folder)
+        self._parts = Parts(lambda command: self._run(self._ask(command)), self._checkpoint.shapes, values_on="cpu")
         self._mend = mend
 
     # What differs between AsyncLLM and a server
@@ -105,13 +107,18 @@ class VLLMStreamed(StreamingEngine):
             await self._ask(Expect(update.version))
             await self._official("start_weight_update")
             await self._official("update_weights", update_info={"version": update.version}, seconds=update.timeout)
+            try:
+                answers = await self._ask(Settle(self._mend, update.address))
+                check_versions(answers, update.version)
+            except Exception:
+                await self._official("finish_weight_update")  # or the next cannot begin
+                raise
             await self._official("finish_weight_update", weight_version=str(update.version))
-            answers = await self._ask(Settle(self._mend))
             if not await self._reset():
                 raise TransferError("vLLM did not reset its prefix cache, and would go on from what old weights computed")
         except Exception:
             with suppress(Exception):  # the error that led here says more
-                self._unusable = left_by(await self._ask(Settle(mend=False)), update.version, before)
+                self._unusable = left_by(await self._ask(Settle(mend=False, address=update.address)), update.version, before)
             raise
         self._unusable = unusable_of(answers)
         return max(answer.loading for answer in answers)
@@ -139,22 +146,31 @@ class VLLMStreamed(StreamingEngine):
     def call_device(self, argument: bytes) -> bytes:
         """Where vLLM has its weights, such as cpu or cuda:0."""
         del argument
-        return self._run(self._ask(Settle(mend=False)))[0].device.encode()
+        return self._run(self._ask(Layout({})))[0].device.encode()
+
+    def call_traits(self, argument: bytes) -> bytes:
+        """What vLLM is: ``Traits`` as JSON."""
+        del argument
+        return traits_of(self._run(self._ask(Layout({}))))
 
     def specs(self) -> list[TensorSpec]:
         return self._checkpoint.specs_in(self)
 
     def digests(self, names: Sequence[str] | None) -> dict[str, str]:
         self._check_resumed()
-        wanted = self._checkpoint.shapes if names is None else dict.fromkeys(names, ())
-        return self._run(self._ask(Digests(dict.fromkeys(wanted, ()))))[0].digests
+        return self._parts.digests(names)
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        own = name_among(name, self._checkpoint.shapes)
-        if own is None:
-            raise WorkerError(f"the worker has no tensor {name!r}")
         self._check_resumed()
-        return self._run(self._ask(Read(own, self._checkpoint.shapes[own])))[0].tensor
+        return self._parts.read_tensor(name)
+
+    def shards(self) -> list[dict[str, Shard]]:
+        self._check_resumed()
+        return self._parts.shards()
+
+    def rank_digests(self) -> list[dict[str, str]]:
+        self._check_resumed()
+        return self._parts.rank_digests()
 
     async def _ask(self, command: Command) -> list[Answer]:
         return asked(await self._rpc("rollout_core_carry_out", msgspec.json.encode(command).decode()))
@@ -168,9 +184,30 @@ def piece_of(tokens: Sequence[int], logprobs: Sequence[float], reason: str | Non
     return Piece(list(tokens), list(logprobs), finish)
 
 
+class Traits(msgspec.Struct, frozen=True):
+    """What vLLM's workers say of themselves: see ``Answer``."""
+
+    device: str
+    quantization: str
+    sleeps: bool
+
+
+def traits_of(answers: Sequence[Answer]) -> bytes:
+    """``Traits`` as JSON, of the first rank: they are alike in these."""
+    first = answers[0]
+    return msgspec.json.encode(Traits(first.device, first.quantization, first.sleeps))
+
+
 def init_info(update: Update) -> dict[str, Any]:
-    """What ``init_weight_transfer_engine`` is given: how each of vLLM's workers gets at an update."""
-    return {"carrier": update.carrier, "address": update.address, "timeout": update.timeout}
+    """What ``init_weight_transfer_engine`` is given: how each of vLLM's workers gets at an update. What goes wrong there is asked
+    for by ``Settle``."""
+    return {
+        "carrier": update.carrier,
+        "address": update.address,
+        "timeout": update.timeout,
+        "by_rank": update.ranks > 1,
+        "raises": False,
+    }
 
 
 def options_of(model: str, options: Mapping[str, Any]) -> dict[str, Any]:

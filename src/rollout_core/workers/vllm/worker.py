@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal, Self
 
+import msgspec
+
 from rollout_core.errors import WorkerError
 from rollout_core.workers.carriers import CarrierChoice, is_cuda
 from rollout_core.workers.http.server import ServerProcess
 from rollout_core.workers.http.worker import ServerWorker
 from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.media import Form
+from rollout_core.workers.vllm.streamed import Traits
 from rollout_core.workers.worker import Worker
 
 #: What vLLM is started with, unless the caller's own environment says otherwise.
@@ -40,6 +43,27 @@ class _VLLM(Worker):
     def _is_on(self, device: str, carrier: CarrierChoice) -> None:
         super()._is_on(device, carrier)
         self.reads_values = not is_cuda(device)  # a CPU's packed weights; see readback.py
+
+    def _look(self) -> str:
+        """What the engine is, once it runs; returns where it has its weights."""
+        try:
+            traits = msgspec.json.decode(self.call("traits"), type=Traits)
+        except BaseException:
+            self.close()
+            raise
+        self.is_quantized = bool(traits.quantization)  # also by the checkpoint's own config
+        self.capabilities = frozenset({"seeds", *(["memory"] if traits.sleeps else [])})
+        return traits.device
+
+
+def _check_device(device: str) -> None:
+    """Raise ``WorkerError`` for one GPU of several, which vLLM is not told by name."""
+    number = device.partition(":")[2]
+    if number:
+        raise WorkerError(
+            f"device is {device!r}, and vLLM takes the first GPUs that it sees: pass device='cuda', and "
+            f"environment={{'CUDA_VISIBLE_DEVICES': '{number}'}}"
+        )
 
 
 class VLLMWorker(_VLLM):
@@ -78,11 +102,11 @@ class VLLMWorker(_VLLM):
         start_timeout: float = 300.0,
         timeout: float = 300.0,
     ) -> None:
+        _check_device(device)
         options = _options(device, dtype)
         if max_model_len is not None:
             options["max_model_len"] = max_model_len
         options |= engine_options or {}
-        self.is_quantized = options.get("quantization") is not None
         if device == "cpu" and not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & options.keys():
             options["kv_cache_memory_bytes"] = _CPU_CACHE
         if mode not in self.engine_classes:
@@ -96,6 +120,10 @@ class VLLMWorker(_VLLM):
             given["timeout"] = timeout
         spec = Spec(self.engine_classes[mode], given, {**own, **(environment or {})}, has_children=True)
         super().__init__(spec, device=device, carrier=carrier, start_timeout=start_timeout, timeout=timeout)
+        found = self._look()
+        if is_cuda(found) != is_cuda(device):
+            self.close()
+            raise WorkerError(f"device is {device!r}, and this vLLM has its weights on {found!r}: pass device={_kind(found)!r}")
 
 
 class VLLMServerWorker(_VLLM, ServerWorker):
@@ -106,8 +134,6 @@ class VLLMServerWorker(_VLLM, ServerWorker):
     long a stream may be silent; ``connections``: requests that are under way at once, others wait. ``close`` ends what this worker
     has under way, and leaves the server as it is, with the weights that it has, unless it is the worker's own (``start``).
     """
-
-    capabilities = frozenset({"seeds", "memory"})
 
     def __init__(
         self,
@@ -123,6 +149,7 @@ class VLLMServerWorker(_VLLM, ServerWorker):
         given = {"url": url, "model": None if model_dir is None else str(model_dir), "mend": mend, "connections": connections}
         place = "rollout_core.workers.vllm.server:VLLMServerEngine"
         super().__init__(place, given, carrier=carrier, timeout=timeout, server=server)
+        self._look()
 
     @classmethod
     def start(
@@ -142,6 +169,7 @@ class VLLMServerWorker(_VLLM, ServerWorker):
         are words of vLLM's command line."""
         from rollout_core.workers.vllm.server import start_server
 
+        _check_device(device)
         options = [word for name, value in _options(device, dtype).items() for word in _words(name, value)]
         options += [] if max_model_len is None else [f"--max-model-len={max_model_len}"]
         if device == "cpu" and not any(word.startswith("--kv-cache-memory-bytes") for word in server_options):
@@ -149,6 +177,10 @@ class VLLMServerWorker(_VLLM, ServerWorker):
         own = {**_environment(device, dtype), **(environment or {})}
         server = start_server(model_dir, [*options, *server_options], environment=own, start_timeout=start_timeout)
         return cls(server.url, carrier=carrier, timeout=timeout, server=server)
+
+
+def _kind(device: str) -> str:
+    return device.partition(":")[0]
 
 
 def _words(name: str, value: Any) -> list[str]:

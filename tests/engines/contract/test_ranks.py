@@ -1,0 +1,292 @@
+"""Tensor parallelism on a real engine (W9): each of two ranks has its part of one update, and what goes wrong in one fails for all.
+
+By default one worker of the engine; ROLLOUT_CORE_RANKS=all has its other workers, and a rank that is killed at other places.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import wait
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from rollout_core.errors import IntegrityError, PlanMismatchError, TransferError, WorkerError
+from rollout_core.workers import SamplingParams, SGLangServerWorker, VLLMServerWorker, VLLMWorker
+from rollout_core.workers.digests import combined_digest, weight_digest
+from support.engines import DEVICE, ENGINE, POSITIONS, VLLM_CACHE, VLLM_ENVIRONMENT, changed, running_server, started
+from support.rank_faults import FILE
+
+PROMPTS = [[5], [17, 3, 60], list(range(100, 137)), [9, 2, 2, 12, 7, 55]]
+GREEDY = SamplingParams(response_length=10, ignore_eos=True)
+LONG = SamplingParams(response_length=200, ignore_eos=True)
+TIMEOUT = 30
+MORE = os.environ.get("ROLLOUT_CORE_RANKS") == "all"
+KINDS = {
+    "vllm": ["vllm_tp2", *(["vllm_async_tp2", "vllm_server_tp2"] if MORE else [])],
+    "sglang": ["sglang_tp2", *(["sglang_server_tp2"] if MORE else [])],
+}[ENGINE]
+OWN = [kind for kind in KINDS if "server" not in kind]  # whose processes are the worker's, with faults in them
+own = pytest.mark.parametrize("running", OWN, indirect=True)
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
+
+
+def make_model():
+    """One head of keys and values for two ranks, 300 rows of embeddings in two padded parts, a layer that SGLang pads."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=300,
+        hidden_size=128,  # 4 heads of 32: vLLM's CPU attention takes no smaller ones
+        intermediate_size=200,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=ENGINE == "vllm",
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=[2, 7],
+        pad_token_id=0,
+    )
+    return transformers.Qwen2ForCausalLM(config).float().eval()
+
+
+@contextmanager
+def worker_of(kind, folder, faults):
+    environment = {FILE: str(faults), "PYTHONPATH": str(Path(__file__).parents[2])}
+    server = {"vllm_server_tp2": VLLMServerWorker, "sglang_server_tp2": SGLangServerWorker}.get(kind)
+    if server is not None:
+        words = ["--tensor-parallel-size=2"]
+        os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
+        with running_server(ENGINE, folder, words) as running, server(running.url, timeout=TIMEOUT) as worker:
+            yield worker
+        return
+    if ENGINE == "sglang":
+        from support.rank_faults_sglang import LOADER, FaultyWorker
+
+        environment |= {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # the cores of each rank, which it wants to be told
+        options = {"tp_size": 2, "custom_weight_loader": [LOADER]}
+        making = FaultyWorker(
+            str(folder), max_model_len=POSITIONS, engine_options=options, environment=environment, timeout=TIMEOUT
+        )
+    else:
+        making = VLLMWorker(
+            str(folder),
+            device=DEVICE,
+            mode="async" if kind == "vllm_async_tp2" else "stepped",
+            max_model_len=POSITIONS,
+            engine_options={
+                "tensor_parallel_size": 2,
+                "kv_cache_memory_bytes": VLLM_CACHE,
+                "enforce_eager": True,
+                "worker_extension_cls": "support.rank_faults_vllm.FaultyExtension",
+            },
+            environment={**VLLM_ENVIRONMENT, **environment},
+            timeout=TIMEOUT,
+        )
+    with making as worker:
+        yield worker
+
+
+class Place:
+    """A running worker, two models for it, and the file that says what goes wrong."""
+
+    def __init__(self, worker, model, faults, kind):
+        self.worker, self.faults, self.kind = worker, faults, kind
+        self.model, self.other = changed(model, 1), changed(model, 2)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def running(request, tmp_path_factory):
+    folder, faults = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("faults") / "fault"
+    faults.write_text("")
+    model = make_model()
+    model.save_pretrained(folder)
+    with worker_of(request.param, folder, faults) as worker:
+        yield Place(worker, model, faults, request.param)
+
+
+@pytest.fixture
+def place(running):
+    running.faults.write_text("")
+    running.worker.sync_weights(running.model)
+    yield running
+    running.faults.write_text("")
+
+
+@torch.no_grad()
+def argmax_loop(model, prompt, steps):
+    tokens = []
+    while len(tokens) < steps:
+        ids = torch.tensor([prompt + tokens], device=model.device)
+        tokens.append(int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
+    return tokens
+
+
+def check_tokens(place, model):
+    expected = [argmax_loop(model, prompt, 10) for prompt in PROMPTS]
+    assert [list(one.token_ids) for one in place.worker.generate(PROMPTS, GREEDY)] == expected
+
+
+def sent_digests(place, model):
+    """Made of the model's tensors, not of buckets; of values where the engine is read so."""
+    return {
+        name: weight_digest(tensor, values=place.worker.reads_values, algorithm=place.worker.digest_algorithm)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def test_w9_both_ranks_have_their_parts_of_one_update(place):
+    """Greedy tokens are the reference's, and what is read back, joined of the ranks' parts, is what was sent (W1, W2)."""
+    assert place.worker.ranks == 2
+    for model in (place.other, place.model):
+        report = place.worker.sync_weights(model, capacity=50_000)
+        check_tokens(place, model)
+        expected = sent_digests(place, model)
+        assert place.worker.tensor_digests() == expected
+        assert report.digest == combined_digest(expected)
+    for name in (EMBEDDING, NORM, "model.layers.1.self_attn.k_proj.bias", "model.layers.1.mlp.down_proj.weight"):
+        assert torch.equal(place.worker.read_tensor(name), place.model.state_dict()[name].cpu()), name
+
+
+@own
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", [NORM, EMBEDDING])
+def test_w9_one_value_of_one_rank_is_seen(place, name, rank):
+    version = place.worker.version
+    place.faults.write_text(f"{rank} changes {name}")
+    with pytest.raises(WorkerError, match=rf"on ranks \[{rank}\] of 2, first '{name}' on rank {rank}: sent"):
+        place.worker.sync_weights(place.other)
+    assert place.worker.version == version
+    with pytest.raises(WorkerError, match="weights are unusable"):
+        place.worker.generate(PROMPTS, GREEDY)
+
+
+@own
+@pytest.mark.parametrize("rank", [0, 1])
+def test_w9_a_rank_that_cannot_load_fails_all(place, rank):
+    worker = place.worker
+    version = worker.version
+    place.faults.write_text(f"{rank} fails")
+    with pytest.raises(WorkerError, match=f"receiver {rank}: .*this rank cannot load"):
+        worker.sync_weights(place.other, capacity=50_000)
+    assert worker.version == version
+    with pytest.raises(WorkerError, match="weights are unusable"):
+        worker.generate(PROMPTS, GREEDY)
+    place.faults.write_text("")
+    assert worker.sync_weights(place.other).version == version + 1
+    check_tokens(place, place.other)
+
+
+def test_w9_an_update_that_is_not_the_models_leaves_the_old_weights(place):
+    with pytest.raises(PlanMismatchError, match="'model.norm.weight' is f32.127."):
+        place.worker.sync_weights({**place.other.state_dict(), NORM: torch.zeros(127)})
+    check_tokens(place, place.model)
+
+
+@pytest.mark.parametrize("at", [0, 8])  # before a tensor is complete, and after
+def test_w9_a_damaged_update_is_never_sampled_from(place, at):
+    def flip(bucket):
+        if bucket.index == at:
+            bucket.buffer[bucket.nbytes // 2] ^= 1
+        return bucket
+
+    with pytest.raises(IntegrityError, match=f"bucket {at} .*is damaged"):
+        place.worker.sync_weights(place.other, capacity=50_000, inject=flip)
+    if at:
+        with pytest.raises(WorkerError, match="weights are unusable"):
+            place.worker.generate(PROMPTS, GREEDY)
+    else:
+        check_tokens(place, place.model)
+    place.worker.sync_weights(place.other)
+    check_tokens(place, place.other)
+
+
+def test_w5_weights_change_under_requests(place):
+    worker = place.worker
+    worker.pause()
+    futures = worker.submit(PROMPTS, SamplingParams(response_length=20, ignore_eos=True))
+    worker.step(4)
+    new = worker.sync_weights(place.other).version
+    worker.resume()
+    for prompt, future in zip(PROMPTS, futures, strict=True):
+        done = future.result(60)
+        tokens, before = list(done.token_ids), done.versions.count(new - 1)
+        assert done.versions == (new - 1,) * before + (new,) * (20 - before)
+        assert tokens[:before] == argmax_loop(place.model, prompt, before)
+        assert tokens[before:] == argmax_loop(place.other, prompt + tokens[:before], 20 - before)
+
+
+def rank_process(worker, engine, rank):
+    """The process of a rank, by the title that its engine gives it."""
+    title = {"vllm": f"Worker_TP{rank}", "sglang": f"scheduler_TP{rank}"}[engine]
+    found = []
+    for pid in worker.processes():
+        if title.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            found.append(pid)
+    assert len(found) == 1, f"{len(found)} processes are {title}"
+    return found[0]
+
+
+def kill_while(place, when):
+    """Kill the second rank; what is under way ends within the timeout, with words, and nothing is left of the engine."""
+    worker = place.worker
+    processes = started(worker.processes())
+    victim = rank_process(worker, ENGINE, 1)
+    futures = worker.submit(PROMPTS, LONG)
+    start = time.monotonic()
+    if when == "update":
+
+        def kill(bucket):
+            if bucket.index == 1:
+                os.kill(victim, signal.SIGKILL)
+            return bucket
+
+        with pytest.raises(TransferError):
+            worker.sync_weights(place.other, capacity=50_000, inject=kill)
+    else:
+        os.kill(victim, signal.SIGKILL)
+        if when == "abort":
+            with suppress(TransferError, WorkerError):
+                worker.abort()
+    assert not wait(futures, timeout=2 * TIMEOUT).not_done
+    assert time.monotonic() - start < 2 * TIMEOUT
+    for future in futures:
+        done = future.result()
+        assert done.status in ("failed", "aborted") if when == "abort" else done.status == "failed"
+        assert done.status == "aborted" or done.error
+    print(f"\nkilled during {when}: {time.monotonic() - start:.1f} s, {futures[0].result().error}")
+    with pytest.raises((TransferError, WorkerError)):
+        worker.generate(PROMPTS, GREEDY)
+    with pytest.raises((TransferError, WorkerError)):
+        worker.sync_weights(place.other)
+    worker.close()
+    end = time.monotonic() + 20
+    while (left := processes & started(pid for pid, _ in processes)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left
+
+
+if MORE:
+
+    @pytest.mark.parametrize("when", ["update", "abort"])
+    @pytest.mark.parametrize("kind", OWN)
+    def test_w9_a_rank_that_is_killed_elsewhere(kind, when, tmp_path):
+        (tmp_path / "fault").write_text("")
+        model = make_model()
+        model.save_pretrained(tmp_path / "model")
+        with worker_of(kind, tmp_path / "model", tmp_path / "fault") as worker:
+            place = Place(worker, model, tmp_path / "fault", kind)
+            worker.sync_weights(place.model)
+            kill_while(place, when)
+
+
+@own
+def test_w9_a_rank_that_is_killed_is_noticed(place):
+    """The last of these tests: the engine ends in it."""
+    kill_while(place, "generation")

@@ -1,0 +1,55 @@
+"""What of ours runs in vLLM's workers, without an engine: what one of several workers on a server asks leaves the others' alone."""
+
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+import torch
+
+from rollout_core.errors import TransferError
+from rollout_core.workers.commands import Answer, Layout, Settle
+from rollout_core.workers.vllm.extension import RolloutExtension
+
+
+class Engine:
+    """As much of the door's as is asked: an update from ``mine`` is under way, and has failed."""
+
+    def __init__(self):
+        self.address, self.closed, self.loading = "mine", 0, 0.0
+        self.failure = TransferError("the sender is gone")
+        self.target = SimpleNamespace(version=3, unusable=None)
+
+    def shutdown(self):
+        self.closed += 1
+
+
+@pytest.fixture
+def extension():
+    found = RolloutExtension()
+    found.weight_transfer_engine, found.device = Engine(), torch.device("cpu")
+    found.model_config = SimpleNamespace(quantization=None, enable_sleep_mode=False)
+    return found
+
+
+def ask(extension, command):
+    found = extension.rollout_core_carry_out(msgspec.json.encode(command).decode())
+    return msgspec.convert(found, type=Answer)
+
+
+@pytest.mark.parametrize("command", [Settle(mend=False), Settle(mend=True, address="another's"), Layout({})])
+def test_an_update_is_settled_by_who_sent_it_alone(extension, command):
+    answer = ask(extension, command)
+    engine = extension.weight_transfer_engine
+    assert (answer.failed, answer.version, engine.closed) == (None, 3, 0)
+    assert ask(extension, Settle(mend=False, address="mine")).failed.message == "the sender is gone"
+    assert engine.closed == 1
+    assert ask(extension, Settle(mend=False, address="mine")).failed is None  # it is told once
+
+
+def test_it_says_what_it_is(extension):
+    answer = ask(extension, Layout({}))
+    assert (answer.device, answer.quantization, answer.sleeps) == ("cpu", "", True)
+    extension.device = torch.device("cuda", 0)
+    extension.model_config.quantization = "fp8"
+    answer = ask(extension, Layout({}))
+    assert (answer.device, answer.quantization, answer.sleeps) == ("cuda:0", "fp8", False)

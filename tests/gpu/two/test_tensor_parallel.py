@@ -1,0 +1,137 @@
+"""An engine on two GPUs (W9): one update reaches both by CUDA IPC, one of them out of the other GPU's memory. ROLLOUT_CORE_ENGINE
+says which engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import wait
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu.sglang.reference import Reference
+from gpu.sglang.setting import changed, make_model
+from rollout_core.errors import IntegrityError, TransferError, WorkerError
+from rollout_core.workers import SamplingParams
+from rollout_core.workers.digests import combined_digest, weight_digest
+from support.engines import ENGINE, started
+
+PROMPTS = [[5], [17, 3, 60], list(range(100, 137)), [9, 2, 2, 12, 7, 55]]
+GREEDY = SamplingParams(response_length=32, ignore_eos=True)
+MIB = 1 << 20
+
+
+def start(folder):
+    if ENGINE == "vllm":
+        from gpu.vllm.setting import start
+
+        return start(folder, tensor_parallel_size=2)
+    from gpu.sglang.setting import OPTIONS, POSITIONS, TIMEOUT
+    from rollout_core.workers import SGLangWorker
+
+    options = {**OPTIONS, "tp_size": 2}
+    return SGLangWorker(str(folder), device="cuda", max_model_len=POSITIONS, engine_options=options, timeout=TIMEOUT)
+
+
+@pytest.fixture(scope="module")
+def models():
+    if torch.cuda.device_count() < 2:
+        pytest.fail("these tests need two GPUs")
+    model = make_model()
+    return [changed(model, seed).cuda() for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def worker(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    models[0].save_pretrained(folder)
+    with start(folder) as worker:
+        yield worker
+
+
+def tokens_of(completions):
+    return [list(one.token_ids) for one in completions]
+
+
+def digests_of(worker, model):
+    return {name: weight_digest(tensor, algorithm=worker.digest_algorithm) for name, tensor in model.state_dict().items()}
+
+
+def test_w9_one_update_reaches_both_gpus_and_is_read_back_from_both(worker, models):
+    assert worker.ranks == 2
+    references, found = [Reference(model) for model in models], []
+    for model, reference in zip(models, references, strict=True):
+        report = worker.sync_weights(model, capacity=MIB)
+        assert report.carrier == "cuda_ipc"
+        assert report.buckets > 2
+        expected = digests_of(worker, model)
+        assert worker.tensor_digests() == expected
+        assert report.digest == combined_digest(expected)
+        completions = worker.generate(PROMPTS, GREEDY)
+        reference.check(PROMPTS, tokens_of(completions), [one.logprobs for one in completions])
+        found.append(tokens_of(completions))
+    with pytest.raises(AssertionError, match="behind"):  # or the check would find nothing
+        references[0].check(PROMPTS, found[1])
+
+
+@pytest.mark.parametrize("source", ["cuda:0", "cuda:1", "cpu"])
+def test_w9_from_wherever_the_trainer_has_its_weights(worker, models, source):
+    weights = {name: tensor.to(source) for name, tensor in models[1].state_dict().items()}
+    report = worker.sync_weights(weights, capacity=MIB)
+    assert report.carrier == ("memory" if source == "cpu" else "cuda_ipc")
+    assert report.digest == combined_digest(digests_of(worker, models[1]))
+    worker.free_buffers()
+
+
+def test_t3_the_trainers_buffers_come_back_after_updates_from_either_gpu(worker, models):
+    weights = {name: tensor.to("cuda:1") for name, tensor in models[0].state_dict().items()}
+    worker.sync_weights(weights, capacity=MIB)
+    before = torch.cuda.mem_get_info(1)[0]
+    assert worker.free_buffers() > 0
+    assert torch.cuda.mem_get_info(1)[0] > before
+
+
+def test_w9_a_damaged_update_leaves_neither_rank_usable(worker, models):
+    def flip(bucket):
+        if bucket.index == 2:
+            bucket.buffer[bucket.nbytes // 2] ^= 1
+        return bucket
+
+    with pytest.raises(IntegrityError, match="bucket 2"):
+        worker.sync_weights(models[1], capacity=MIB, inject=flip)
+    with pytest.raises(WorkerError, match="weights are unusable"):
+        worker.generate(PROMPTS, GREEDY)
+    worker.sync_weights(models[0])
+    assert len(worker.generate(PROMPTS, GREEDY)) == len(PROMPTS)
+
+
+def test_how_long_updates_take(worker, models):
+    for model in models * 2:
+        worker.sync_weights(model, capacity=MIB)
+    reports = [worker.sync_weights(model, capacity=MIB) for model in models * 5]
+    for name in ("seconds", "packing", "loading", "reading"):
+        print(f"\n{name}: {1e3 * sorted(getattr(report, name) for report in reports)[len(reports) // 2]:.1f} ms", end="")
+
+
+def test_w9_a_rank_that_is_killed_is_noticed(worker, models):
+    """The last of these tests: the engine ends in it."""
+    title = {"vllm": b"Worker_TP1", "sglang": b"scheduler_TP1"}[ENGINE]
+    processes = started(worker.processes())
+    victims = [pid for pid, _ in processes if title in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(victims) == 1
+    futures = worker.submit(PROMPTS, SamplingParams(response_length=400, ignore_eos=True))
+    began = time.monotonic()
+    os.kill(victims[0], signal.SIGKILL)
+    assert not wait(futures, timeout=2 * worker.timeout).not_done
+    print(f"\nnoticed after {time.monotonic() - began:.1f} s: {futures[0].result().error}")
+    assert {future.result().status for future in futures} == {"failed"}
+    with pytest.raises((TransferError, WorkerError)):
+        worker.sync_weights(models[0])
+    worker.close()
+    end = time.monotonic() + 60
+    while (left := processes & started(pid for pid, _ in processes)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left
