@@ -16,7 +16,7 @@ from rollout_core.transfer import DirectWeights, receive
 from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.targets import persistent_weights
 from rollout_core.workers.carriers import receiver_of
-from rollout_core.workers.digests import algorithm_on, weight_digest
+from rollout_core.workers.digests import algorithm_on, weight_digests
 from rollout_core.workers.engine import AWAITED, RELEASED, Emit, Group, Progress, Request, Update
 from rollout_core.workers.hf.generate import check, decode_watched, ends_of, eos_ids_of, pad_id_of, plain, seeded, settings_of
 from rollout_core.workers.hf.media import inputs_of
@@ -141,7 +141,7 @@ class HFEngine:
         """Of every parameter and buffer; transformers' names are a checkpoint's."""
         self._check_resumed()
         algorithm = algorithm_on(str(self.model.device))
-        found = {name: weight_digest(tensor, algorithm=algorithm) for name, tensor in self.weights.tensors.items()}
+        found = weight_digests(self.weights.tensors.items(), algorithm=algorithm)
         return found if names is None else {name: found[name] for name in names if name in found}
 
     def read_tensor(self, name: str) -> torch.Tensor:

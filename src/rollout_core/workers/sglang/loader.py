@@ -22,11 +22,11 @@ from rollout_core.transfer import receive
 from rollout_core.transfer.causes import cause_of
 from rollout_core.workers.carriers import receiver_of
 from rollout_core.workers.commands import Abandon, Answer, Digests, Expect, Layout, Read, Receive, Settle, answer_with
-from rollout_core.workers.digests import algorithm_on, weight_digest
+from rollout_core.workers.digests import algorithm_on, weight_digests
 from rollout_core.workers.names import canonical
 from rollout_core.workers.sglang.commands import Asked, Named, Where, unpacked, write_answer
 from rollout_core.workers.shards import Shard
-from rollout_core.workers.vllm.readback import AbsentWeight, read_part
+from rollout_core.workers.vllm.readback import AbsentWeight, modules_of, read_part
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ def _answer(model: Any, target: _Model, command: Asked) -> Answer:
             return Answer()
         case Digests(shapes=shapes):
             algorithm = algorithm_on(str(_device_of(model)))
-            return Answer(digests={name: weight_digest(part, algorithm=algorithm) for name, part, _ in _parts(model, shapes)})
+            pairs = ((name, part) for name, part, _ in _parts(model, shapes))
+            return Answer(digests=weight_digests(pairs, algorithm=algorithm))
         case Layout(shapes=shapes):
             return Answer(shards={name: shard for name, _, shard in _parts(model, shapes)})
         case Read(name=name, shape=shape):
@@ -79,9 +80,10 @@ def _answer(model: Any, target: _Model, command: Asked) -> Answer:
 def _parts(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor, Shard]]:
     """Of the tensors of a checkpoint, what this rank has, without the zeros that SGLang pads it with on a CPU; left out are those
     that it has not, and those that have something else in their padding."""
+    modules = modules_of(model)
     for name, shape in shapes.items():
         try:
-            yield name, *read_part(model, _name_in(model, name), shape)
+            yield name, *read_part(model, _name_in(model, name), shape, modules)
         except WorkerError:
             continue
 

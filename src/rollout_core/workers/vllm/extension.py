@@ -12,9 +12,9 @@ from rollout_core.errors import WorkerError
 from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.doors.vllm import WorkerExtension
 from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Layout, Read, Receive, Settle, answer_with
-from rollout_core.workers.digests import algorithm_on, weight_digest
+from rollout_core.workers.digests import algorithm_on, weight_digests
 from rollout_core.workers.shards import WHOLE, Shard
-from rollout_core.workers.vllm.readback import AbsentWeight, read_part, read_weight
+from rollout_core.workers.vllm.readback import AbsentWeight, modules_of, read_part, read_weight
 
 
 class RolloutExtension(WorkerExtension):
@@ -79,7 +79,8 @@ class RolloutExtension(WorkerExtension):
                 device: torch.device = self.device  # type: ignore[attr-defined]
                 values, algorithm = device.type == "cpu", algorithm_on(str(device))
                 parts = self._rollout_core_parts(shapes)
-                return Answer(digests={name: weight_digest(part, values=values, algorithm=algorithm) for name, part, _ in parts})
+                pairs = ((name, part) for name, part, _ in parts)
+                return Answer(digests=weight_digests(pairs, values=values, algorithm=algorithm))
             case Layout(shapes=shapes):
                 return Answer(shards={name: shard for name, _, shard in self._rollout_core_parts(shapes)})
             case Read(name=name, shape=shape):
@@ -107,17 +108,20 @@ class RolloutExtension(WorkerExtension):
 
     def _rollout_core_parts(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor, Shard]]:
         """Of the tensors of a checkpoint, what this worker has; those that it has not are left out."""
+        modules = modules_of(self._rollout_core_model())
         for name, shape in shapes.items():
             try:
-                yield name, *self._rollout_core_part(name, shape)
+                yield name, *self._rollout_core_part(name, shape, modules)
             except WorkerError:
                 continue
 
-    def _rollout_core_part(self, name: str, shape: tuple[int, ...]) -> tuple[torch.Tensor, Shard]:
+    def _rollout_core_part(
+        self, name: str, shape: tuple[int, ...], modules: Mapping[str, Any] | None = None
+    ) -> tuple[torch.Tensor, Shard]:
         model = self._rollout_core_model()
         if self.parallel_config.world_size == 1:  # type: ignore[attr-defined]
-            return read_weight(model, name), WHOLE
-        return read_part(model, name, shape)
+            return read_weight(model, name, modules), WHOLE
+        return read_part(model, name, shape, modules)
 
     def _rollout_core_target(self) -> Any:
         return self.weight_transfer_engine.target  # type: ignore[attr-defined]

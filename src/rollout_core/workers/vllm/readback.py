@@ -12,7 +12,7 @@ With tensor parallelism a layer has a part: see ``layers``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -31,17 +31,22 @@ class AbsentWeight(WorkerError):
     """This model, or this rank's part of it, has nothing of that name."""
 
 
-def read_weight(model: Any, name: str) -> torch.Tensor:
+def modules_of(model: Any) -> dict[str, Any]:
+    """The modules of a model by name, for who reads many of its weights: to list them takes longer than to read one."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def read_weight(model: Any, name: str, modules: Mapping[str, Any] | None = None) -> torch.Tensor:
     """The tensor that a checkpoint calls ``name``, where the model has it: a view of its weights, or what was made of them.
-    ``AbsentWeight``, a ``WorkerError``, if this model has nothing of that name."""
-    return _found(model, name)[0]
+    ``AbsentWeight``, a ``WorkerError``, if this model has nothing of that name. ``modules``: as ``modules_of`` gives them."""
+    return _found(model, name, modules)[0]
 
 
-def read_part(model: Any, name: str, shape: Sequence[int]) -> tuple[torch.Tensor, Shard]:
+def read_part(model: Any, name: str, shape: Sequence[int], modules: Mapping[str, Any] | None = None) -> tuple[torch.Tensor, Shard]:
     """``read_weight`` of a rank that has a part of it, without padding: and which part, ``shape`` being that of the whole.
     ``WorkerError`` also if it is not known which, or if there is something else than zeros in the padding, which would be
     computed with."""
-    tensor, module, part = _found(model, name)
+    tensor, module, part = _found(model, name, modules)
     shard = shard_of(module, part, tuple(tensor.shape), tuple(shape), name)
     real = list(shape)
     if not shard.is_whole:
@@ -56,10 +61,10 @@ def read_part(model: Any, name: str, shape: Sequence[int]) -> tuple[torch.Tensor
     return cut.contiguous(), shard
 
 
-def _found(model: Any, name: str) -> tuple[torch.Tensor, Any, int | None]:
+def _found(model: Any, name: str, modules: Mapping[str, Any] | None) -> tuple[torch.Tensor, Any, int | None]:
     """The tensor, the module that has it, and which part of that it is if it is fused there."""
     path, _, leaf = _mapped(model, name).rpartition(".")
-    module, part = _module_of(model, path)
+    module, part = _module_of(model, path, modules_of(model) if modules is None else modules)
     tensor = None if module is None else getattr(module, leaf, None)
     if module is None or not isinstance(tensor, torch.Tensor):
         raise AbsentWeight(f"the worker has no tensor {name!r}")
@@ -89,9 +94,8 @@ def _mapped(model: Any, name: str) -> str:
     return str(next(iter(mapper.apply_list([name])), name))
 
 
-def _module_of(model: Any, path: str) -> tuple[Any, int | None]:
+def _module_of(model: Any, path: str, modules: Mapping[str, Any]) -> tuple[Any, int | None]:
     """The module at this path, or the fused one that has it as a part, and which."""
-    modules = dict(model.named_modules(remove_duplicate=False))
     if path in modules:
         return modules[path], None
     parent, _, last = path.rpartition(".")
