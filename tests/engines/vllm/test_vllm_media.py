@@ -142,6 +142,8 @@ def test_a_model_of_text_refuses_pictures(processor, tmp_path):
 class Llm:
     """Of AsyncLLM, what a request of ours touches; its cache loses a picture between two looks at it, or keeps it."""
 
+    errored = False
+
     def __init__(self, looks, error):
         self.looks, self.error = looks, error
         self.renderer = self.mm_processor_cache = self

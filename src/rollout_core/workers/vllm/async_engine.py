@@ -74,7 +74,7 @@ class VLLMAsyncEngine(VLLMStreamed):
         except RolloutCoreError:
             raise
         except Exception as error:
-            if isinstance(error, EngineDeadError):
+            if isinstance(error, EngineDeadError) or self._llm.errored:
                 raise TransferError(_ENDED) from error
             if is_first:  # others may have driven its pictures out of the cache between two looks at it
                 self._check_media(flight)
