@@ -62,7 +62,7 @@ def worker_of(kind, folder, faults):
     server = {"vllm_server_tp2": VLLMServerWorker, "sglang_server_tp2": SGLangServerWorker}.get(kind)
     if server is not None:
         words = ["--tensor-parallel-size=2"]
-        os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
+        os.environ |= {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"}
         with running_server(ENGINE, folder, words) as running, server(running.url, timeout=TIMEOUT) as worker:
             yield worker
         return
