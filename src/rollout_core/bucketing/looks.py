@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, TypeAlias
+from operator import attrgetter
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -13,19 +14,27 @@ from rollout_core.bucketing.tensors import PLAIN_TYPES
 
 #: Called with tensors: whether each looks like the one in its place did. False may also mean that it cannot be told.
 Alike: TypeAlias = Callable[..., bool]
+_LAYOUT: Final = attrgetter("layout")
+_IS_NESTED: Final = attrgetter("is_nested")
 
 
 def alike_to(tensors: Sequence[torch.Tensor]) -> Alike | None:
     """A check for tensors of as many: type, dtype, shape, strides, device, layout, conjugate and negative bits, but not where they
     lie, nor their values. It keeps no tensor. None where there is no quick one, as for one tensor that comes twice."""
     kind = _guards()
-    if kind is None or not PLAIN_TYPES.issuperset(map(type, tensors)):
+    # It ends the process where a tensor has no shape or strides, as nested and some sparse ones: it is not asked about those.
+    is_plain = PLAIN_TYPES.issuperset(map(type, tensors)) and {torch.strided}.issuperset(map(_LAYOUT, tensors))
+    if kind is None or not is_plain or any(map(_IS_NESTED, tensors)):
         return None
-    try:
-        check: Alike = kind(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-        return check if check(*tensors) else None
-    except RuntimeError:  # a sparse or nested tensor, which has no strides or no shape
-        return None
+    check: Alike = kind(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+    def alike(*others: Any) -> bool:
+        try:
+            return not any(map(_IS_NESTED, others)) and check(*others)
+        except AttributeError:  # something else than a tensor
+            return False
+
+    return alike if check(*tensors) else None
 
 
 class Seen:

@@ -16,6 +16,14 @@ from rollout_core.testing.oracles import picture
 from support.in_place import CHANGES, square
 from support.tensors import patterned
 
+REFUSED = {
+    "sparse": lambda: torch.zeros(3, 3).to_sparse(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(3, 3), 0.1, 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(3), torch.zeros(3)]),
+    "no tensor": lambda: 3,
+    "lazy": torch.nn.UninitializedParameter,
+}
+
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_looks_otherwise_is_not_alike(change):
@@ -47,6 +55,22 @@ def test_no_quick_answer_for_a_tensor_that_comes_twice_or_is_none_of_torchs_own(
     one = torch.zeros(3)
     assert alike_to([one, one]) is None
     assert alike_to([torch.zeros(3).as_subclass(Own)]) is None
+    assert alike_to([torch.eye(3).to_sparse()]) is None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("other", ["sparse", "compressed", "quantized", "nested", "jagged", "no tensor", "nothing", "lazy"])
+def test_what_is_no_plain_tensor_is_not_alike(other):
+    """torch's own check, asked about some of these, would end the process."""
+    tensor = {
+        **REFUSED,
+        "compressed": lambda: torch.zeros(3, 3).to_sparse_csr(),
+        "jagged": lambda: torch.nested.nested_tensor([torch.zeros(3), torch.zeros(3)], layout=torch.jagged),
+        "nothing": lambda: None,
+    }[other]()
+    assert not alike_to([torch.zeros(3, 3)])(tensor)
+    if isinstance(tensor, torch.Tensor) and other != "quantized":
+        assert alike_to([tensor]) is None
 
 
 def test_b15_what_is_known_of_tensors_keeps_none():
@@ -154,15 +178,6 @@ def test_b6_specs_of_modules_are_kept_too():
     assert are_specs_of(specs, module)
     module[0].weight = torch.nn.Parameter(torch.zeros(4, 2))
     assert not are_specs_of(specs, module)
-
-
-REFUSED = {
-    "sparse": lambda: torch.zeros(3, 3).to_sparse(),
-    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(3, 3), 0.1, 0, torch.qint8),
-    "nested": lambda: torch.nested.nested_tensor([torch.zeros(3), torch.zeros(3)]),
-    "no tensor": lambda: 3,
-    "lazy": torch.nn.UninitializedParameter,
-}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
