@@ -98,6 +98,7 @@ def _packing(plan: BucketPlan, tensors: Tensors, device: torch.device) -> dict[s
 
         def run() -> Bucket:
             (bucket,) = packer.pack(tensors, **options)
+            bucket.digest  # noqa: B018 - on the host, as a sender has to say it
             return bucket
 
         return run

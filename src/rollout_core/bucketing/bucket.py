@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
-from rollout_core.bucketing.digest import BLOCK_ALGORITHM, DigestChoice, Lanes, chosen_algorithm, lanes_digest, payload_digest
+from rollout_core.bucketing.digest import (
+    BLOCK_ALGORITHM,
+    DigestChoice,
+    LaterLanes,
+    chosen_algorithm,
+    lanes_digest,
+    payload_digest,
+)
 from rollout_core.errors import IntegrityError
 
 MAX_VERSION = 2**63 - 1
@@ -33,26 +43,52 @@ class Bucket:
         return self.buffer.numel()
 
 
+class LaterBucket(Bucket):
+    """A bucket that its device may still be filling. ``digest`` waits for that; work on the current stream comes after it."""
+
+    __slots__ = ("_later",)
+    _later: bytes | Callable[[], bytes] | None
+
+    def __init__(
+        self,
+        *,
+        index: int,
+        buffer: torch.Tensor,
+        plan_digest: bytes,
+        version: int,
+        algorithm: str,
+        digest: bytes | Callable[[], bytes] | None,
+    ) -> None:
+        fields = {"index": index, "buffer": buffer, "plan_digest": plan_digest, "version": version, "algorithm": algorithm}
+        for name, value in {**fields, "_later": digest}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def digest(self) -> bytes | None:
+        later = self._later
+        if callable(later):
+            later = later()
+            object.__setattr__(self, "_later", later)
+        return later
+
+
 def seal(
-    buffer: torch.Tensor, choice: DigestChoice, *, index: int, plan_digest: bytes, version: int, lanes: Lanes | None = None
+    buffer: torch.Tensor, choice: DigestChoice, *, index: int, plan_digest: bytes, version: int, lanes: LaterLanes | None = None
 ) -> Bucket:
     """A bucket of these bytes, its digest bound to plan, index and version; without a digest if the choice is None. ``lanes``:
-    those of ``block_multilinear`` for the buffer, if the pass that filled it computed them."""
+    those of ``block_multilinear`` for the buffer, if the pass that fills it computes them; they are waited for when the digest is
+    asked for."""
     algorithm = chosen_algorithm(choice, buffer.device)
     context = _context(plan_digest, index, version)
-    digest = None
+    fields: dict[str, Any] = {"index": index, "buffer": buffer, "plan_digest": plan_digest, "version": version}
     if lanes is not None and algorithm == BLOCK_ALGORITHM:
-        digest = lanes_digest(lanes, buffer.numel(), context)
-    elif algorithm is not None:
-        digest = payload_digest(buffer, context, algorithm)
-    return Bucket(
-        index=index,
-        buffer=buffer,
-        plan_digest=plan_digest,
-        version=version,
-        algorithm=algorithm or "none",
-        digest=digest,
-    )
+        return LaterBucket(**fields, algorithm=algorithm, digest=partial(_digest_of, lanes, buffer.numel(), context))
+    digest = None if algorithm is None else payload_digest(buffer, context, algorithm)
+    return Bucket(**fields, algorithm=algorithm or "none", digest=digest)
+
+
+def _digest_of(lanes: LaterLanes, nbytes: int, context: bytes) -> bytes:
+    return lanes_digest(lanes.wait(), nbytes, context)
 
 
 def verify(bucket: Bucket) -> None:

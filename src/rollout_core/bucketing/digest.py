@@ -5,7 +5,7 @@ No algorithm here is cryptographic: they find damage, mix-ups and replays, not a
 
 from __future__ import annotations
 
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Final, Literal, Protocol, TypeAlias, get_args
 
 import torch
 import xxhash
@@ -27,6 +27,13 @@ BLOCK_NBYTES: Final = 16 << 10
 BLOCK_COLUMNS: Final = 128
 #: Two sums modulo 2**64, from which a digest of either multilinear algorithm is made.
 Lanes: TypeAlias = tuple[int, int]
+
+
+class LaterLanes(Protocol):
+    """Lanes that a device may still be at work on."""
+
+    def wait(self) -> Lanes: ...
+
 
 _CHUNK_WORDS: Final = 1 << 20  # bounds the temporaries: about 40 MiB
 _CHUNK_BLOCKS: Final = {"cpu": 8}  # likewise, for blocks: temporaries of 256 KiB stay in a CPU's cache

@@ -11,7 +11,7 @@ import torch
 
 from rollout_core.bucketing import cuda
 from rollout_core.bucketing.copying import Run, conform, runs_of, write_run, write_slot, zero_padding
-from rollout_core.bucketing.digest import Lanes
+from rollout_core.bucketing.digest import LaterLanes
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.plan import BucketPlan
 from rollout_core.bucketing.specs import TensorSpec
@@ -64,7 +64,7 @@ class Target:
         self._filled = False  # by a kernel, padding included
         self._slots: dict[str, Slot] = {}
         #: Of the digest, if a kernel computed them.
-        self.lanes: Lanes | None = None
+        self.lanes: LaterLanes | None = None
 
     def copy_in_order(self, tensors: list[torch.Tensor], executor: Executor | None, filling: FillingFor) -> None:
         """Copy a bucket whose slots are just these tensors, at once on a GPU, elsewhere runs of like ones at once."""

@@ -33,12 +33,12 @@ Machine = TypeVar("Machine", Sender, Receiver)
 
 class Hands(Protocol):
     """What an end can do. ``peers``: how many there are at the other side. ``do`` carries an action out and gives the events that
-    answer it, or a move that is under way and the event at its end. ``instead``: the events for an action that is of no use once
-    the update is given up; None if it is to be done all the same."""
+    answer it, or a move that is under way and what gives the event at its end. ``instead``: the events for an action that is of no
+    use once the update is given up; None if it is to be done all the same."""
 
     @property
     def peers(self) -> int: ...
-    def do(self, action: Any) -> list[Any] | tuple[Moving, Any]: ...
+    def do(self, action: Any) -> list[Any] | tuple[Moving, Callable[[], Any]]: ...
     def instead(self, action: Any) -> list[Any] | None: ...
     def post(self, peer: int, message: bytes) -> None: ...
     def poll(self, seconds: float | None) -> list[tuple[int, bytes | TransferError]]: ...
@@ -57,7 +57,7 @@ class Driver(Generic[Machine]):
         self._events: deque[Any] = deque()  # for the machine
         self._actions: deque[Any] = deque()  # what it asked for, not yet done or kept as work
         self._work: deque[Any] = deque()
-        self._moving: deque[tuple[Moving, Any]] = deque()
+        self._moving: deque[tuple[Moving, Callable[[], Any]]] = deque()
         self._inbox: deque[tuple[int, bytes | TransferError]] = deque()
         self._nap = _FIRST_NAP
 
@@ -151,7 +151,7 @@ class Driver(Generic[Machine]):
                 self._moving.appendleft((moving, event))
                 self._nap = min(2 * self._nap, _LONGEST_NAP)
                 return
-            self._feed(event)
+            self._feed(event())
 
     def _catch_up(self) -> None:
         """Hear what came while this end was busy: that it did not listen is not the other's silence."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -125,13 +126,13 @@ class _Receiving:
     def poll(self, seconds: float | None) -> list[tuple[int, bytes | TransferError]]:
         return [(0, message) for message in self._carrier.poll(seconds)]
 
-    def do(self, action: ReceiverAction) -> list[Any] | tuple[Moving, Any]:
+    def do(self, action: ReceiverAction) -> list[Any] | tuple[Moving, Callable[[], Any]]:
         match action:
             case Examine(hello):
                 return [self._examine(hello)]
             case Pull(index, slot, nbytes):
                 moving = self._carrier.pull(slot, nbytes)
-                return [Pulled(index)] if moving is None else (moving, Pulled(index))
+                return [Pulled(index)] if moving is None else (moving, lambda: Pulled(index))
             case Load(filled):
                 self._load(filled)
                 return [Loaded(filled.index)]

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 import torch
 
 from rollout_core.bucketing import Bucket, BucketPlan, Packer, pack_stream
-from rollout_core.bucketing.bucket import MAX_VERSION
+from rollout_core.bucketing.bucket import MAX_VERSION, LaterBucket
 from rollout_core.bucketing.digest import DigestChoice, check_choice
 from rollout_core.bucketing.placement import Options
 from rollout_core.bucketing.sources import Source
@@ -202,6 +202,7 @@ class _Sending:
         self._open: Callable[[], Iterator[Bucket]] = _nothing
         self._source: Iterator[Bucket] | None = None
         self._slot: torch.Tensor | None = None
+        self._later: dict[int, LaterBucket] = {}  # packed without waiting for the device, and not yet moved
 
     def begin(self, memory: list[torch.Tensor], source: Callable[[], Iterator[Bucket]]) -> None:
         """The source is opened with the first bucket: if that fails, the receivers hear of it."""
@@ -211,7 +212,7 @@ class _Sending:
         """Let go of the source and the slots."""
         if self._source is not None and hasattr(self._source, "close"):
             self._source.close()
-        self._source, self._memory, self._slot = None, [], None
+        self._source, self._memory, self._slot, self._later = None, [], None, {}
         self._open = _nothing  # what it was holds the caller's tensors, and this
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -228,15 +229,20 @@ class _Sending:
     def poll(self, seconds: float | None) -> list[tuple[int, bytes | TransferError]]:
         return self.carrier.poll(seconds)
 
-    def do(self, action: SenderAction) -> list[Any] | tuple[Moving, Any]:
+    def do(self, action: SenderAction) -> list[Any] | tuple[Moving, Callable[[], Any]]:
         match action:
             case Pack(_, slot):
                 filled = self._pack(slot)
                 return [SourceEnded()] if filled is None else [Packed(filled)]
             case Push(index, slot, nbytes):
                 moving = self.carrier.push(slot, nbytes)
-                return [Pushed(index)] if moving is None else (moving, Pushed(index))
+                return [self._pushed(index)] if moving is None else (moving, lambda: self._pushed(index))
         raise AssertionError(f"no action of a sender: {action}")
+
+    def _pushed(self, index: int) -> Pushed:
+        """What moved it has waited for the device, and so its digest is there."""
+        later = self._later.pop(index, None)
+        return Pushed(index, None if later is None else later.digest)
 
     def instead(self, action: SenderAction) -> list[Any] | None:
         return [SourceEnded()] if isinstance(action, Pack) else None
@@ -259,8 +265,12 @@ class _Sending:
             self._slot[: bucket.nbytes].copy_(bucket.buffer)
         self.buckets, self.nbytes = self.buckets + 1, self.nbytes + bucket.nbytes
         header = bucket.header if isinstance(bucket, StreamBucket) else b""
+        if isinstance(bucket, LaterBucket) and not self.carrier.rendezvous:  # else it is announced before it is moved
+            self._later[bucket.index], digest = bucket, None
+        else:
+            digest = bucket.digest
         self.packing += time.monotonic() - start
-        return Filled(bucket.index, slot, bucket.nbytes, bucket.plan_digest, bucket.algorithm, bucket.digest, header)
+        return Filled(bucket.index, slot, bucket.nbytes, bucket.plan_digest, bucket.algorithm, digest, header)
 
 
 def _nothing() -> Iterator[Bucket]:

@@ -184,6 +184,18 @@ def test_with_a_rendezvous_a_bucket_is_announced_before_it_is_moved():
     assert s.tell(Packed(filled(0, 0))).did == (Post(Envelope(ATTEMPT, 1, filled(0, 0))), Push(0, 0, 8), Pack(1, 1))
 
 
+def test_a_digest_that_comes_with_the_end_of_a_move_is_announced():
+    sealed = [msgspec.structs.replace(filled(place, place), digest=bytes([place]) * 16) for place in (0, 1)]
+    s = sender().hear(Welcome(3, 20.0)).tell(Packed(filled(0, 0))).tell(Packed(filled(1, 1)))
+    assert s.tell(Pushed(1, sealed[1].digest)).did == ()
+    assert s.tell(Pushed(0, sealed[0].digest)).said == [(0, sealed[0]), (0, sealed[1])]
+    assert s.hear(Free(0)).asked == [Pack(2, 0)]
+    s = sender().hear(Welcome(3, 20.0)).tell(Packed(sealed[0]))
+    assert s.tell(Pushed(0)).said == [(0, sealed[0])], "what it was packed with stays"
+    s = sender().hear(Welcome(3, 20.0)).tell(Packed(filled(0, 0))).tell(Failed(BROKEN)).hear(Aborted())
+    assert s.tell(Pushed(0, sealed[0].digest)).did == ()
+
+
 def test_messages_may_come_before_the_hello_and_of_another_update():
     r = receiver()
     stale = Came(Envelope(ATTEMPT - 1, 1, Beat()))

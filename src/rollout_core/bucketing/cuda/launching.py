@@ -68,9 +68,26 @@ def digest_rows(device: torch.device, addresses: Integers, sizes: Integers, firs
     return lanes.index_add_(0, rows, partials)
 
 
-def gather(table: PackTable, buffer: torch.Tensor, *, digest: bool) -> Lanes | None:
-    """Fill a bucket's buffer from a table that points to its sources; the buffer's lanes, if asked for. Without them nothing waits
-    for the device."""
+class Partials:
+    """Lanes that a device is at work on: it copies the programs' parts to the host itself, and only ``wait`` waits for that."""
+
+    def __init__(self, partials: torch.Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        self._host = partials
+        if partials.device.type == "cuda":
+            self._host = torch.empty(partials.shape, dtype=partials.dtype, pin_memory=True)
+            self._host.copy_(partials, non_blocking=True)
+            self._done = torch.cuda.current_stream(partials.device).record_event()
+
+    def wait(self) -> Lanes:
+        if self._done is not None:
+            self._done.synchronize()
+        return _sum(self._host)
+
+
+def gather(table: PackTable, buffer: torch.Tensor, *, digest: bool) -> Partials | None:
+    """Fill a bucket's buffer from a table that points to its sources; the buffer's lanes, if asked for. Nothing waits for the
+    device."""
     device, target, bases = buffer.device, buffer.data_ptr(), table.bases
     kernels = _kernels()
     each = _DIGESTING if digest else _COPYING
@@ -100,7 +117,7 @@ def gather(table: PackTable, buffer: torch.Tensor, *, digest: bool) -> Lanes | N
             part = None if partials is None else partials[done:]
             kernel[(programs,)](*arguments, part, digest, num_warps=_WARPS if digest else warps)
             done += programs
-    return None if partials is None else _sum(partials)
+    return None if partials is None else Partials(partials)
 
 
 def copy(table: CopyTable) -> None:

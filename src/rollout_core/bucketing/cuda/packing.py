@@ -10,7 +10,7 @@ import torch
 
 from rollout_core.bucketing.cuda import launching
 from rollout_core.bucketing.cuda.tables import PackTable
-from rollout_core.bucketing.digest import Lanes
+from rollout_core.bucketing.digest import LaterLanes
 from rollout_core.bucketing.looks import Alike, alike_to
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.tensors import PLAIN_TYPES
@@ -46,7 +46,7 @@ class Filling:
 
     def fill(
         self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor], write: Callable[[Slot, torch.Tensor], None], *, digest: bool
-    ) -> Lanes | None:
+    ) -> LaterLanes | None:
         """Fill ``buffer``, the bucket's, from ``tensors``, one for each slot. ``write`` puts into its place what is not a plain
         contiguous tensor of the slot's spec on this device, or raises. Returns the lanes of the digest, if asked for."""
         self.repeatable = False
@@ -66,7 +66,7 @@ class Filling:
         self.repeatable = not odd
         return launching.gather(self._table, buffer, digest=digest)
 
-    def repeat(self, buffer: torch.Tensor, *, digest: bool) -> Lanes | None:
+    def repeat(self, buffer: torch.Tensor, *, digest: bool) -> LaterLanes | None:
         """``fill`` from the tensors of the last time, which have not moved; only if ``repeatable``."""
         self._table.use()
         return launching.gather(self._table, buffer, digest=digest)

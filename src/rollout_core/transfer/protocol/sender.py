@@ -152,8 +152,8 @@ class _Turn:
                 self._packed(filled)
             case SourceEnded():
                 self.state = replace(self.state, packing=None, exhausted=True)
-            case Pushed(index):
-                self._pushed(index)
+            case Pushed(index, digest):
+                self._pushed(index, digest)
             case Tick():
                 self._look_at_the_clock()
             case _:
@@ -195,8 +195,12 @@ class _Turn:
             self._announce(filled)
         self.actions.append(Push(filled.index, filled.slot, filled.nbytes))
 
-    def _pushed(self, index: int) -> None:
+    def _pushed(self, index: int, digest: bytes | None) -> None:
         filled = next(filled for filled in self.state.filled if filled.index == index)
+        if digest is not None:
+            sealed = replace(filled, digest=digest)
+            rest = tuple(sealed if other is filled else other for other in self.state.filled)
+            self.state, filled = replace(self.state, filled=rest), sealed
         self.state = replace(self.state, slots=_put(self.state.slots, filled.slot, Slot(index, pushed=True)))
         if not self.state.hello.rendezvous and self.state.phase == "streaming":
             for other in self.state.filled:  # in their order, whichever move was over first
