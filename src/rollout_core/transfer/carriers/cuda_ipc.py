@@ -1,7 +1,8 @@
 """Between processes on the GPUs of one machine: slots in one's GPU memory, mapped by the others; messages over Unix sockets.
 
-The bytes are not copied on the way. The memory is the CUDA runtime's own (cudaMalloc and cudaIpcGetMemHandle), not torch's caching
-allocator's: its handles come with a counter file in /dev/shm, which a killed process leaves behind; these leave nothing.
+The bytes are not copied on the way to a receiver on the same GPU, and once to one on another. The memory is the CUDA runtime's own
+(cudaMalloc and cudaIpcGetMemHandle), not torch's caching allocator's: its handles come with a counter file in /dev/shm, which a
+killed process leaves behind; these leave nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rollout_core.transfer.carriers.slots import Ticket, read_ticket
 _ALIGN: Final = 512  # bytes, as cudaMalloc itself aligns
 _HANDLE_NBYTES: Final = 64  # CUDA_IPC_HANDLE_SIZE
 _LAZY_PEER_ACCESS: Final = 1  # cudaIpcMemLazyEnablePeerAccess
+_BY_ADDRESS: Final = 4  # cudaMemcpyDefault: the addresses say which GPU each is on
 
 
 class _Handle(ctypes.Structure):
@@ -148,7 +150,8 @@ class CudaIpcSender(LinkedSender):
 
 
 class CudaIpcReceiver(LinkedReceiver):
-    """A receiver's end. ``device``: the GPU in use here; the sender's, or one that reaches its memory directly."""
+    """A receiver's end. ``device``: the GPU in use here; the sender's, or one that reaches its memory directly. On another GPU each
+    bucket is copied to it when it is read, and takes as much memory there until it was."""
 
     def __init__(self, one: unix.HasFileno | int, *, device: torch.device | str = "cuda") -> None:
         self._device = _check_device(device)
@@ -182,7 +185,17 @@ class CudaIpcReceiver(LinkedReceiver):
     def view(self, slot: int, nbytes: int) -> torch.Tensor:
         if self._memory is None:
             raise TransferError("the sender's memory is not open")
-        return self._memory.bytes()[slot * self._ticket.stride :][:nbytes]
+        start = slot * self._ticket.stride
+        there = self._memory.bytes()[start:][:nbytes]
+        if there.device == self._device or not nbytes:
+            return there
+        # By this GPU's own stream: torch's copy would be the other's, and make this process a context on it.
+        here = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        address = ctypes.c_void_p(self._memory.address + start)
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
+        count, kind = ctypes.c_size_t(nbytes), ctypes.c_int(_BY_ADDRESS)
+        _call("cudaMemcpyAsync", ctypes.c_void_p(here.data_ptr()), address, count, kind, stream, device=self._device)
+        return here
 
     def close(self) -> None:
         super().close()
@@ -204,7 +217,11 @@ def _check_device(device: torch.device | str) -> torch.device:
 
 def _allocate(nbytes: int, device: torch.device) -> _Memory:
     address = ctypes.c_void_p()
-    _call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes), device=device)
+    try:
+        _call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes), device=device)
+    except TransferError:  # torch keeps what was freed, and gives it back to its own allocations only
+        torch.cuda.empty_cache()
+        _call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes), device=device)
     return _Memory(address.value or 0, nbytes)
 
 
@@ -224,6 +241,8 @@ def _call(name: str, *arguments: Any, device: torch.device) -> None:
     with torch.cuda.device(device):
         code = getattr(_runtime(), name)(*arguments)
     if code:
+        # The runtime keeps it, and torch, which looks after each launch of its own, would take it for the launch's.
+        _runtime().cudaGetLastError()
         words = _runtime().cudaGetErrorString
         words.restype = ctypes.c_char_p
         raise TransferError(f"{name} failed with {code}: {words(code).decode()}")
