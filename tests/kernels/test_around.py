@@ -90,6 +90,15 @@ def test_t4_a_table_is_read_on_another_stream_only_once_it_was_written(kind, str
     tensors = [tensor.data_ptr() for tensor in table._tensors()]
     assert sorted(used) == sorted((address, 2) for address in tensors)
     assert len(tensors) == (3 + 5 + 2 + 3 if kind == "pack" else 3 + 3 * 2), "each part of the table is in use"
+    # Elsewhere, where all can be read 16 bytes at a time; and there again.
+    aligned = [bytes_at("cpu", 40_000, 0, 4) for _ in range(2)]
+    addresses[:] = [payload.data_ptr() for payload in aligned]
+    assert point()
+    laid_out = table.aligned
+    assert len(list(table._tensors())) < len(tensors)
+    addresses.reverse()
+    assert point()
+    assert table.aligned is laid_out, "what follows from where they can be read stays"
 
 
 def test_memory_on_another_device_is_refused_where_the_tensors_are_not_looked_at():
@@ -98,6 +107,23 @@ def test_memory_on_another_device_is_refused_where_the_tensors_are_not_looked_at
     list(packer.pack(PAIRS))
     with pytest.raises(ValueError, match="returned memory on meta, and the tensors are on cpu"):
         list(packer.pack(PAIRS, unmoved=True, allocate=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device="meta")))
+
+
+def test_a_bucket_elsewhere_than_its_tensors_is_filled_by_torch(kernels):
+    plan = plan_buckets(specs_of(PAIRS), 1500)
+    packer = Packer(plan, digest=None, allocate=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device="meta"))
+    assert [bucket.buffer.device.type for bucket in packer.pack(PAIRS)] == ["meta"] * len(plan.buckets)
+    assert not kernels["gather"]
+
+
+def test_what_a_rank_has_a_part_of_is_not_written_into():
+    class Sharded(torch.Tensor):
+        def full_tensor(self):
+            raise AssertionError("it was gathered")
+
+    into = {**dict(PAIRS), "b": torch.zeros(500).as_subclass(Sharded)}
+    with pytest.raises(PlanMismatchError, match="'b' to write into is a DTensor"):
+        Unpacker(plan_buckets(specs_of(PAIRS), 1500), into=into)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch calls this layout a prototype
