@@ -63,10 +63,11 @@ def unit(session: nox.Session) -> None:
 
 @nox.session
 def kernels(session: nox.Session) -> None:
-    """The Triton kernels on the CPU, in Triton's interpreter."""
+    """The Triton kernels on the CPU, in Triton's interpreter; and compiled for a GPU that is not there."""
     install(session, "test", extras="[testing]")
     session.install("--no-deps", TRITON)
     session.run("pytest", "tests/kernels", "-n", "auto", *session.posargs, env={**QUIET, "TRITON_INTERPRET": "1"})
+    session.run("python", "tests/kernels/compiled.py", env=QUIET)
 
 
 @nox.session

@@ -154,8 +154,10 @@ def gather_aligned(target, count, blocks, ones, others, splits, ends, bases, par
         begin = block * tl.full((), SIZE, tl.int64)
         one = tl.load(bases + tl.load(ones + i)) + begin
         other = tl.load(bases + tl.load(others + i)) + begin
-        source = tl.where(word < split, _vectors(one), _vectors(other))
-        words = tl.load(source + word, mask=word < end, other=0)
+        source = tl.where(word < split, _vectors(one), _vectors(other)) + word
+        # Four words in a row are of one source: newer compilers do not find it out.
+        source = tl.max_contiguous(tl.multiple_of(source, [1, 1, 16]), [1, 1, 4])
+        words = tl.load(source, mask=word < end, other=0)
         tl.store(_vectors(target + begin) + word, words, mask=word < end)
         if DIGEST:
             lanes = _add_block(lanes, words, block)
