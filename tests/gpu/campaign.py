@@ -57,7 +57,8 @@ TASKS = (
     suite(
         "packing",
         "hf",
-        "tests/gpu/test_packing_cuda.py tests/gpu/test_updates_cuda.py tests/gpu/test_bucketing_cuda.py tests/gpu/test_transfer_cuda.py",
+        "tests/gpu/test_packing_cuda.py tests/gpu/test_updates_cuda.py "
+        "tests/gpu/test_bucketing_cuda.py tests/gpu/test_transfer_cuda.py",
         site="vllm",
     ),
     suite("vllm-bf16", "vllm", "tests/gpu/vllm/test_vllm_cuda.py", "-k", "not w6 and not t3"),
