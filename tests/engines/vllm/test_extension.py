@@ -28,6 +28,7 @@ def extension():
     found = RolloutExtension()
     found.weight_transfer_engine, found.device = Engine(), torch.device("cpu")
     found.model_config = SimpleNamespace(quantization=None, enable_sleep_mode=False)
+    found.model_runner = SimpleNamespace(get_model=torch.nn.Module)
     return found
 
 
