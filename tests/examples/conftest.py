@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 ENGINE = os.environ.get("ROLLOUT_CORE_ENGINE", "hf")
-#: The example with pictures takes minutes where an engine starts: on HF in every run, on the others under this.
+#: The example with pictures takes minutes where an engine starts: on HF in every run, on the others under this. Without learning
+#: all are alike: HF only.
 collect_ignore = [] if ENGINE == "hf" or os.environ.get("ROLLOUT_CORE_EXAMPLES") == "all" else ["test_pictures.py"]
+collect_ignore += [] if ENGINE == "hf" else ["test_without_learning.py"]
 FOLDER = Path(__file__).parents[2] / "examples"
 STEP = re.compile(r"^step (\d+)  reward (\d\.\d+)  .*weights (\d+) in (\d+) buckets.*logprobs differ by (\S+)$", re.MULTILINE)
 

@@ -42,12 +42,6 @@ def test_w5_the_reward_rises_with_every_worker(run, policy_gradient, tmp_path, w
         assert server is None or server.alive
 
 
-def test_without_learning_there_is_no_rise(run):
-    done = run("policy_gradient.py", "--worker", WORKERS[ENGINE][0], "--steps", 10, "--learning-rate", 0)
-    assert done.code == 1
-    assert abs(done.rise()) < 0.2
-
-
 @pytest.mark.parametrize(("versions", "refused"), [((3, 3), False), ((2, 3), True), ((2, 2), True)])
 def test_w5_a_sample_of_older_weights_is_not_trained_on(policy_gradient, versions, refused):
     completions = [

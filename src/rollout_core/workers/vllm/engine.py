@@ -50,13 +50,14 @@ class VLLMEngine:
     is_read_in_update: Final = False
 
     def __init__(self, model: str, *, options: Mapping[str, Any], mend: bool = True) -> None:
+        folder = Path(model)
+        config = config_of(folder)  # if there is none, vLLM would take it for the name of a model to download
+        self._checkpoint = Checkpoint(folder)
+
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
         check_installed()
-        folder = Path(model)
-        config = config_of(folder)  # if there is none, vLLM would take it for the name of a model to download
-        self._checkpoint = Checkpoint(folder)
         try:
             self._llm: Any = LLM(
                 **options_of(
