@@ -137,7 +137,8 @@ def roll_out(
     placeholder, which earns nothing and is not trained on."""
 
     def sample(conversations: list[Conversation], length: int, n: int = 1) -> list[Completion]:
-        params = SamplingParams(response_length=length, n=n, temperature=1.0)
+        seed = choose.randrange(1 << 30) if "seeds" in worker.capabilities else None
+        params = SamplingParams(response_length=length, n=n, temperature=1.0, seed=seed)
         completions = worker.generate(conversations, params)
         for completion in completions:
             if set(completion.versions) != {worker.version}:
@@ -168,7 +169,8 @@ def train(
     """One step of REINFORCE. Returns the largest difference between the worker's logprobs and the trainer's."""
     groups = rewards.view(len(COLOURS), SAMPLES)
     advantages = (groups - groups.mean(1, keepdim=True)).flatten()
-    advantages = advantages / (advantages.std() + 1e-6)
+    # Where nearly all earn the same, what is left is chance: not scaled up, or one unlucky sample would undo what was learned.
+    advantages = advantages / advantages.std().clamp(min=0.2)
     largest = 0.0
     optimizer.zero_grad()
     for conversation, advantage in zip(conversations, advantages, strict=True):
@@ -188,7 +190,8 @@ def train(
         ratio = (logprobs - worker_logprobs).exp()  # 1, but for rounding, as the sampling weights are these
         (-(ratio * advantage).sum() / (len(conversations) * (CALL + ANSWER))).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    if advantages.any():  # or Adam would go on in the direction that it had
+        optimizer.step()
     return largest
 
 
