@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gpu.sglang.setting import OPTIONS, POSITIONS, TIMEOUT, changed, make_model, used_memory
+from gpu.sglang.setting import OPTIONS, TIMEOUT
+from gpu.small import POSITIONS, Place, changed, make_model, used_memory
 from rollout_core.workers import SGLangWorker
-
-
-class Place:
-    """A running worker, the bytes that were in use before it, and models on the GPU that it is given."""
-
-    def __init__(self, worker, models, before):
-        self.worker, self.models, self.before = worker, models, before
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpu.sglang.reference import Reference
-from gpu.sglang.setting import POSITIONS, used_memory
+from gpu.small import POSITIONS, used_memory
 from rollout_core.errors import IntegrityError, PlanMismatchError, WorkerError
 from rollout_core.testing.oracles import bytes_of
 from rollout_core.workers import SamplingParams

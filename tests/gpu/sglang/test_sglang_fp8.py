@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpu.sglang.setting import OPTIONS, POSITIONS, TIMEOUT
+from gpu.sglang.setting import OPTIONS, TIMEOUT
+from gpu.small import POSITIONS
 from rollout_core.errors import WorkerError
 from rollout_core.workers import SamplingParams, SGLangWorker
 

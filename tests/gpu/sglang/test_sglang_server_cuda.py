@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gpu.sglang.reference import Reference
-from gpu.sglang.setting import OPTIONS, POSITIONS, TIMEOUT, used_memory
+from gpu.sglang.setting import OPTIONS, TIMEOUT
+from gpu.small import POSITIONS, used_memory
 from rollout_core.bucketing import plan_buckets, specs_of
 from rollout_core.testing.oracles import bytes_of
 from rollout_core.workers import SamplingParams, SGLangServerWorker

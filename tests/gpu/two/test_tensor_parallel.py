@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gpu.sglang.reference import Reference
-from gpu.sglang.setting import changed, make_model
+from gpu.small import changed, make_model
 from rollout_core.errors import IntegrityError, TransferError, WorkerError
 from rollout_core.workers import SamplingParams
 from rollout_core.workers.digests import combined_digest, weight_digest
@@ -29,7 +29,8 @@ def start(folder):
         from gpu.vllm.setting import start
 
         return start(folder, tensor_parallel_size=2)
-    from gpu.sglang.setting import OPTIONS, POSITIONS, TIMEOUT
+    from gpu.sglang.setting import OPTIONS, TIMEOUT
+    from gpu.small import POSITIONS
     from rollout_core.workers import SGLangWorker
 
     options = {**OPTIONS, "tp_size": 2}

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpu.sglang.setting import changed, make_model, used_memory
+from gpu.small import Place, changed, make_model, used_memory
 from gpu.vllm.setting import start
-
-
-class Place:
-    """A running worker, the bytes that were in use before it, and models on the GPU that it is given."""
-
-    def __init__(self, worker, models, before):
-        self.worker, self.models, self.before = worker, models, before
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,9 @@ minutes."""
 
 from __future__ import annotations
 
+from gpu.small import POSITIONS
 from rollout_core.workers import VLLMWorker
 
-POSITIONS = 512
 TIMEOUT = 120
 CACHE = 16 << 30
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpu.sglang.reference import Reference
-from gpu.sglang.setting import used_memory
+from gpu.small import used_memory
 from rollout_core.errors import IntegrityError, WorkerError
 from rollout_core.testing.oracles import bytes_of
 from rollout_core.workers import SamplingParams
