@@ -48,6 +48,10 @@ def suite(name: str, engine: str, places: str, *words: str, alone: bool = False,
     return Task(name, site or engine, (engine, *places.split(), "-v", "-s", *words), alone=alone, gpus=gpus)
 
 
+def two(engine: str, site: str | None = None) -> Task:
+    return Task(f"two-{engine}", site or engine, (f"two-{engine}", "-v", "-s"), alone=True, gpus=2, most=240)
+
+
 LOAD = "--device cuda --dtype bfloat16 --graphs --concurrency 64 --requests 64 --repeats 3 --prompt-tokens 128 --response-tokens 64"
 CONTRACT = "tests/engines/contract"
 SERVERS = "test_w4_no_request or test_workers_share or test_a_model_of_another or test_w7"
@@ -79,7 +83,9 @@ TASKS = (
     suite("vllm-fp8", "vllm", "tests/gpu/vllm/test_vllm_fp8.py"),
     suite("sglang-fp8", "sglang", "tests/gpu/sglang/test_sglang_fp8.py"),
     suite("vllm-contract", "vllm", CONTRACT, "-k", "vllm-tied or vllm-untied"),
-    suite("two-gpus", "hf", "tests/gpu/two", alone=True, gpus=2, site="vllm"),
+    two("hf", site="vllm"),
+    two("vllm"),
+    two("sglang"),
 )
 
 
