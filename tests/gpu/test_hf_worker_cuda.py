@@ -69,7 +69,7 @@ def used_memory():
 def test_w6_nine_tenths_of_what_the_engine_held_come_back(tmp_path):
     """A model of a size that matters: the rest is what CUDA itself takes for a process."""
     config = Qwen2Config(
-        vocab_size=400_000,
+        vocab_size=1_000_000,
         hidden_size=2048,
         intermediate_size=2048,
         num_hidden_layers=1,

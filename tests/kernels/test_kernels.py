@@ -244,11 +244,31 @@ def test_views_of_a_bucket_are_kept_only_on_request_and_only_for_its_memory():
 def test_copy_table_serves_each_block_by_its_kernel():
     """Sizes and addresses that differ in what they are multiples of."""
     sizes = [5 * KIB16, 5 * KIB16, 5 * KIB16, 5 * KIB16 + 8]
-    sources = [bytes_at("cpu", size, skip, i) for i, (size, skip) in enumerate(zip(sizes, (0, 2, 0, 0), strict=True))]
-    targets = [bytes_at("cpu", size, skip, 9) for size, skip in zip(sizes, (0, 0, 2, 0), strict=True)]
-    table = CopyTable(np.array(sizes), torch.device("cpu"))
-    table.point(np.array([t.data_ptr() for t in sources]), np.array([t.data_ptr() for t in targets]))
-    counts = [0 if part is None else part.rows.numel() for part in (table.aligned, table.shifted, table.parts)]
-    assert counts == [5 + 5, 3, 2 + 5 + 1]
-    launching.copy(table)
-    assert all(map(torch.equal, sources, targets))
+    starts = [0, 6 * KIB16 + 2, 12 * KIB16, 18 * KIB16]
+    source = bytes_at("cpu", 24 * KIB16, 0, 1)
+    table = CopyTable(np.array(starts), np.array(sizes), torch.device("cpu"))
+    for _ in range(2):  # to other targets, the second time, of the same alignment
+        targets = [bytes_at("cpu", size, skip, 9) for size, skip in zip(sizes, (0, 0, 2, 0), strict=True)]
+        assert table.point(source.data_ptr(), np.array([t.data_ptr() for t in targets]))
+        counts = [0 if part is None else part.rows.numel() for part in (table.aligned, table.shifted, table.parts)]
+        assert counts == [5 + 5, 3, 2 + 5 + 1]
+        launching.copy(table)
+        for start, size, target in zip(starts, sizes, targets, strict=True):
+            assert torch.equal(source[start : start + size], target)
+
+
+def test_copy_table_keeps_its_entries_for_another_source():
+    """Only where its alignment is another do blocks change their kernel."""
+    size = 3 * KIB16
+    sources = [bytes_at("cpu", size, skip, seed) for seed, skip in enumerate((0, 0, 4))]
+    target = bytes_at("cpu", size, 0, 9)
+    table = CopyTable(np.array([0]), np.array([size]), torch.device("cpu"))
+    entries = []
+    for place, source in enumerate(sources):
+        assert table.point(source.data_ptr(), np.array([target.data_ptr()])) is (place == 0)
+        entries.append((table.aligned, table.shifted, table.parts))
+        launching.copy(table)
+        assert torch.equal(source, target)
+    assert entries[0][0] is entries[1][0] is not None
+    assert entries[2][0] is None
+    assert entries[2][1] is not None

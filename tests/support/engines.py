@@ -24,8 +24,11 @@ VLLM_CPU = {**CPU, "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nob
 VLLM_CUDA = {**CPU, "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_LOGGING_LEVEL": "WARNING", "TRITON_F32_DEFAULT": "ieee"}
 VLLM_ENVIRONMENT = {"cpu": VLLM_CPU, "cuda": VLLM_CUDA}[DEVICE]
 VLLM_CACHE = {"cpu": 32 << 20, "cuda": 256 << 20}[DEVICE]
+#: What has to be free on a GPU at the start: others may be at work on it.
+VLLM_SHARE = {"cpu": {}, "cuda": {"gpu_memory_utilization": 0.05}}[DEVICE]
 VLLM_SERVER = [
     *("--dtype=float32", "--enforce-eager", f"--max-model-len={POSITIONS}", f"--kv-cache-memory-bytes={VLLM_CACHE}"),
+    *(f"--{name.replace('_', '-')}={value}" for name, value in VLLM_SHARE.items()),
     *(["--enable-sleep-mode"] if DEVICE == "cuda" else []),
 ]
 SGLANG_SERVER = [
@@ -81,7 +84,7 @@ def running_worker(kind, folder):
             device=DEVICE,
             mode="stepped" if kind == "vllm" else "async",
             max_model_len=POSITIONS,
-            engine_options={"kv_cache_memory_bytes": VLLM_CACHE, "enforce_eager": True},
+            engine_options={"kv_cache_memory_bytes": VLLM_CACHE, "enforce_eager": True, **VLLM_SHARE},
             environment=VLLM_ENVIRONMENT if DEVICE == "cuda" else None,
             timeout=TIMEOUT,
         )

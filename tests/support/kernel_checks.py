@@ -51,7 +51,8 @@ def random_pairs(device: str, rng: random.Random, count: int, largest: int):
         dtype = rng.choice([torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.bool])
         size = rng.choice([0, 1, rng.randint(2, 40), rng.randint(0, largest // 10), rng.randint(0, largest)])
         skip = rng.choice([0, 0, 16, 4, rng.randint(1, 15)]) // dtype.itemsize * dtype.itemsize
-        tensor = bytes_at(device, size * dtype.itemsize, skip, rng.randint(0, 2**31)).view(dtype)
+        raw = bytes_at(device, size * dtype.itemsize, skip, rng.randint(0, 2**31))
+        tensor = (raw.bitwise_and_(1) if dtype is torch.bool else raw).view(dtype)  # of other bools copies differ
         pairs.append((f"w{i}", tensor[::2] if rng.random() < 0.1 else tensor))
     return pairs
 

@@ -29,8 +29,10 @@ class Lanes:
 
 
 def copy(table):
-    for source, target, size in zip(*(column.tolist() for column in (table.sources, table.targets, table.sizes)), strict=True):
-        ctypes.memmove(target, source, size)
+    for some in (table.aligned, table.shifted, table.parts):
+        if some is not None:
+            for start, target, size in zip(*(column.tolist() for column in (some.starts, some.targets, some.sizes)), strict=True):
+                ctypes.memmove(target, table.source + start, size)
 
 
 def digest_lanes(buffer):

@@ -112,7 +112,12 @@ def make_worker(kind: str, folder: Path, setting: Setting) -> Worker:
         return OwnVLLMWorker(str(folder), mode="stepped" if kind == "vllm" else "async", engine_options=options, **given)
     if kind == "sglang":
         if not is_cpu:
-            options |= {"mem_fraction_static": setting.share, "disable_cuda_graph": not setting.graphs}
+            # The attention of Triton: FlashAttention 3 is not in every build of SGLang's kernels.
+            options |= {
+                "mem_fraction_static": setting.share,
+                "disable_cuda_graph": not setting.graphs,
+                "attention_backend": "triton",
+            }
         return OwnSGLangWorker(str(folder), engine_options=options, **given)
     raise WorkerError(f"there is no bench of rollouts for {kind!r}: pass {', '.join(KINDS)}")
 

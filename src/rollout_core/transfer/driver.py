@@ -23,7 +23,10 @@ from rollout_core.transfer.protocol.steps import Came, Done, Failed, Gone, Post,
 from rollout_core.transfer.report import Observe, Step
 
 _OURS: Final = ("rollout_core.transfer.", "rollout_core.bucketing.")
-_FIRST_NAP: Final = 20e-6  # seconds between looks at bytes that are being moved
+#: Seconds: a move is looked at without a nap for so long, as the move of a bucket within a GPU takes a fraction of a millisecond, and
+#: a nap of any length at least 50 microseconds. Then naps begin.
+_AWAKE: Final = 1e-3
+_FIRST_NAP: Final = 50e-6
 _LONGEST_NAP: Final = 1e-3
 
 
@@ -59,7 +62,8 @@ class Driver(Generic[Machine]):
         self._work: deque[Any] = deque()
         self._moving: deque[tuple[Moving, Callable[[], Any]]] = deque()
         self._inbox: deque[tuple[int, bytes | TransferError]] = deque()
-        self._nap = _FIRST_NAP
+        self._nap = 0.0
+        self._awake_until = 0.0
 
     def update(self, carrier: SenderEnd | ReceiverEnd, first: Any = None, *, remark: Callable[[], str | None]) -> None:
         """``run``, and raise what it ended with, unless it ended well. A carrier that cannot be used again is closed. ``remark``:
@@ -135,7 +139,7 @@ class Driver(Generic[Machine]):
             return self._feed(*(instead or ()))
         if isinstance(result, tuple):
             self._moving.append(result)
-            self._nap = _FIRST_NAP
+            self._nap, self._awake_until = 0.0, time.monotonic() + _AWAKE
             result = []
         try:
             self._catch_up()
@@ -149,7 +153,8 @@ class Driver(Generic[Machine]):
             moving, event = self._moving.popleft()
             if not moving():  # if it raises instead, it is over, and nobody asks it again
                 self._moving.appendleft((moving, event))
-                self._nap = min(2 * self._nap, _LONGEST_NAP)
+                if time.monotonic() >= self._awake_until:
+                    self._nap = min(max(_FIRST_NAP, 2 * self._nap), _LONGEST_NAP)
                 return
             self._feed(event())
 

@@ -19,7 +19,7 @@ import transformers
 from rollout_core.errors import IntegrityError, PlanMismatchError, TransferError, WorkerError
 from rollout_core.workers import SamplingParams, SGLangServerWorker, VLLMServerWorker, VLLMWorker
 from rollout_core.workers.digests import combined_digest, weight_digest
-from support.engines import DEVICE, ENGINE, POSITIONS, VLLM_CACHE, VLLM_ENVIRONMENT, changed, running_server, started
+from support.engines import DEVICE, ENGINE, POSITIONS, VLLM_CACHE, VLLM_ENVIRONMENT, VLLM_SHARE, changed, running_server, started
 from support.rank_faults import FILE
 
 PROMPTS = [[5], [17, 3, 60], list(range(100, 137)), [9, 2, 2, 12, 7, 55]]
@@ -83,6 +83,7 @@ def worker_of(kind, folder, faults):
             engine_options={
                 "tensor_parallel_size": 2,
                 "kv_cache_memory_bytes": VLLM_CACHE,
+                **VLLM_SHARE,
                 "enforce_eager": True,
                 "worker_extension_cls": "support.rank_faults_vllm.FaultyExtension",
             },

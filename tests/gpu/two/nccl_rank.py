@@ -15,14 +15,14 @@ from rollout_core.bucketing import plan_buckets, specs_of
 from rollout_core.transfer import DirectWeights, receive, send
 from rollout_core.transfer.carriers.collective import CollectiveReceiver, CollectiveSender
 
-CAPACITY, ROUNDS = 256 << 20, 7
+CAPACITY, LAYERS, ROUNDS = 1 << 30, 64, 7  # layers of 128 MiB
 
 rank, size, port = map(int, sys.argv[1:])
 torch.cuda.set_device(rank)
 device = torch.device("cuda", rank)
 dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size, device_id=device)
 torch.manual_seed(rank)
-weights = {f"layer{number}": torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for number in range(16)}
+weights = {f"layer{number}": torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for number in range(LAYERS)}
 plan = plan_buckets(specs_of(weights), CAPACITY)
 target = DirectWeights(weights)
 end = CollectiveSender(host="127.0.0.1") if rank == 0 else CollectiveReceiver()

@@ -11,7 +11,13 @@ from rollout_core.workers import SamplingParams
 
 PROMPTS = [[5], [17, 3, 60], list(range(100, 137))]
 GREEDY = SamplingParams(response_length=16, ignore_eos=True)
-OPTIONS = {"quantization": "fp8", "enforce_eager": True, "compilation_config": {"mode": 0}, "kv_cache_memory_bytes": 256 << 20}
+OPTIONS = {
+    "quantization": "fp8",
+    "enforce_eager": True,
+    "compilation_config": {"mode": 0},
+    "kv_cache_memory_bytes": 256 << 20,
+    "gpu_memory_utilization": 0.05,
+}
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 

@@ -137,32 +137,57 @@ def _store_part(address, start, end, words, WORDS: tl.constexpr):
             tl.store(bytes_ + at, (words >> (8 * k)).to(tl.uint8), mask=(at >= start) & (at < end))
 
 
+@triton.jit
+def _aligned_sources(i, blocks, ones, others, splits, ends, bases, word):
+    """Pointers to the words of entry ``i`` of ``gather_aligned``, its block, and how many vectors it has."""
+    block = tl.load(blocks + i)
+    split = tl.multiple_of(tl.load(splits + i), 4)
+    begin = block * tl.full((), SIZE, tl.int64)
+    one = tl.load(bases + tl.load(ones + i)) + begin
+    other = tl.load(bases + tl.load(others + i)) + begin
+    source = tl.where(word < split, _vectors(one), _vectors(other)) + word
+    # Four words in a row are of one source: newer compilers do not find it out. The hint has to be where the pointers are made.
+    return tl.max_contiguous(tl.multiple_of(source, [1, 1, 16]), [1, 1, 4]), block, tl.load(ends + i) // 4
+
+
 @triton.jit(do_not_specialize=["target", "count"])
 def gather_aligned(target, count, blocks, ones, others, splits, ends, bases, partials, DIGEST: tl.constexpr):
     """Fill blocks of a buffer at ``target`` that have one source or two, and all on multiples of 16 bytes.
 
     Entry ``i`` is block ``blocks[i]``: its words before ``splits[i]`` are of row ``ones[i]``, those after of row ``others[i]``, up
     to ``ends[i]``, where the buffer ends. Byte ``k`` of the buffer is read at ``bases[row] + k``. With DIGEST each
-    program's lanes go to ``partials``.
+    program's lanes go to ``partials``, and each loads its next block while it digests one.
     """
     word = _word()
-    lanes = _no_lanes()
-    for i in range(tl.program_id(0), count, tl.num_programs(0)):
-        block = tl.load(blocks + i)
-        end = tl.multiple_of(tl.load(ends + i), 4)
-        split = tl.multiple_of(tl.load(splits + i), 4)
-        begin = block * tl.full((), SIZE, tl.int64)
-        one = tl.load(bases + tl.load(ones + i)) + begin
-        other = tl.load(bases + tl.load(others + i)) + begin
-        source = tl.where(word < split, _vectors(one), _vectors(other)) + word
-        # Four words in a row are of one source: newer compilers do not find it out.
-        source = tl.max_contiguous(tl.multiple_of(source, [1, 1, 16]), [1, 1, 4])
-        words = tl.load(source, mask=word < end, other=0)
-        tl.store(_vectors(target + begin) + word, words, mask=word < end)
-        if DIGEST:
-            lanes = _add_block(lanes, words, block)
     if DIGEST:
+        lanes = _no_lanes()
+        step = tl.num_programs(0)
+        source, block, vectors = _aligned_sources(tl.program_id(0), blocks, ones, others, splits, ends, bases, word)
+        words = tl.load(source, mask=word < vectors * 4, other=0)
+        for i in range(tl.program_id(0), count, step):
+            following = tl.minimum(i + step, count - 1)
+            source, next_block, next_vectors = _aligned_sources(following, blocks, ones, others, splits, ends, bases, word)
+            address = _vectors(target + block * tl.full((), SIZE, tl.int64))
+            tl.store(address + word, words, mask=word < vectors * 4)
+            next_words = tl.load(source, mask=word < next_vectors * 4, other=0)
+            lanes = _add_block(lanes, words, block)
+            words, block, vectors = next_words, next_block, next_vectors
         _store_lanes(partials, lanes)
+    else:
+        for i in range(tl.program_id(0), count, tl.num_programs(0)):
+            source, block, vectors = _aligned_sources(i, blocks, ones, others, splits, ends, bases, word)
+            address = _vectors(target + block * tl.full((), SIZE, tl.int64))
+            tl.store(address + word, tl.load(source, mask=word < vectors * 4, other=0), mask=word < vectors * 4)
+
+
+@triton.jit(do_not_specialize=["target"])
+def gather_whole(target, blocks, sources):
+    """Copy whole blocks, a program for each: block ``blocks[i]`` from address ``sources[i]``, a multiple of 16. Nothing that is
+    loaded depends on something else that is, except the bytes."""
+    i = tl.program_id(0)
+    word = tl.arange(0, SIZE // 4)
+    begin = tl.load(blocks + i) * tl.full((), SIZE, tl.int64)
+    tl.store(_vectors(target + begin) + word, tl.load(_vectors(tl.load(sources + i)) + word))
 
 
 @triton.jit
@@ -193,9 +218,9 @@ def gather_shifted(target, count, blocks, ones, bases, partials, DIGEST: tl.cons
         _store_lanes(partials, lanes)
 
 
-@triton.jit(do_not_specialize=["target", "nbytes", "count"])
+@triton.jit(do_not_specialize=["target", "count", "nbytes"])
 def gather_parts(
-    target, nbytes, count, blocks, rows, stops, bases, row_starts, row_ends, partials, DIGEST: tl.constexpr
+    target, count, blocks, rows, stops, bases, row_starts, row_ends, nbytes, partials, DIGEST: tl.constexpr
 ):  # fmt: skip
     """Fill blocks of any content: block ``blocks[i]`` has parts of the rows ``rows[i]`` to ``stops[i]``. Row ``r`` is the bytes
     ``row_starts[r]`` to ``row_ends[r]`` of the buffer, read at ``bases[r] + row_starts[r]``. What no row has becomes 0."""
@@ -266,36 +291,30 @@ def digest_rows(count, payloads, rows, table, partials):
             _store_block(partials + 2 * i, tl.permute(tl.reshape(part, [ROWS, COLUMNS, 4]), [1, 0, 2]), block)
 
 
-@triton.jit(do_not_specialize=["count"])
-def copy_aligned(count, rows, places, sources, targets, sizes):
-    """Copy ``sizes[r]`` bytes from address ``sources[r]`` to ``targets[r]``, all multiples of 16: entry ``i`` is the block of row
-    ``rows[i]`` that begins at its byte ``places[i]``. The targets overlap neither each other nor a source."""
-    word = _word()
-    for i in range(tl.program_id(0), count, tl.num_programs(0)):
-        row, begin = tl.load(rows + i), tl.load(places + i)
-        end = tl.multiple_of((tl.load(sizes + row) - begin) // 4, 4)
-        source, target = tl.load(sources + row) + begin, tl.load(targets + row) + begin
-        words = tl.load(_vectors(source) + word, mask=word < end, other=0)
-        tl.store(_vectors(target) + word, words, mask=word < end)
+@triton.jit(do_not_specialize=["source"])
+def copy_aligned(source, starts, targets, sizes):
+    """Copy ``sizes[i]`` bytes, a block at most, from ``source + starts[i]`` to address ``targets[i]``, all multiples of 16; a
+    program for each. The targets overlap neither each other nor a source."""
+    i = tl.program_id(0)
+    word = tl.arange(0, SIZE // 4)
+    inside = word < tl.multiple_of(tl.load(sizes + i) // 4, 4)
+    words = tl.load(_vectors(source + tl.load(starts + i)) + word, mask=inside)
+    tl.store(_vectors(tl.load(targets + i)) + word, words, mask=inside)
 
 
-@triton.jit(do_not_specialize=["count"])
-def copy_shifted(count, rows, places, sources, targets, sizes):
+@triton.jit(do_not_specialize=["source"])
+def copy_shifted(source, starts, targets, sizes):
     """``copy_aligned`` for whole blocks from any address to a multiple of 16. The 3 bytes before and after the block are read, too;
     ``sizes`` are not."""
+    i = tl.program_id(0)
     word = _word()
-    for i in range(tl.program_id(0), count, tl.num_programs(0)):
-        row, begin = tl.load(rows + i), tl.load(places + i)
-        words = _load_shifted(tl.load(sources + row) + begin, word)
-        tl.store(_vectors(tl.load(targets + row) + begin) + word, words)
+    tl.store(_vectors(tl.load(targets + i)) + word, _load_shifted(source + tl.load(starts + i), word))
 
 
-@triton.jit(do_not_specialize=["count"])
-def copy_parts(count, rows, places, sources, targets, sizes):
-    """``copy_aligned`` for rows of any address and size."""
+@triton.jit(do_not_specialize=["source"])
+def copy_parts(source, starts, targets, sizes):
+    """``copy_aligned`` for any addresses and sizes."""
+    i = tl.program_id(0)
     zero = tl.full((), 0, tl.int64)
-    for i in range(tl.program_id(0), count, tl.num_programs(0)):
-        row, begin = tl.load(rows + i), tl.load(places + i)
-        end = tl.minimum(tl.load(sizes + row) - begin, SIZE)
-        source, target = tl.load(sources + row) + begin, tl.load(targets + row) + begin
-        _store_part(target, zero, end, _load_part(source, zero, end, SIZE // 4), SIZE // 4)
+    end = tl.load(sizes + i)
+    _store_part(tl.load(targets + i), zero, end, _load_part(source + tl.load(starts + i), zero, end, SIZE // 4), SIZE // 4)

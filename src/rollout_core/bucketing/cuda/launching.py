@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
@@ -16,13 +17,15 @@ from rollout_core.bucketing.cuda.tables import CopyTable, Integers, PackTable, o
 from rollout_core.bucketing.digest import BLOCK_NBYTES, Lanes, block_multilinear_by_torch
 
 _MASK: Final = (1 << 64) - 1
-#: Of a program that digests: with one column of a block for each thread, the keys are constants.
+#: Of a program that digests: with one column of a block for each thread, the keys are constants; with two, as in a pass that copies
+#: as well, there is room to load the next block meanwhile. And how many such programs a multiprocessor has, in turns.
 _WARPS: Final = 4
-#: Programs for each multiprocessor that digest, in turns; those that only copy are best one for each block, with as many threads as
-#: serve it in two accesses each. Measured on an H200.
 _DIGESTING: Final = 4
-_COPYING: Final = 1 << 20
+_FUSED_WARPS: Final = 2
+_FUSED: Final = 6
+#: Programs that only copy are one for each block. Measured on an H200, like those above.
 _COPYING_WARPS: Final = 16
+_JOINING_WARPS: Final = 8
 _PARTS_WARPS: Final = 8
 
 
@@ -90,47 +93,56 @@ def gather(table: PackTable, buffer: torch.Tensor, *, digest: bool) -> Partials 
     device."""
     device, target, bases = buffer.device, buffer.data_ptr(), table.bases
     kernels = _kernels()
-    each = _DIGESTING if digest else _COPYING
-    launches: list[tuple[Any, int, int, tuple[Any, ...]]] = []  # kernel, blocks, warps, arguments
-    if table.aligned is not None:
-        a = table.aligned
-        count = a.blocks.numel()
-        launches.append(
-            (kernels.gather_aligned, count, _COPYING_WARPS, (target, count, a.blocks, a.ones, a.others, a.splits, a.ends, bases))
-        )
-    if table.shifted is not None:
-        s = table.shifted
-        count = s.blocks.numel()
-        launches.append((kernels.gather_shifted, count, _PARTS_WARPS, (target, count, s.blocks, s.ones, bases)))
-    if table.parts is not None:
-        p = table.parts
-        count = p.blocks.numel()
-        rows = (bases, table.row_starts, table.row_ends)
-        launches.append(
-            (kernels.gather_parts, count, _PARTS_WARPS, (target, table.nbytes, count, p.blocks, p.rows, p.stops, *rows))
-        )
-    grids = [_programs(device, each, count) for _, count, _, _ in launches]
+    launches: list[_Launch] = []
+    if (a := table.aligned if digest else table.joined) is not None:
+        columns = (a.ones, a.others, a.splits, a.ends, bases)
+        launches.append(_Launch(kernels.gather_aligned, a.blocks, columns, _JOINING_WARPS, _FUSED_WARPS, _FUSED))
+    if (s := table.shifted) is not None:
+        launches.append(_Launch(kernels.gather_shifted, s.blocks, (s.ones, bases)))
+    if (p := table.parts) is not None:
+        columns = (p.rows, p.stops, bases, table.row_starts, table.row_ends, table.nbytes)
+        launches.append(_Launch(kernels.gather_parts, p.blocks, columns))
+    counts = [one.blocks.numel() for one in launches]
+    grids = counts if not digest else [_programs(device, one.each, count) for one, count in zip(launches, counts, strict=True)]
     partials = _partials(device, sum(grids)) if digest else None
     done = 0
     with _on(device):
-        for (kernel, _, warps, arguments), programs in zip(launches, grids, strict=True):
+        if table.whole is not None and not digest:
+            blocks = table.whole.blocks
+            kernels.gather_whole[(blocks.numel(),)](target, blocks, table.whole.sources, num_warps=_COPYING_WARPS)
+        for one, count, programs in zip(launches, counts, grids, strict=True):
             part = None if partials is None else partials[done:]
-            kernel[(programs,)](*arguments, part, digest, num_warps=_WARPS if digest else warps)
+            warps = one.digesting_warps if digest else one.warps
+            one.kernel[(programs,)](target, count, one.blocks, *one.columns, part, digest, num_warps=warps)
             done += programs
     return None if partials is None else Partials(partials)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """Of a gathering kernel: ``warps`` of a program that only copies, of which there is one for each block; ``digesting_warps`` of
+    one that digests, too, of which a multiprocessor has ``each``."""
+
+    kernel: Any
+    blocks: torch.Tensor
+    columns: tuple[Any, ...]
+    warps: int = _PARTS_WARPS
+    digesting_warps: int = _WARPS
+    each: int = _DIGESTING
 
 
 def copy(table: CopyTable) -> None:
     """Copy every row of a table. Nothing waits for the device."""
     kernels = _kernels()
-    entries = ((kernels.copy_aligned, table.aligned), (kernels.copy_shifted, table.shifted), (kernels.copy_parts, table.parts))
+    entries = (
+        (kernels.copy_aligned, table.aligned, _COPYING_WARPS),
+        (kernels.copy_shifted, table.shifted, _PARTS_WARPS),
+        (kernels.copy_parts, table.parts, _PARTS_WARPS),
+    )
     with _on(table.device):
-        for kernel, some in entries:
+        for kernel, some, warps in entries:
             if some is not None:
-                count = some.rows.numel()
-                warps = _COPYING_WARPS if kernel is kernels.copy_aligned else _PARTS_WARPS
-                addresses = (table.sources, table.targets, table.sizes)
-                kernel[(count,)](count, some.rows, some.places, *addresses, num_warps=warps)
+                kernel[(some.sizes.numel(),)](table.source, some.starts, some.targets, some.sizes, num_warps=warps)
 
 
 def _partials(device: torch.device, programs: int) -> torch.Tensor:

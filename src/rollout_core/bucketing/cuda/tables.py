@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,27 @@ class Aligned:
     others: torch.Tensor
     splits: torch.Tensor
     ends: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Blocks for ``kernels.gather_whole``: int32 ``blocks``, int64 ``rows`` and ``begins`` in the bucket, and ``sources``, the
+    addresses, which are made of the rows' bases."""
+
+    blocks: torch.Tensor
+    rows: torch.Tensor
+    begins: torch.Tensor
+    sources: torch.Tensor
+
+    @classmethod
+    def of(cls, device: torch.device, blocks: Integers, rows: Integers, bases: torch.Tensor) -> Whole:
+        begins = on_device(device, blocks * BLOCK_NBYTES)
+        on_rows = on_device(device, rows)
+        return cls(_narrow(device, blocks), on_rows, begins, bases[on_rows] + begins)
+
+    def moved(self, bases: torch.Tensor) -> Whole:
+        """From other bases: what was launched before may still read those before."""
+        return replace(self, sources=bases[self.rows] + self.begins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +107,9 @@ class PackTable:
         self._order = Order(device)
         self.bases = self.row_starts  # until the first point()
         self.aligned: Aligned | None = None
+        #: The aligned blocks once more, for who does not digest: whole ones of one row, and the others.
+        self.whole: Whole | None = None
+        self.joined: Aligned | None = None
         self.shifted: Shifted | None = None
         self.parts: Parts | None = None
 
@@ -101,6 +125,8 @@ class PackTable:
             if self._fit is None or not np.array_equal(fit, self._fit):
                 self._fit = fit
                 self._lay_out(fit)
+            elif self.whole is not None:
+                self.whole = self.whole.moved(self.bases)
         self.use(new=new)
         return new
 
@@ -110,7 +136,7 @@ class PackTable:
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         yield from (self.row_starts, self.row_ends, self.bases)
-        for part in (self.aligned, self.shifted, self.parts):
+        for part in (self.aligned, self.whole, self.joined, self.shifted, self.parts):
             if part is not None:
                 yield from (getattr(part, name) for name in part.__slots__)
 
@@ -118,15 +144,23 @@ class PackTable:
         """Give each block to a kernel: in new tensors, too."""
         device, blocks = self.device, self._blocks
         aligned, shifted, parts = blocks.by_kernel(fit)
-        self.aligned = self.shifted = self.parts = None
+        self.aligned = self.whole = self.joined = self.shifted = self.parts = None
         if len(aligned):
-            columns = (aligned, *(column[aligned] for column in (blocks.rows, blocks.lasts, blocks.splits, blocks.last_words)))
-            self.aligned = Aligned(*(_narrow(device, column) for column in columns))
+            is_whole = (blocks.splits[aligned] * 4) == BLOCK_NBYTES
+            whole, joined = aligned[is_whole], aligned[~is_whole]
+            self.aligned = self._aligned(aligned)
+            self.whole = Whole.of(device, whole, blocks.rows[whole], self.bases) if len(whole) else None
+            self.joined = self._aligned(joined) if len(joined) else None
         if len(shifted):
             self.shifted = Shifted(_narrow(device, shifted), _narrow(device, blocks.rows[shifted]))
         if len(parts):
             columns = (parts, blocks.rows[parts], blocks.stops[parts])
             self.parts = Parts(*(_narrow(device, column) for column in columns))
+
+    def _aligned(self, numbers: Integers) -> Aligned:
+        blocks = self._blocks
+        columns = (numbers, *(column[numbers] for column in (blocks.rows, blocks.lasts, blocks.splits, blocks.last_words)))
+        return Aligned(*(_narrow(self.device, column) for column in columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,59 +201,81 @@ class _Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """Blocks of rows for one of the copying kernels: int32 ``rows``, int64 ``places``."""
+    """Blocks for one of the copying kernels: int64 ``starts`` in the source and ``targets``, int32 ``sizes``; and of which row each
+    is, and where in it."""
 
+    starts: torch.Tensor
+    targets: torch.Tensor
+    sizes: torch.Tensor
     rows: torch.Tensor
     places: torch.Tensor
 
+    def moved(self, addresses: torch.Tensor) -> Entries:
+        """To rows that are elsewhere: what was launched before may still read the targets of before."""
+        return replace(self, targets=addresses[self.rows] + self.places)
+
 
 class CopyTable:
-    """Ranges of memory on one device and where they are copied to: rows of ``sizes`` bytes, cut into blocks."""
+    """Ranges of one piece of memory on a device and the addresses that they are copied to: rows of ``sizes`` bytes from byte
+    ``starts`` on, cut into blocks."""
 
-    def __init__(self, sizes: Integers, device: torch.device) -> None:
+    def __init__(self, starts: Integers, sizes: Integers, device: torch.device) -> None:
         self.device = device
+        self.source = 0  # until the first point()
         self._order = Order(device)
-        self._sizes = sizes
+        self._starts, self._sizes = starts, sizes
         counts = -(-sizes // BLOCK_NBYTES)
         self._rows = np.repeat(np.arange(len(sizes)), counts)
         self._places = (np.arange(len(self._rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * BLOCK_NBYTES
-        self._known: tuple[Integers, Integers] | None = None
+        self._known: Integers | None = None
         self._fit: Integers | None = None
-        self.sizes = self.sources = self.targets = on_device(device, sizes)
         self.aligned: Entries | None = None
         self.shifted: Entries | None = None
         self.parts: Entries | None = None
 
-    def point(self, sources: Integers, targets: Integers) -> bool:
-        """Take in each row's addresses; whether any of them is new."""
-        known = self._known
-        new = known is None or not (np.array_equal(sources, known[0]) and np.array_equal(targets, known[1]))
-        if new:
-            self._known = (sources, targets)
-            self.sources, self.targets = on_device(self.device, sources), on_device(self.device, targets)
-            fit = (sources % _VECTOR == 0) + 2 * (targets % _VECTOR == 0)
-            if self._fit is None or not np.array_equal(fit, self._fit):
-                self._fit = fit
-                self._lay_out(fit)
-        self._order.keep(self._tensors(), new=new)
+    def point(self, source: int, targets: Integers) -> bool:
+        """Take in where the source and each row's target are; whether a target is new. Another source costs nothing: it is a number
+        that the kernels are told."""
+        self.source = source
+        new = self._known is None or not np.array_equal(targets, self._known)
+        fit = ((source + self._starts) % _VECTOR == 0) + 2 * (targets % _VECTOR == 0)
+        other = self._fit is None or not np.array_equal(fit, self._fit)
+        if new or other:
+            self._known, self._fit = targets, fit
+            addresses = on_device(self.device, targets)
+            if other:
+                self._lay_out(fit, addresses)
+            else:
+                self.aligned, self.shifted, self.parts = (
+                    some and some.moved(addresses) for some in (self.aligned, self.shifted, self.parts)
+                )
+        self._order.keep(self._tensors(), new=new or other)
         return new
 
     def _tensors(self) -> Iterator[torch.Tensor]:
-        yield from (self.sizes, self.sources, self.targets)
         for some in (self.aligned, self.shifted, self.parts):
             if some is not None:
-                yield from (some.rows, some.places)
+                yield from (getattr(some, name) for name in some.__slots__)
 
-    def _lay_out(self, fit: Integers) -> None:
+    def _lay_out(self, fit: Integers, addresses: torch.Tensor) -> None:
         left = self._sizes[self._rows] - self._places
         aligned = (fit[self._rows] == 3) & ((left >= BLOCK_NBYTES) | (left % _VECTOR == 0))
         shifted = (fit[self._rows] == 2) & (left >= BLOCK_NBYTES + 4) & (self._places > 0)
-        self.aligned, self.shifted, self.parts = map(self._entries, (aligned, shifted, ~aligned & ~shifted))
+        chosen = (aligned, shifted, ~aligned & ~shifted)
+        self.aligned, self.shifted, self.parts = (self._entries(some, left, addresses) for some in chosen)
 
-    def _entries(self, chosen: npt.NDArray[np.bool_]) -> Entries | None:
+    def _entries(self, chosen: npt.NDArray[np.bool_], left: Integers, addresses: torch.Tensor) -> Entries | None:
         if not chosen.any():
             return None
-        return Entries(_narrow(self.device, self._rows[chosen]), on_device(self.device, self._places[chosen]))
+        rows, places = self._rows[chosen], self._places[chosen]
+        on_rows, on_places = on_device(self.device, rows), on_device(self.device, places)
+        return Entries(
+            starts=on_device(self.device, self._starts[rows] + places),
+            targets=addresses[on_rows] + on_places,
+            sizes=_narrow(self.device, np.minimum(left[chosen], BLOCK_NBYTES)),
+            rows=on_rows,
+            places=on_places,
+        )
 
 
 def _narrow(device: torch.device, array: Integers) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -17,12 +18,13 @@ class Scattering:
 
     def __init__(self, slots: Sequence[Slot], device: torch.device) -> None:
         count = len(slots)
-        self._offsets = np.fromiter((slot.offset for slot in slots), np.int64, count)
-        self._starts = np.fromiter((slot.start for slot in slots), np.int64, count)
-        self._table = CopyTable(np.fromiter((slot.nbytes for slot in slots), np.int64, count), device)
+        offsets, self._starts, sizes = (
+            np.fromiter(map(attrgetter(word), slots), np.int64, count) for word in ("offset", "start", "nbytes")
+        )
+        self._table = CopyTable(offsets, sizes, device)
 
     def write(self, buffer: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:
         """Write the slots' bytes of ``buffer`` into ``targets``, one whole tensor for each slot."""
         addresses = np.fromiter(map(torch.Tensor.data_ptr, targets), np.int64, len(targets))
-        self._table.point(buffer.data_ptr() + self._offsets, addresses + self._starts)
+        self._table.point(buffer.data_ptr(), addresses + self._starts)
         launching.copy(self._table)

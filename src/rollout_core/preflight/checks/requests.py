@@ -45,7 +45,9 @@ def batch_holds(context: Context) -> str:
         params = SamplingParams(response_length=length, n=samples, temperature=heat, seed=seed)
         completions = _check_rows(context, params, eos)
         if repeats:
-            expect(completions == context.running().generate(context.prompts, params), "the same seed gave other samples")
+            again = context.running().generate(context.prompts, params)
+            # Not the logprobs: on a GPU what is computed beside other requests differs in its last bits.
+            expect(_tokens_of(completions) == _tokens_of(again), "the same seed gave other samples")
         rows += len(completions)
         ended += sum(completion.status == "stop" for completion in completions)
     if not repeats:  # greedy ones do
@@ -60,6 +62,10 @@ def batch_holds(context: Context) -> str:
     expected = tokens[: tokens.index(stop) + 1]
     expect(cut == expected, f"{longest.place}: with stop id {stop} it is {list(cut)}, expected {list(expected)}")
     return f"{rows + len(stopped)} rows hold, {ended} ended by an EOS, and one by a stop id"
+
+
+def _tokens_of(completions: list[Completion]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(completion.status, tuple(completion.token_ids)) for completion in completions]
 
 
 def _check_rows(context: Context, params: SamplingParams, ends: set[int]) -> list[Completion]:

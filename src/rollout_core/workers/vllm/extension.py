@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -15,6 +16,8 @@ from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Exp
 from rollout_core.workers.digests import algorithm_on, weight_digests
 from rollout_core.workers.shards import WHOLE, Shard
 from rollout_core.workers.vllm.readback import AbsentWeight, modules_of, read_part, read_weight
+
+_MAY_BE_NAN: Final = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 class RolloutExtension(WorkerExtension):
@@ -50,6 +53,20 @@ class RolloutExtension(WorkerExtension):
             if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
+    def _rollout_core_nan(self) -> str | None:
+        """Which weight has a NaN, on a GPU.
+
+        vLLM 0.26 feeds what it samples to its next step before anybody looks at it. From NaN logits that is no token, the embedding
+        of which ends the process (``index out of bounds``, a device-side assert); on a CPU it is noticed in time.
+        """
+        if self.device.type != "cuda":  # type: ignore[attr-defined]
+            return None
+        weights = {name: weight for name, weight in self._rollout_core_model().named_parameters() if weight.dtype in _MAY_BE_NAN}
+        if not weights or not torch.nn.utils.get_total_norm(weights.values(), math.inf).isnan():
+            return None
+        names = [name for name, weight in weights.items() if weight.isnan().any()]
+        return f"{names[0]!r} has a NaN ({len(names)} tensors have): check what the trainer sends"
+
     def rollout_core_carry_out(self, command: str) -> dict[str, Any]:
         """One of ``workers.commands`` as JSON; the answer as what JSON can say, which is all that a server lets through."""
         # An error that left this would be handed on as its text alone; and of several workers vLLM 0.32 would take what they
@@ -62,7 +79,7 @@ class RolloutExtension(WorkerExtension):
         target = self._rollout_core_target()
         answer = msgspec.structs.replace(
             answer,
-            unusable=target.unusable,
+            unusable=answer.unusable or target.unusable,
             version=target.version,
             loading=self.rollout_core_loading(),
             device=str(self.device),  # type: ignore[attr-defined]
@@ -102,6 +119,7 @@ class RolloutExtension(WorkerExtension):
                     return Answer(failed=cause_of(failure))
                 if mend:
                     self.rollout_core_mend()
+                    return Answer(unusable=self._rollout_core_nan())
             case Receive():
                 raise WorkerError("vLLM has calls of its own for updates")
         return Answer()
