@@ -10,6 +10,7 @@ import torch
 from rollout_core.bucketing import Packer, Unpacker, plan_buckets, specs_of, unpack
 from rollout_core.bucketing.cuda import launching
 from rollout_core.bucketing.digest import block_multilinear_by_torch
+from rollout_core.bucketing.tensors import view_key
 from rollout_core.testing import check_packer
 from support.kernel_checks import BLOCK, bytes_at, check_packing, check_unpacking, picture, random_pairs
 
@@ -144,7 +145,7 @@ class OnGpu:
 
     def pack(self, named_tensors, capacity, groups=()):
         moved = {}  # a tied tensor stays one
-        pairs = [(name, moved.setdefault(id(tensor), tensor.cuda())) for name, tensor in named_tensors]
+        pairs = [(name, moved.setdefault(view_key(tensor) or name, tensor.cuda())) for name, tensor in named_tensors]
         self._plan = plan_buckets(specs_of(pairs), capacity, groups=groups)
         return list(Packer(self._plan).pack(pairs))
 

@@ -43,7 +43,7 @@ class Scatter:
         """Write every slot of a bucket into its tensor, a piece of a split one into its part of it."""
         way = self._way(layout, buffer.device)
         if way.scattering is not None:
-            way.scattering.write(buffer, [self.targets[slot.name] for slot in way.fast])
+            way.scattering.write(buffer, list(map(self.targets.__getitem__, way.fast)))
         for slot in way.others:
             part = as_bytes(self.targets[slot.name].detach())[slot.start : slot.start + slot.nbytes]
             part.copy_(buffer[slot.offset : slot.end])
@@ -60,16 +60,16 @@ class Scatter:
                 fast = tuple(slot for slot in slots if self.targets[slot.name].device == device)
                 if fast and launching.usable(device):
                     others = tuple(slot for slot in slots if self.targets[slot.name].device != device)
-                    found = _Way(fast, unpacking.Scattering(fast, device), others)
+                    found = _Way(tuple(slot.name for slot in fast), unpacking.Scattering(fast, device), others)
             self._ways[layout.index, device] = found
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """``fast``: the slots that a kernel writes."""
+    """``fast``: the names of the slots that a kernel writes."""
 
-    fast: tuple[Slot, ...]
+    fast: tuple[str, ...]
     scattering: Scattering | None
     others: tuple[Slot, ...]
 

@@ -74,6 +74,7 @@ class Unpacker:
         self._last_version = -1
         self._orders = _hand_out_orders(plan)
         self._recipes: dict[int, list[_Recipe]] = {}
+        self._written: dict[int, list[Pair]] = {}  # by bucket, of ``into``
         self.restart(version=version)
 
     def restart(self, *, version: int | None = None) -> None:
@@ -102,7 +103,7 @@ class Unpacker:
         self._next += 1
         if self._next == len(self.plan.buckets):
             self._last_version = bucket.version
-        if self._scatter is None and not is_written:
+        if self._joins:
             drop_joined(self._joins, layout)
         return pairs
 
@@ -149,8 +150,12 @@ class Unpacker:
     def _hand_out(self, layout: BucketLayout, buffer: torch.Tensor) -> list[Pair]:
         if self._scatter is not None:
             self._scatter.write(layout, buffer)
-            whole = [(slot.name, self._scatter.targets[slot.name]) for slot in self._orders[layout.index] if slot.is_tail]
-            return [pair for name, tensor in whole for pair in ((name, tensor), *self._others(name, tensor))]
+            written = self._written.get(layout.index)
+            if written is None:  # the tensors are the same in every round
+                whole = [(slot.name, self._scatter.targets[slot.name]) for slot in self._orders[layout.index] if slot.is_tail]
+                written = [pair for name, tensor in whole for pair in ((name, tensor), *self._others(name, tensor))]
+                self._written[layout.index] = written
+            return list(written)
         if self._kept is None:
             return self._views(layout, buffer)
         key = (buffer.data_ptr(), buffer.device)

@@ -23,7 +23,7 @@ from rollout_core.transfer.protocol.steps import Came, Done, Failed, Gone, Post,
 from rollout_core.transfer.report import Observe, Step
 
 _OURS: Final = ("rollout_core.transfer.", "rollout_core.bucketing.")
-#: Seconds: a move is looked at without a nap for so long, as the move of a bucket within a GPU takes a fraction of a millisecond, and
+#: Seconds: a move is looked at without a nap for so long, as that of a bucket within a GPU takes a fraction of a millisecond, and
 #: a nap of any length at least 50 microseconds. Then naps begin.
 _AWAKE: Final = 1e-3
 _FIRST_NAP: Final = 50e-6

@@ -92,6 +92,7 @@ class _Receiving:
         self._unpacker: Unpacker | StreamUnpacker | None = None
         self._version: int | None = None  # of an update that the target was told of
         self._applied = False
+        self._rendezvous = False  # as the sender says
         self._start = 0.0
         self._buckets, self._nbytes, self._loading = 0, 0, 0.0
 
@@ -158,7 +159,7 @@ class _Receiving:
 
     def _examine(self, hello: Hello) -> Examined:
         """Refuse by raising, before anything has changed."""
-        self._start = time.monotonic()
+        self._start, self._rendezvous = time.monotonic(), hello.rendezvous
         memory: JoinMemory | None = getattr(self._target, "memory_for", None)
         write: WriteBucket | None = getattr(self._target, "write_bucket", None)
         if hello.manifest:
@@ -195,8 +196,11 @@ class _Receiving:
         pairs = self._feed(filled, buffer)
         if pairs:
             self._target.load(pairs)
-        if buffer.is_cuda:  # the slot is given back when nothing reads it, on whatever stream
-            torch.cuda.synchronize(buffer.device)
+        if buffer.is_cuda:  # the slot is given back when nothing reads it any more
+            if self._rendezvous:  # the next bucket may be on its way to this GPU, and is not to be waited for
+                torch.cuda.current_stream(buffer.device).synchronize()
+            else:  # on whatever stream
+                torch.cuda.synchronize(buffer.device)
         self._buckets, self._nbytes = self._buckets + 1, self._nbytes + filled.nbytes
         self._loading += time.monotonic() - start
 

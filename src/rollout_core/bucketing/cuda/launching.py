@@ -36,6 +36,11 @@ def usable(device: torch.device) -> bool:
 
 def digest_lanes(buffer: torch.Tensor) -> Lanes:
     """``digest.block_multilinear`` of a 1-d uint8 tensor on a GPU, at any address."""
+    return begin_digest(buffer).wait()
+
+
+def begin_digest(buffer: torch.Tensor) -> Partials:
+    """``digest_lanes`` under way: nothing waits for the device yet. The buffer has to stay as it is for the current stream."""
     if buffer.data_ptr() % 16:
         buffer = buffer.clone()
     nbytes = buffer.numel()
@@ -51,7 +56,7 @@ def digest_lanes(buffer: torch.Tensor) -> Lanes:
             kernels.digest_aligned[(programs,)](buffer.data_ptr(), words, blocks, partials, num_warps=_WARPS)
         if rest > 0:
             kernels.digest_part[(1,)](buffer.data_ptr() + nbytes - rest, rest, blocks, partials[programs:], num_warps=_WARPS)
-    return _sum(partials)
+    return Partials(partials)
 
 
 def digest_rows(device: torch.device, addresses: Integers, sizes: Integers, firsts: Integers) -> torch.Tensor:
