@@ -11,7 +11,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from rollout_core.bucketing import plan_buckets, specs_of
+from rollout_core.bucketing import Packer, plan_buckets, specs_of
 from rollout_core.transfer import DirectWeights, receive, send
 from rollout_core.transfer.carriers.collective import CollectiveReceiver, CollectiveSender
 
@@ -26,6 +26,7 @@ weights = {f"layer{number}": torch.randn(8192, 8192, dtype=torch.bfloat16, devic
 plan = plan_buckets(specs_of(weights), CAPACITY)
 target = DirectWeights(weights)
 end = CollectiveSender(host="127.0.0.1") if rank == 0 else CollectiveReceiver()
+packers = {verify: Packer(plan, digest="auto" if verify else None) for verify in (False, True)}
 times = {"unverified": [], "verified": [], "floor": []}
 
 
@@ -39,7 +40,7 @@ def timed(kind, work):
 
 def update(verify):
     if rank == 0:
-        send(plan, weights, end, digest="auto" if verify else None, timeout=60)
+        send(plan, weights, end, packer=packers[verify], timeout=60)
     else:
         receive(end, target, verify=verify, timeout=60)
 

@@ -22,7 +22,7 @@ _MASK: Final = (1 << 64) - 1
 _WARPS: Final = 4
 _DIGESTING: Final = 4
 _FUSED_WARPS: Final = 2
-_FUSED: Final = 6
+_FUSED: Final = 5
 #: Programs that only copy are one for each block. Measured on an H200, like those above.
 _COPYING_WARPS: Final = 16
 _JOINING_WARPS: Final = 8
