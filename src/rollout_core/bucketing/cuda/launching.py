@@ -100,13 +100,13 @@ def gather(table: PackTable, buffer: torch.Tensor, *, digest: bool) -> Partials 
     kernels = _kernels()
     launches: list[_Launch] = []
     if (a := table.aligned if digest else table.joined) is not None:
-        columns = (a.ones, a.others, a.splits, a.ends, bases)
-        launches.append(_Launch(kernels.gather_aligned, a.blocks, columns, _JOINING_WARPS, _FUSED_WARPS, _FUSED))
+        aligned = (a.ones, a.others, a.splits, a.ends, bases)
+        launches.append(_Launch(kernels.gather_aligned, a.blocks, aligned, _JOINING_WARPS, _FUSED_WARPS, _FUSED))
     if (s := table.shifted) is not None:
         launches.append(_Launch(kernels.gather_shifted, s.blocks, (s.ones, bases)))
     if (p := table.parts) is not None:
-        columns = (p.rows, p.stops, bases, table.row_starts, table.row_ends, table.nbytes)
-        launches.append(_Launch(kernels.gather_parts, p.blocks, columns))
+        parts = (p.rows, p.stops, bases, table.row_starts, table.row_ends, table.nbytes)
+        launches.append(_Launch(kernels.gather_parts, p.blocks, parts))
     counts = [one.blocks.numel() for one in launches]
     grids = counts if not digest else [_programs(device, one.each, count) for one, count in zip(launches, counts, strict=True)]
     partials = _partials(device, sum(grids)) if digest else None
