@@ -37,6 +37,9 @@ def bench_command(
     layers: Annotated[
         int | None, typer.Option(min=1, help="rollout, sync: fewer layers than that has.", show_default=False)
     ] = None,
+    capacity: Annotated[
+        int | None, typer.Option(min=1, help="rollout, sync: MiB of a bucket, at most.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="rollout, pack: cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="rollout: float32 or bfloat16.")] = "float32",
     graphs: Annotated[bool, typer.Option("--graphs", help="rollout: with CUDA graphs.")] = False,
@@ -60,11 +63,12 @@ def bench_command(
         _pack(device, repeats or 20, plot, json)
         return
     if alone == SYNC:
-        _sync(shape, layers, repeats or 10, json)
+        _sync(shape, layers, capacity, repeats or 10, json)
         return
     if alone == ROLLOUT:
         load = {"concurrencies": concurrency or [1, 8], "requests": requests, "prompt_tokens": prompt_tokens}
         load |= {"response_tokens": response_tokens, "repeats": repeats or 5, "shape": shape, "layers": layers}
+        load |= {"capacity": capacity << 20} if capacity else {}
         _rollout(worker, model, load, {"device": device, "dtype": dtype, "graphs": graphs}, plot, json)
         return
     repeats = repeats or 21
@@ -129,10 +133,10 @@ def _rollout(
         _refuse(f"{error}: install the engine, and 'rollout-core[cli,hf]'")
 
 
-def _sync(shape: str, layers: int | None, repeats: int, json: Path | None) -> None:
+def _sync(shape: str, layers: int | None, capacity: int | None, repeats: int, json: Path | None) -> None:
     import torch
 
-    from rollout_core.bench.sync import bench_sync
+    from rollout_core.bench.sync import CAPACITY, bench_sync
     from rollout_core.bench.sync_report import print_sync, write_sync_json
     from rollout_core.errors import RolloutCoreError
 
@@ -142,7 +146,7 @@ def _sync(shape: str, layers: int | None, repeats: int, json: Path | None) -> No
     console = _console()
     try:
         with console.status(f"updates of {shape}"):
-            bench = bench_sync(shape, layers=layers, repeats=repeats)
+            bench = bench_sync(shape, layers=layers, capacity=capacity << 20 if capacity else CAPACITY, repeats=repeats)
     except RolloutCoreError as error:
         _refuse(str(error))
     print_sync(bench, console)

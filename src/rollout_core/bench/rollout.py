@@ -20,7 +20,7 @@ import torch
 
 from rollout_core.bench.models import config_of, random_weights, write_folder
 from rollout_core.bench.own_loops import Loop, Looped, OwnHFWorker, OwnSGLangWorker, OwnVLLMWorker
-from rollout_core.bench.timing import Timing, measure
+from rollout_core.bench.timing import Timing, keep_busy, measure
 from rollout_core.bucketing import SafetensorsSource
 from rollout_core.errors import WorkerError
 from rollout_core.workers.contract import SamplingParams
@@ -135,9 +135,11 @@ def bench_rollout(
     response_tokens: int = 32,
     repeats: int = 5,
     syncs: int = 5,
+    capacity: int | None = None,
     progress: Callable[[str], None] = lambda words: None,
 ) -> RolloutBench:
-    """Measure a worker of this kind on the model in a folder, or on a random one of ``shape``, see ``bench.models``."""
+    """Measure a worker of this kind on the model in a folder, or on a random one of ``shape``, see ``bench.models``. ``capacity``: of
+    the buckets of its updates, in bytes."""
     setting = setting or Setting()
     dtype = setting.torch_dtype
     with ExitStack() as stack:
@@ -154,7 +156,7 @@ def bench_rollout(
         progress(f"starting {kind}")
         worker = stack.enter_context(make_worker(kind, folder, setting))
         progress("updates of the weights")
-        sync = _sync(worker, weights, syncs)
+        sync = _sync(worker, weights, syncs, capacity)
         vocabulary = _vocabulary(folder)
         loads = []
         for concurrency in concurrencies:
@@ -231,11 +233,16 @@ def _load(worker: Worker, vocabulary: int, concurrency: int, requests: int, widt
     )
 
 
-def _sync(worker: Worker, weights: Mapping[str, torch.Tensor], repeats: int) -> Sync:
+def _sync(worker: Worker, weights: Mapping[str, torch.Tensor], repeats: int, capacity: int | None) -> Sync:
     """The first update, which fills caches and compiles, is not counted."""
     is_cpu = all(tensor.device.type == "cpu" for tensor in weights.values())
-    capacity = _CAPACITY if is_cpu else _GPU_CAPACITY
-    reports = [worker.sync_weights(weights, capacity=capacity) for _ in range(repeats + 1)][1:]
+    capacity = capacity or (_CAPACITY if is_cpu else _GPU_CAPACITY)
+    reports = []
+    for _ in range(repeats + 1):
+        if not is_cpu:
+            keep_busy()
+        reports.append(worker.sync_weights(weights, capacity=capacity))
+    del reports[0]
     return Sync(
         nbytes=reports[0].nbytes,
         buckets=reports[0].buckets,

@@ -1,5 +1,5 @@
 """Updates by CUDA IPC to another process on the same GPU, of a model of real shape: packed, moved and verified, beside one copy of
-the same bytes on that GPU, which is the least that packing can cost.
+the same bytes on that GPU, which is the least that packing can cost, and one digest of them, the least that verifying can.
 
 The receiver is this module, run by ``python -m``; ``discarded`` updates are verified there and dropped, ``loaded`` ones are copied
 into a model's tensors, too.
@@ -18,18 +18,22 @@ import msgspec
 import torch
 
 from rollout_core.bench.models import config_of, random_weights
-from rollout_core.bench.timing import Timing, measure
+from rollout_core.bench.timing import Timing, keep_busy, measure
 from rollout_core.bench.transfer import TIMEOUT, obey, receiver
 from rollout_core.bucketing import BucketPlan, Packer, plan_buckets, specs_of
 from rollout_core.bucketing.digest import DigestChoice
+from rollout_core.bucketing.digesting import BlockDigests
 from rollout_core.bucketing.sources import Pair
 from rollout_core.transfer import DirectWeights, receive, send
 from rollout_core.transfer.carriers.cuda_ipc import CudaIpcReceiver, CudaIpcSender
 
 FLOOR: Final = "one copy of the same bytes"
+DIGEST: Final = "one digest of the same bytes"
 VERIFIED: Final = "pack, move and verify"
 _DIGESTS: Final[tuple[DigestChoice, ...]] = ("auto", None)
 _PIECE: Final = 1 << 30  # bytes: both ends of the copy have to fit beside the model
+#: Of a bucket, of which there are two. Each costs a few hundred microseconds for messages, and for the GPU to change processes.
+CAPACITY: Final = 2 << 30
 
 
 class SyncBench(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,17 +53,17 @@ class SyncBench(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def bench_sync(
-    shape: str, *, layers: int | None = None, capacity: int = 512 << 20, repeats: int = 10, loaded: bool = True
+    shape: str, *, layers: int | None = None, capacity: int = CAPACITY, repeats: int = 10, loaded: bool = True
 ) -> SyncBench:
-    """Interleaved, after two turns that do not count. ``loaded``: also updates into tensors, for which the GPU has to have room for
-    the model twice."""
+    """Interleaved, after two turns that do not count, each after 50 ms of work on the GPU. ``loaded``: also updates into tensors,
+    for which the GPU has to have room for the model twice."""
     config = config_of(shape, layers)
     weights = random_weights(config, torch.bfloat16, "cuda")
     plan = plan_buckets(specs_of(weights), capacity)
     address = f"bench-{os.getpid()}"
     told = json.dumps({"address": address, "shape": shape, "layers": layers, "loaded": loaded})
     with receiver(__name__, told) as other, CudaIpcSender.listen(address, timeout=TIMEOUT) as end:
-        candidates: dict[str, Callable[[], Any]] = {FLOOR: _copier(plan.nbytes)}
+        candidates: dict[str, Callable[[], Any]] = {FLOOR: _copier(plan.nbytes), DIGEST: _digester(plan.nbytes)}
         for digest in _DIGESTS:
             packer = Packer(plan, digest=digest, allocate=_slots(plan))
             candidates["pack" + (", with digests" if digest else "")] = partial(_pack, packer, weights)
@@ -70,7 +74,7 @@ def bench_sync(
                 ) or f"the same{'' if digest else ', unverified'}, loaded"
                 update = partial(send, plan, weights, end, timeout=TIMEOUT, packer=Packer(plan, digest=digest))
                 candidates[name] = other.together(f"{word} {'verified' if digest else 'unverified'}", update)
-        timings = measure(candidates, repeats=repeats)
+        timings = measure(candidates, repeats=repeats, before=keep_busy)
     return SyncBench(
         model=shape if layers is None else f"{shape} with {layers} layers",
         nbytes=plan.nbytes,
@@ -93,6 +97,18 @@ def _copier(nbytes: int) -> Callable[[], None]:
         torch.cuda.synchronize()
 
     return copy
+
+
+def _digester(nbytes: int) -> Callable[[], None]:
+    source = torch.randint(0, 256, (min(nbytes, _PIECE),), dtype=torch.uint8, device="cuda")
+
+    def digest() -> None:
+        digests = BlockDigests[int]()
+        for start in range(0, nbytes, _PIECE):
+            digests.add(start, source, 0, min(_PIECE, nbytes - start))
+        digests.digests()
+
+    return digest
 
 
 def _slots(plan: BucketPlan) -> Callable[[int], torch.Tensor]:

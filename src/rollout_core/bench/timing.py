@@ -19,14 +19,22 @@ class Timing(msgspec.Struct, frozen=True):
     high: float
 
 
-def measure(candidates: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 2) -> dict[str, Timing]:
-    """Time each candidate ``repeats`` times, in turns, after ``warmup`` turns that do not count. The garbage collector is off."""
+def measure(
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    warmup: int = 2,
+    before: Callable[[], Any] = lambda: None,
+) -> dict[str, Timing]:
+    """Time each candidate ``repeats`` times, in turns, after ``warmup`` turns that do not count. ``before`` is called before each
+    and not timed. The garbage collector is off."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     gc.collect()
     gc.disable()
     try:
         for turn in range(warmup + repeats):
             for name, run in candidates.items():
+                before()
                 start = time.perf_counter()
                 result = run()
                 taken = time.perf_counter() - start
@@ -36,3 +44,15 @@ def measure(candidates: Mapping[str, Callable[[], Any]], *, repeats: int, warmup
     finally:
         gc.enable()
     return {name: Timing(statistics.median(taken), min(taken), max(taken)) for name, taken in seconds.items()}
+
+
+def keep_busy(seconds: float = 0.05) -> None:
+    """Have the GPU in use compute, as it does in training. Idle for 10 ms and more it lowers its clocks, and what it computes first
+    then takes longer than in a run: digests on an H200 1.3 to 1.6 times as long."""
+    import torch
+
+    end = time.perf_counter() + seconds
+    factor = torch.ones(4096, 4096, dtype=torch.bfloat16, device="cuda")
+    while time.perf_counter() < end:
+        factor @ factor
+        torch.cuda.synchronize()
