@@ -28,7 +28,7 @@ TOLD = re.compile(r"^(FAILED|ERROR|E  )|\d (passed|failed|error)|MiB|ms each| x 
 
 @dataclass(frozen=True)
 class Task:
-    """``words``: of ``run.py``, or with ``bench`` of ``rollout-core bench``. ``site``: whose packages. ``gpus``: how many it needs.
+    """``words``: of ``run.py``, or with ``bench`` of ``rollout-core bench``. ``site``: whose packages, ``+`` between two. ``gpus``: how many it needs.
     ``most``: seconds."""
 
     name: str
@@ -58,7 +58,7 @@ CONTRACT = "tests/engines/contract"
 SERVERS = "test_w4_no_request or test_workers_share or test_a_model_of_another or test_w7"
 TASKS = (
     bench("sync-7b", "vllm", "sync --shape Qwen2.5-7B", most=90),
-    bench("pack", "vllm", "pack --device cuda", most=150),
+    bench("pack", "vllm+sglang", "pack --device cuda", most=150),
     suite(
         "packing",
         "hf",
@@ -151,7 +151,8 @@ def begin_with(sites: Mapping[str, str], logs: Path) -> Callable[[Task, tuple[in
             [sys.executable, "-m", "rollout_core.cli", "bench"] if task.bench else [sys.executable, str(ROOT / "tests/gpu/run.py")]
         )
         more = ("--json", str(logs / f"{task.name}.json")) if task.bench else ()
-        path = os.pathsep.join(filter(None, [str(ROOT / "src"), sites.get(task.site, ""), os.environ.get("PYTHONPATH", "")]))
+        theirs = [sites.get(site, "") for site in task.site.split("+")]
+        path = os.pathsep.join(filter(None, [str(ROOT / "src"), *theirs, os.environ.get("PYTHONPATH", "")]))
         ours = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "HF_HUB_OFFLINE": "1"}
         log = (logs / f"{task.name}.log").open("wb")
         process = subprocess.Popen(

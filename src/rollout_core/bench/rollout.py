@@ -138,8 +138,8 @@ def bench_rollout(
     capacity: int | None = None,
     progress: Callable[[str], None] = lambda words: None,
 ) -> RolloutBench:
-    """Measure a worker of this kind on the model in a folder, or on a random one of ``shape``, see ``bench.models``. ``capacity``: of
-    the buckets of its updates, in bytes."""
+    """Measure a worker of this kind on the model in a folder, or on a random one of ``shape``, see ``bench.models``. ``capacity``:
+    bytes of a bucket of its updates, at most."""
     setting = setting or Setting()
     dtype = setting.torch_dtype
     with ExitStack() as stack:
