@@ -35,7 +35,10 @@ KERNELS: dict[str, tuple[dict[str, str], str]] = {
     ),
     "digest_aligned": ({"source": "i64", "words_in_all": "i64", "blocks": "i32", "partials": "*i64"}, "ld"),
     "digest_part": ({"source": "i64", "nbytes": "i32", "block": "i32", "partials": "*i64"}, "ld"),
-    "digest_rows": ({"count": "i32", "payloads": "i32", **dict.fromkeys(("rows", "table", "partials"), "*i64")}, "ld"),
+    "digest_rows": (
+        {**dict.fromkeys(("count", "each", "payloads"), "i32"), **dict.fromkeys(("rows", "table", "lanes"), "*i64")},
+        "ld",
+    ),
     "gather_whole": ({"target": "i64", "blocks": TABLES, "sources": "*i64"}, "ld st"),
     **{
         name: ({"source": "i64", "starts": "*i64", "targets": "*i64", "sizes": TABLES}, wide)

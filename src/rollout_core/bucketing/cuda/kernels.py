@@ -261,34 +261,43 @@ def digest_part(source, nbytes, block, partials):
 
 
 @triton.jit
-def _store_block(partials, words, block):
-    """The lanes of one block by itself."""
-    first, second = _add_block(_no_lanes(), words, block)
-    tl.store(partials, tl.sum(first.to(tl.int64), 0))
-    tl.store(partials + 1, tl.sum(second.to(tl.int64), 0))
+def _count_in(lanes, row, sums):
+    """Add what a program has summed up to the lanes of a payload, which others add to as well."""
+    first, second = sums
+    tl.atomic_add(lanes + 2 * row, tl.sum(first.to(tl.int64), 0))
+    tl.atomic_add(lanes + 2 * row + 1, tl.sum(second.to(tl.int64), 0))
 
 
-@triton.jit(do_not_specialize=["count", "payloads"])
-def digest_rows(count, payloads, rows, table, partials):
-    """The lanes of each block of several payloads, at any address: those of block ``i`` of all go to ``partials[2 * i]`` and after
-    it. Payload ``r`` has the blocks ``i`` for which ``rows[i]`` is ``r``. The table has ``payloads`` numbers each of: the payload's
-    address, its bytes, the number that its first block has for the digest, and ``i`` of its first block."""
+@triton.jit(do_not_specialize=["count", "each", "payloads"])
+def digest_rows(count, each, payloads, rows, table, lanes):
+    """Add to the lanes, two for each payload, those of all blocks of several payloads, at any address. A program has ``each`` blocks
+    that follow each other, and so few payloads. Block ``i`` is of payload ``rows[i]``. The table has ``payloads`` numbers each of:
+    the payload's address, its bytes, the number that its first block has for the digest, and ``i`` of its first block."""
     word = _word()
     zero = tl.full((), 0, tl.int64)
-    for i in range(tl.program_id(0), count, tl.num_programs(0)):
-        row = table + tl.load(rows + i)
-        place = i - tl.load(row + 3 * payloads)
-        begin = place * SIZE
-        address = tl.load(row) + begin
-        end = tl.minimum(tl.load(row + payloads) - begin, SIZE)
-        block = (tl.load(row + 2 * payloads) + place).to(tl.int32)
-        # Each way to its own end: what both had in common would have one layout, and cost the aligned one a detour.
+    begin = tl.program_id(0) * each
+    row = tl.load(rows + tl.minimum(begin, count - 1))
+    sums = _no_lanes()
+    for i in range(begin, tl.minimum(begin + each, count)):
+        now = tl.load(rows + i)
+        if now != row:
+            _count_in(lanes, row, sums)
+            sums = _no_lanes()
+            row = now
+        entry = table + row
+        place = i - tl.load(entry + 3 * payloads)
+        start = place * SIZE
+        address = tl.load(entry) + start
+        end = tl.minimum(tl.load(entry + payloads) - start, SIZE)
+        block = (tl.load(entry + 2 * payloads) + place).to(tl.int32)
+        # Each way to its own sums: words that both had in common would have one layout, and cost the aligned one a detour.
         if (address | end) % 16 == 0:
             words = tl.load(_vectors(address) + word, mask=word < tl.multiple_of((end // 4).to(tl.int32), 4), other=0)
-            _store_block(partials + 2 * i, words, block)
+            sums = _add_block(sums, words, block)
         else:
             part = _load_part(address, zero, end, SIZE // 4)
-            _store_block(partials + 2 * i, tl.permute(tl.reshape(part, [ROWS, COLUMNS, 4]), [1, 0, 2]), block)
+            sums = _add_block(sums, tl.permute(tl.reshape(part, [ROWS, COLUMNS, 4]), [1, 0, 2]), block)
+    _count_in(lanes, row, sums)
 
 
 @triton.jit(do_not_specialize=["source"])

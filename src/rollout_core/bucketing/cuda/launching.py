@@ -69,11 +69,11 @@ def digest_rows(device: torch.device, addresses: Integers, sizes: Integers, firs
         return lanes
     table = on_device(device, np.stack([addresses, sizes, firsts, np.cumsum(counts) - counts, counts]))
     rows = torch.repeat_interleave(table[4], output_size=total)
-    partials = _partials(device, total)
+    each = -(-total // _programs(device, _DIGESTING, total))
     with _on(device):
-        grid = (_programs(device, _DIGESTING, total),)
-        _kernels().digest_rows[grid](total, len(sizes), rows, table, partials, num_warps=_WARPS)
-    return lanes.index_add_(0, rows, partials)
+        grid = (-(-total // each),)
+        _kernels().digest_rows[grid](total, each, len(sizes), rows, table, lanes, num_warps=_WARPS)
+    return lanes
 
 
 class Partials:
