@@ -28,8 +28,8 @@ TOLD = re.compile(r"^(FAILED|ERROR|E  )|\d (passed|failed|error)|MiB|ms each| x 
 
 @dataclass(frozen=True)
 class Task:
-    """``words``: of ``run.py``, or with ``bench`` of ``rollout-core bench``. ``site``: whose packages, ``+`` between two. ``gpus``: how many it needs.
-    ``most``: seconds."""
+    """``words``: of ``run.py``, or with ``bench`` of ``rollout-core bench``. ``site``: whose packages, ``+`` between two. ``gpus``:
+    how many it needs. ``most``: seconds."""
 
     name: str
     site: str

@@ -47,16 +47,16 @@ KERNELS: dict[str, tuple[dict[str, str], str]] = {
 }
 
 
-def compiled(name: str, digest: bool | None) -> str:
+def compiled(name: str, switch: str | None, on: bool | None) -> str:
     """The assembly of one kernel, tables beginning at multiples of 16 bytes as torch allocates them."""
     kernel: Any = getattr(kernels, name)
     types = dict(KERNELS[name][0])
     places = {argument: (kernel.arg_names.index(argument),) for argument in types}
     hints = {places[argument]: [["tt.divisibility", 16]] for argument, kind in types.items() if kind.startswith("*")}
     constants = {}
-    if digest is not None:
-        types["DIGEST"], constants["DIGEST"] = "constexpr", digest
-        if not digest:
+    if switch is not None:
+        types[switch], constants[switch] = "constexpr", on
+        if switch == "DIGEST" and not on:
             types["partials"], constants["partials"] = "constexpr", None
             hints.pop(places["partials"])
     return str(triton.compile(ASTSource(kernel, types, constants, hints), target=HOPPER, options={"num_warps": 4}).asm["ptx"])
@@ -66,11 +66,11 @@ def main() -> int:
     print(f"Triton {triton.__version__}")
     wrong = 0
     for name in (name for name, kernel in vars(kernels).items() if isinstance(kernel, triton.JITFunction) and name[0] != "_"):
-        digests = (True, False) if "DIGEST" in getattr(kernels, name).arg_names else (None,)
-        for digest in digests:
-            ptx = compiled(name, digest)
+        switch = next((word for word in getattr(kernels, name).arg_names if word in ("DIGEST", "ALIGNED")), None)
+        for on in (None,) if switch is None else (True, False):
+            ptx = compiled(name, switch, on)
             wide = {access: len(re.findall(rf"\b{access}\.global\.v4\.b32", ptx)) for access in ("ld", "st")}
-            print(f"{name}{'' if digest is None else f', digest {digest}'}: {wide} accesses of 16 bytes")
+            print(f"{name}{'' if switch is None else f', {switch} {on}'}: {wide} accesses of 16 bytes")
             wrong += " ".join(access for access, count in wide.items() if count) != KERNELS[name][1]
     return wrong
 

@@ -269,35 +269,35 @@ def _count_in(lanes, row, sums):
 
 
 @triton.jit(do_not_specialize=["count", "each", "payloads"])
-def digest_rows(count, each, payloads, rows, table, lanes):
-    """Add to the lanes, two for each payload, those of all blocks of several payloads, at any address. A program has ``each`` blocks
-    that follow each other, and so few payloads. Block ``i`` is of payload ``rows[i]``. The table has ``payloads`` numbers each of:
-    the payload's address, its bytes, the number that its first block has for the digest, and ``i`` of its first block."""
+def digest_rows(count, each, payloads, rows, table, lanes, ALIGNED: tl.constexpr):
+    """Add to lanes, two for each payload, those of all blocks of some payloads. A program has ``each`` blocks that follow each
+    other, and so few payloads. Block ``i`` is of the one in column ``rows[i]`` of the table, which has ``payloads`` columns and
+    these rows: its address, its bytes, the number that its first block has for the digest, ``i`` of its first block, and whose
+    lanes it has. ALIGNED: addresses and bytes are multiples of 16; else they may be any."""
     word = _word()
     zero = tl.full((), 0, tl.int64)
     begin = tl.program_id(0) * each
-    row = tl.load(rows + tl.minimum(begin, count - 1))
+    column = tl.load(rows + tl.minimum(begin, count - 1))
     sums = _no_lanes()
     for i in range(begin, tl.minimum(begin + each, count)):
         now = tl.load(rows + i)
-        if now != row:
-            _count_in(lanes, row, sums)
+        if now != column:
+            _count_in(lanes, tl.load(table + 4 * payloads + column), sums)
             sums = _no_lanes()
-            row = now
-        entry = table + row
+            column = now
+        entry = table + column
         place = i - tl.load(entry + 3 * payloads)
         start = place * SIZE
         address = tl.load(entry) + start
         end = tl.minimum(tl.load(entry + payloads) - start, SIZE)
         block = (tl.load(entry + 2 * payloads) + place).to(tl.int32)
-        # Each way to its own sums: words that both had in common would have one layout, and cost the aligned one a detour.
-        if (address | end) % 16 == 0:
+        if ALIGNED:
             words = tl.load(_vectors(address) + word, mask=word < tl.multiple_of((end // 4).to(tl.int32), 4), other=0)
-            sums = _add_block(sums, words, block)
         else:
             part = _load_part(address, zero, end, SIZE // 4)
-            sums = _add_block(sums, tl.permute(tl.reshape(part, [ROWS, COLUMNS, 4]), [1, 0, 2]), block)
-    _count_in(lanes, row, sums)
+            words = tl.permute(tl.reshape(part, [ROWS, COLUMNS, 4]), [1, 0, 2])
+        sums = _add_block(sums, words, block)
+    _count_in(lanes, tl.load(table + 4 * payloads + column), sums)
 
 
 @triton.jit(do_not_specialize=["source"])

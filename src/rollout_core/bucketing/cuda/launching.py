@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from rollout_core.bucketing.cuda import possible
-from rollout_core.bucketing.cuda.tables import CopyTable, Integers, PackTable, on_device
+from rollout_core.bucketing.cuda.tables import VECTOR, CopyTable, Integers, PackTable, on_device
 from rollout_core.bucketing.digest import BLOCK_NBYTES, Lanes, block_multilinear_by_torch
 
-_MASK: Final = (1 << 64) - 1
 #: Of a program that digests: with one column of a block for each thread, the keys are constants; with two, as in a pass that copies
 #: as well, there is room to load the next block meanwhile. And how many such programs a multiprocessor has, in turns.
 _WARPS: Final = 4
@@ -60,19 +59,23 @@ def begin_digest(buffer: torch.Tensor) -> Partials:
 
 
 def digest_rows(device: torch.device, addresses: Integers, sizes: Integers, firsts: Integers) -> torch.Tensor:
-    """The lanes of many payloads, int64 of shape [payloads, 2] on the device, in one launch: of ``sizes`` bytes at ``addresses``,
-    any, their blocks counted from ``firsts``. Nothing waits for the device."""
-    counts = -(-sizes // BLOCK_NBYTES)
-    total = int(counts.sum())
+    """The lanes of many payloads, int64 of shape [payloads, 2] on the device, in a launch or two: of ``sizes`` bytes at
+    ``addresses``, any, their blocks counted from ``firsts``. Nothing waits for the device."""
     lanes = torch.zeros((len(sizes), 2), dtype=torch.int64, device=device)
-    if not total:
-        return lanes
-    table = on_device(device, np.stack([addresses, sizes, firsts, np.cumsum(counts) - counts, counts]))
-    rows = torch.repeat_interleave(table[4], output_size=total)
-    each = -(-total // _programs(device, _DIGESTING, total))
-    with _on(device):
-        grid = (-(-total // each),)
-        _kernels().digest_rows[grid](total, each, len(sizes), rows, table, lanes, num_warps=_WARPS)
+    fit = (addresses | sizes) % VECTOR == 0
+    for aligned in (True, False):
+        chosen = np.flatnonzero((fit == aligned) & (sizes > 0))
+        counts = -(-sizes[chosen] // BLOCK_NBYTES)
+        total = int(counts.sum())
+        if not total:
+            continue
+        begins = np.cumsum(counts) - counts
+        table = on_device(device, np.stack([addresses[chosen], sizes[chosen], firsts[chosen], begins, chosen, counts]))
+        rows = torch.repeat_interleave(table[5], output_size=total)
+        each = -(-total // _programs(device, _DIGESTING, total))
+        with _on(device):
+            grid = (-(-total // each),)
+            _kernels().digest_rows[grid](total, each, len(chosen), rows, table, lanes, aligned, num_warps=_WARPS)
     return lanes
 
 

@@ -13,7 +13,7 @@ from rollout_core.bucketing.digest import BLOCK_NBYTES
 from rollout_core.bucketing.placement import BucketLayout
 
 Integers = npt.NDArray[np.int64]
-_VECTOR = 16  # bytes of the widest access
+VECTOR = 16  # bytes of the widest access
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class PackTable:
         if new:
             # A new tensor: kernels that were launched before may still read the last one.
             self._known, self.bases = bases, on_device(self.device, bases)
-            fit = bases % _VECTOR == 0
+            fit = bases % VECTOR == 0
             if self._fit is None or not np.array_equal(fit, self._fit):
                 self._fit = fit
                 self._lay_out(fit)
@@ -186,7 +186,7 @@ class _Blocks:
         split = np.minimum(ends[rows], stop_bytes)
         full = (starts[rows] <= begins) & (ends[last] >= stop_bytes)
         two = (last == rows) | ((last == rows + 1) & (starts[last] == split))
-        even = ((split | stop_bytes) % _VECTOR) == 0
+        even = ((split | stop_bytes) % VECTOR) == 0
         inside = (last == rows) & (starts[rows] + 4 <= begins) & (begins + BLOCK_NBYTES + 4 <= ends[rows])
         words = (split - begins) // 4, (stop_bytes - begins) // 4
         return cls(rows, np.maximum(stops, rows), last, *words, full & two & even, inside)
@@ -238,7 +238,7 @@ class CopyTable:
         that the kernels are told."""
         self.source = source
         new = self._known is None or not np.array_equal(targets, self._known)
-        fit = ((source + self._starts) % _VECTOR == 0) + 2 * (targets % _VECTOR == 0)
+        fit = ((source + self._starts) % VECTOR == 0) + 2 * (targets % VECTOR == 0)
         other = self._fit is None or not np.array_equal(fit, self._fit)
         if new or other:
             self._known, self._fit = targets, fit
@@ -259,7 +259,7 @@ class CopyTable:
 
     def _lay_out(self, fit: Integers, addresses: torch.Tensor) -> None:
         left = self._sizes[self._rows] - self._places
-        aligned = (fit[self._rows] == 3) & ((left >= BLOCK_NBYTES) | (left % _VECTOR == 0))
+        aligned = (fit[self._rows] == 3) & ((left >= BLOCK_NBYTES) | (left % VECTOR == 0))
         shifted = (fit[self._rows] == 2) & (left >= BLOCK_NBYTES + 4) & (self._places > 0)
         chosen = (aligned, shifted, ~aligned & ~shifted)
         self.aligned, self.shifted, self.parts = (self._entries(some, left, addresses) for some in chosen)
