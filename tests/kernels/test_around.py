@@ -105,6 +105,9 @@ def test_t4_a_table_is_read_on_another_stream_only_once_it_was_written(kind, str
     else:
         assert table.aligned.starts is laid_out.starts
         assert table.aligned.targets is not laid_out.targets, "what was launched before still reads those"
+        table = CopyTable(np.array([0]), np.array([40_000]), cpu)  # all of it in one kind of entries
+        table.point(bytes_at("cpu", 40_000, 0, 3).data_ptr(), np.array(addresses[:1]))
+        assert len(list(table._tensors())) == 5
 
 
 def test_memory_on_another_device_is_refused_where_the_tensors_are_not_looked_at():

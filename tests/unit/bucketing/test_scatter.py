@@ -35,6 +35,26 @@ def test_b1_into(capacity, order):
     assert picture([(name, into[name]) for name, _ in PAIRS]) == picture(PAIRS)
 
 
+@pytest.mark.parametrize("capacity", [600, 1 << 20])
+def test_b1_into_again(capacity):
+    """Round after round: each has its own values in the same tensors, and what was handed out is nobody's to change."""
+    plan = plan_buckets(specs_of(PAIRS), capacity)
+    packer, into = Packer(plan), fresh()
+    unpacker = Unpacker(plan, into=into)
+    for turn in range(3):
+        pairs = [(name, tensor + turn if tensor.is_floating_point() else tensor) for name, tensor in PAIRS]
+        unpacker.restart()
+        out = []
+        for bucket in packer.pack(pairs):
+            found = unpacker.feed(bucket)
+            out += found
+            found.clear()
+        unpacker.close()
+        assert [name for name, _ in out] == [name for name, _ in PAIRS]
+        assert all(tensor is into[name] or tensor.data_ptr() == into[name].data_ptr() for name, tensor in out)
+        assert all(bytes_of(into[name]) == bytes_of(tensor) for name, tensor in pairs)
+
+
 def test_b10_tied_tensors_are_written_once_and_handed_out_under_each_name():
     weight = patterned(torch.float32, 8)
     pairs = [("w", weight), ("tied", weight)]
