@@ -29,11 +29,12 @@ PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 #: For engines, which wait for their own processes half of the time. tests/engines/conftest.py keeps together what shares one.
 TWO_ENGINES = ("-n", "2", "--dist", "loadscope")
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET |= {"PYTHONDONTWRITEBYTECODE": ""}  # where that is set, each of many processes would compile what it imports
 
 
 def _pip(session: nox.Session, *words: str) -> None:
-    """Nothing is compiled ahead: most of what torch and the engines bring is never imported, and compiling it is two thirds of the
-    time that an installation takes."""
+    """Nothing is compiled ahead, but when it is first imported: most of what torch and the engines bring never is, and compiling all
+    of it is two thirds of the time that an installation takes."""
     session.install("--no-compile", *words)
 
 
