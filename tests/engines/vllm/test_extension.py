@@ -54,3 +54,25 @@ def test_it_says_what_it_is(extension):
     extension.model_config.quantization = "fp8"
     answer = ask(extension, Layout({}))
     assert (answer.device, answer.quantization, answer.sleeps) == ("cuda:0", "fp8", False)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_t5_nan_weights_are_told_of_where_they_would_end_vllm(extension, device, monkeypatch):
+    """On a GPU, and only of an update that came to its end."""
+    monkeypatch.setattr(RolloutExtension, "rollout_core_mend", lambda extension: None)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model.register_parameter("eight", torch.nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn), requires_grad=False))
+    extension.model_runner = SimpleNamespace(get_model=lambda: model)
+    extension.device = torch.device(device)
+    extension.weight_transfer_engine.failure = None
+    settled = Settle(mend=True, address="mine")
+    assert ask(extension, settled).unusable is None
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.inf  # an engine gets along with it
+        assert ask(extension, settled).unusable is None
+        model[1].weight[1, 2] = model[1].bias[0] = torch.nan
+    expected = None if device == "cpu" else "'1.weight' has a NaN (2 tensors have): check what the trainer sends"
+    assert ask(extension, settled).unusable == expected
+    assert ask(extension, Settle(mend=False, address="mine")).unusable is None
+    extension.weight_transfer_engine.target.unusable = "half of it came"
+    assert ask(extension, settled).unusable == "half of it came"

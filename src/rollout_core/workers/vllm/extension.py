@@ -79,7 +79,7 @@ class RolloutExtension(WorkerExtension):
         target = self._rollout_core_target()
         answer = msgspec.structs.replace(
             answer,
-            unusable=answer.unusable or target.unusable,
+            unusable=target.unusable or answer.unusable,
             version=target.version,
             loading=self.rollout_core_loading(),
             device=str(self.device),  # type: ignore[attr-defined]
