@@ -1,7 +1,7 @@
 """Real engines on two ranks, in one of which something goes wrong: a file says what, ``RANK KIND``, such as ``1 fails``.
 
-``fails``: it does not take the next update's tensors. ``changes NAME``: once it has committed it, it changes the first value of its
-part of a parameter. The rest of the engine is as it comes.
+``fails``: it takes some of the next update's tensors, and no more. ``changes NAME``: once it has committed it, it changes the first
+value of its part of a parameter. The rest of the engine is as it comes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,17 @@ def fault_of(rank):
     return kind if number == str(rank) else ""
 
 
-def fail(pairs):
-    raise WorkerError("this rank cannot load")
+def failing(load):
+    """A target's ``load`` that works once: after that its weights are neither the old nor the new ones."""
+    loaded = []
+
+    def load_once(pairs):
+        if loaded:
+            raise WorkerError("this rank cannot load")
+        load(pairs)
+        loaded.append(True)
+
+    return load_once
 
 
 @torch.no_grad()

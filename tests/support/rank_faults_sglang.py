@@ -7,7 +7,7 @@ from rollout_core.workers.commands import Receive
 from rollout_core.workers.sglang import loader
 from rollout_core.workers.sglang.commands import unpacked
 from rollout_core.workers.sglang.engine import SGLangEngine
-from support.rank_faults import change, fail, fault_of
+from support.rank_faults import change, failing, fault_of
 
 LOADER = "support.rank_faults_sglang.load"
 
@@ -18,7 +18,7 @@ def load(model, named):
     is_update = isinstance(unpacked(named).what, Receive)
     vars(target).pop("load", None)
     if is_update and kind == "fails":
-        target.load = fail
+        target.load = failing(target.load)
     loader.load(model, named)
     if is_update and kind.startswith("changes "):
         change(model, kind.removeprefix("changes "))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rollout_core.workers.commands import Expect, Settle
 from rollout_core.workers.vllm.extension import RolloutExtension
-from support.rank_faults import change, fail, fault_of
+from support.rank_faults import change, failing, fault_of
 
 
 class FaultyExtension(RolloutExtension):
@@ -15,7 +15,7 @@ class FaultyExtension(RolloutExtension):
         if isinstance(command, Expect):
             vars(target).pop("load", None)
             if kind == "fails":
-                target.load = fail
+                target.load = failing(target.load)
         answer = super()._rollout_core_answer(command)
         if isinstance(command, Settle) and command.mend and kind.startswith("changes "):
             change(self._rollout_core_model(), kind.removeprefix("changes "))
