@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 import torch
 
 from rollout_core.bucketing.sources import Source
-from rollout_core.errors import WorkerError
+from rollout_core.errors import TransferError, WorkerError
 from rollout_core.transfer.carriers import unix
 from rollout_core.transfer.carriers.contract import ReceiverEnd
 from rollout_core.transfer.carriers.links import LinkedSender
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 #: ``auto``: CUDA IPC where engine and source are on a GPU, else shared memory.
 CarrierChoice: TypeAlias = Literal["auto", "memory", "cuda_ipc"]
 _CHOICES: Final[tuple[str, ...]] = get_args(CarrierChoice)
+_IPC: Final = "cudaIpc"  # so begin the names of the calls that share memory, with which their errors begin
 
 
 def check_carrier_choice(choice: object, device: str) -> None:
@@ -67,6 +69,22 @@ class Senders:
         if self._choice == "auto":
             return "cuda_ipc" if is_cuda(self._device) and gpu_of(source) is not None else "memory"
         return self._choice
+
+    def do_without_ipc(self, error: TransferError) -> bool:
+        """Whether this update failed because a GPU's memory cannot be shared here. Updates go through shared memory then, from now
+        on: with "auto", and a warning. Some containers are why, or GPUs that do not reach each other; it shows before anything has
+        been loaded."""
+        if self._choice != "auto" or _IPC not in str(error):
+            return False
+        self._choice = "memory"
+        self.free()
+        warnings.warn(
+            f"the trainer's GPU memory cannot be shared with the engine ({error}): weights go through shared memory from now on; "
+            "pass carrier='cuda_ipc' to be refused instead",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return True
 
     def listen(
         self, carrier: CarrierName, source: Source, address: str, *, ranks: int = 1, timeout: float, check: Callable[[], None]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import msgspec
 import torch
@@ -193,12 +193,23 @@ class Worker:
             raise WorkerError("the source is an iterator, which can be read once only; pass a module, a mapping or a list of pairs")
         if readback and self.is_quantized:
             raise WorkerError("the engine quantizes its weights, and what it has is not what it is sent: pass readback=False")
+        packing = {"capacity": capacity, "oversize": oversize, "order": order}
+        try:
+            return self._sync(source, packing, readback, inject)
+        except TransferError as error:
+            if not self._senders.do_without_ipc(error):
+                raise
+        return self._sync(source, packing, readback, inject)
+
+    def _sync(
+        self, source: Source, packing: dict[str, Any], readback: bool, inject: Callable[[Bucket], Bucket] | None
+    ) -> SyncReport:
         with self._lock:
             link = self._alive()
             start = time.perf_counter()
             if isinstance(source, torch.nn.Module):
                 source = named_weights(source) if self.takes_computed else persistent_weights(source)
-            packer = self._plans.packer_for(source, capacity, oversize=oversize, order=order)
+            packer = self._plans.packer_for(source, **packing)
             plan = packer.plan
             self._check_specs(link, plan)
             before, version = self._version, self._next

@@ -212,3 +212,45 @@ def test_slots_are_kept_and_given_back_once(monkeypatch):
 
 def test_names_are_those_that_are_known():
     assert names.NAMES == ("memory", "cuda_ipc")
+
+
+class TestMemoryThatCannotBeShared:
+    WORDS = "the receiver: cudaIpcOpenMemHandle failed with 217: peer access is not supported between these two devices"
+
+    @pytest.fixture
+    def worker(self, tmp_path, monkeypatch):
+        """One that takes its engine to be on a GPU, which the first update cannot reach."""
+        FakeModels.make_small_model(tmp_path)
+        monkeypatch.setattr("rollout_core.workers.carriers.gpu_of", lambda source: torch.device("cuda", 0))
+        send = FakeWorker._send
+
+        def reach(worker, link, packer, source, carrier, *rest):
+            worker.tried.append(carrier)
+            if carrier == "cuda_ipc":
+                raise TransferError(worker.words)
+            return send(worker, link, packer, source, carrier, *rest)
+
+        monkeypatch.setattr(FakeWorker, "_send", reach)
+        monkeypatch.setattr(Senders, "_slots_on", lambda senders, gpu: None)
+        with FakeWorker(tmp_path) as worker:
+            worker.tried, worker.words = [], self.WORDS
+            worker._senders = Senders("auto", "cuda")
+            yield worker
+
+    def test_auto_takes_shared_memory_then_and_from_then_on(self, worker, tmp_path):
+        model = FakeModels.load_trainer(tmp_path)
+        with pytest.warns(RuntimeWarning, match="cannot be shared with the engine .*217.*: weights go through shared memory"):
+            report = worker.sync_weights(model)
+        assert (report.carrier, report.version) == ("memory", 1)
+        assert worker.tensor_digests()
+        assert worker.sync_weights(model).version == 2
+        assert worker.tried == ["cuda_ipc", "memory", "memory"]
+
+    @pytest.mark.parametrize(("choice", "words"), [("cuda_ipc", WORDS), ("auto", "the receiver: it fell silent")])
+    def test_nothing_else_is_tried_again(self, worker, tmp_path, monkeypatch, choice, words):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        worker._senders, worker.words = Senders(choice, "cuda"), words
+        with pytest.raises(TransferError, match=words[:20]):
+            worker.sync_weights(FakeModels.load_trainer(tmp_path))
+        assert worker.tried == ["cuda_ipc"]
+        assert worker.version == 0
