@@ -65,8 +65,10 @@ from rollout_core.workers.plans import Plans
 from rollout_core.workers.rollouts import Rollout, Rollouts, raise_failed
 from rollout_core.workers.shards import Expected, Shard
 
-#: Seconds in which a process that ends has ended, once its end of a carrier is closed.
+#: Seconds in which a process that ends has ended: once its answer is there that its end of a carrier is closed, and for who has
+#: only seen that it is, which may be before the rest of a killed process has gone.
 _LAST_WORDS: Final = 1.0
+_LAST_BREATH: Final = 0.2
 
 
 class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -516,7 +518,7 @@ class Worker:
             try:
                 report = send(packer.plan, source, end, version=version, timeout=link.timeout, packer=packer, tap=tap)
             except TransferError:
-                link.check(_LAST_WORDS if received.done() else 0.0)
+                link.check(_LAST_WORDS if received.done() else _LAST_BREATH)
                 raise
             finally:
                 link.is_updating = False
