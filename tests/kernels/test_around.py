@@ -95,7 +95,10 @@ def test_t4_a_table_is_read_on_another_stream_only_once_it_was_written(kind, str
     # Elsewhere, where all of a bucket can be read 16 bytes at a time; and there again.
     elsewhere = [bytes_at("cpu", 40_000, 0, 4) for _ in range(2)]
     addresses[:] = [payload.data_ptr() for payload in elsewhere]
+    used.clear()
     assert point()
+    assert log[2:] == ["2 waits for event of 1", "2 records"], "what is made of the table is made after it was written"
+    assert {address for address, _ in used} >= set(tensors)
     laid_out = table.aligned
     assert kind == "copy" or (table.shifted is None and table.parts is None)
     addresses.reverse()

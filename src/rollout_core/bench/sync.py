@@ -22,7 +22,6 @@ from rollout_core.bench.timing import Timing, keep_busy, measure
 from rollout_core.bench.transfer import TIMEOUT, obey, receiver
 from rollout_core.bucketing import BucketPlan, Packer, plan_buckets, specs_of
 from rollout_core.bucketing.digest import DigestChoice
-from rollout_core.bucketing.digesting import BlockDigests
 from rollout_core.bucketing.sources import Pair
 from rollout_core.transfer import DirectWeights, receive, send
 from rollout_core.transfer.carriers.cuda_ipc import CudaIpcReceiver, CudaIpcSender
@@ -100,13 +99,15 @@ def _copier(nbytes: int) -> Callable[[], None]:
 
 
 def _digester(nbytes: int) -> Callable[[], None]:
+    """As a receiver verifies, waiting once at the end."""
+    from rollout_core.bucketing.cuda import launching
+
     source = torch.randint(0, 256, (min(nbytes, _PIECE),), dtype=torch.uint8, device="cuda")
 
     def digest() -> None:
-        digests = BlockDigests[int]()
-        for start in range(0, nbytes, _PIECE):
-            digests.add(start, source, 0, min(_PIECE, nbytes - start))
-        digests.digests()
+        begun = [launching.begin_digest(source[: min(_PIECE, nbytes - start)]) for start in range(0, nbytes, _PIECE)]
+        for one in begun:
+            one.wait()
 
     return digest
 

@@ -40,7 +40,7 @@ class Target(Protocol):
 
     def load(self, pairs: list[Pair]) -> None:
         """Some of its tensors, tied names after the tensor they name. They may be views of memory that is used again: read them
-        before this returns."""
+        before this returns, on a GPU on the stream that is current then, or on one that it waits for."""
         ...
 
     def prepare(self) -> None:

@@ -82,7 +82,7 @@ class Senders:
             f"the trainer's GPU memory cannot be shared with the engine ({error}): weights go through shared memory from now on; "
             "pass carrier='cuda_ipc' to be refused instead",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
         return True
 

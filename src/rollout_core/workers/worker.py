@@ -196,60 +196,60 @@ class Worker:
         if readback and self.is_quantized:
             raise WorkerError("the engine quantizes its weights, and what it has is not what it is sent: pass readback=False")
         packing = {"capacity": capacity, "oversize": oversize, "order": order}
-        try:
+        with self._lock:
+            try:
+                return self._sync(source, packing, readback, inject)
+            except TransferError as error:
+                if not self._senders.do_without_ipc(error):
+                    raise
             return self._sync(source, packing, readback, inject)
-        except TransferError as error:
-            if not self._senders.do_without_ipc(error):
-                raise
-        return self._sync(source, packing, readback, inject)
 
     def _sync(
         self, source: Source, packing: dict[str, Any], readback: bool, inject: Callable[[Bucket], Bucket] | None
     ) -> SyncReport:
-        with self._lock:
-            link = self._alive()
-            start = time.perf_counter()
-            if isinstance(source, torch.nn.Module):
-                source = named_weights(source) if self.takes_computed else persistent_weights(source)
-            packer = self._plans.packer_for(source, **packing)
-            plan = packer.plan
-            self._check_specs(link, plan)
-            before, version = self._version, self._next
-            layout = self._layout_of(link)
-            expected = Expected(layout, plan) if readback and layout else None
-            parts = None if expected is None else expected.parts
-            algorithm = self.digest_algorithm
-            sent = SentDigests(plan, values=self.reads_values, algorithm=algorithm, parts=parts) if readback else None
-            carrier = self._senders.carrier_for(source)
+        link = self._alive()
+        start = time.perf_counter()
+        if isinstance(source, torch.nn.Module):
+            source = named_weights(source) if self.takes_computed else persistent_weights(source)
+        packer = self._plans.packer_for(source, **packing)
+        plan = packer.plan
+        self._check_specs(link, plan)
+        before, version = self._version, self._next
+        layout = self._layout_of(link)
+        expected = Expected(layout, plan) if readback and layout else None
+        parts = None if expected is None else expected.parts
+        algorithm = self.digest_algorithm
+        sent = SentDigests(plan, values=self.reads_values, algorithm=algorithm, parts=parts) if readback else None
+        carrier = self._senders.carrier_for(source)
 
-            def tap(bucket: Bucket) -> Bucket:
-                if sent is not None:
-                    sent.add(bucket)
-                return bucket if inject is None else inject(bucket)
+        def tap(bucket: Bucket) -> Bucket:
+            if sent is not None:
+                sent.add(bucket)
+            return bucket if inject is None else inject(bucket)
 
-            try:
-                report, loading = self._send(link, packer, source, carrier, version, tap)
-                self._next = version + 1  # the engine has committed it: no other update may have this version
-                reading = time.perf_counter()
-                found = None if sent is None else self._read_back(link, sent, expected)
-                reading = time.perf_counter() - reading
-                self._version = version
-            except BaseException:
-                # Interrupted at the very end, either side may have counted on; to the caller this update has failed.
-                self._version = before
-                self._abandon(link, version)
-                raise
-            return SyncReport(
-                version=version,
-                buckets=report.buckets,
-                nbytes=plan.nbytes,
-                seconds=time.perf_counter() - start,
-                packing=report.packing,
-                loading=loading,
-                reading=reading,
-                digest=None if found is None else combined_digest(found),
-                carrier=carrier,
-            )
+        try:
+            report, loading = self._send(link, packer, source, carrier, version, tap)
+            self._next = version + 1  # the engine has committed it: no other update may have this version
+            reading = time.perf_counter()
+            found = None if sent is None else self._read_back(link, sent, expected)
+            reading = time.perf_counter() - reading
+            self._version = version
+        except BaseException:
+            # Interrupted at the very end, either side may have counted on; to the caller this update has failed.
+            self._version = before
+            self._abandon(link, version)
+            raise
+        return SyncReport(
+            version=version,
+            buckets=report.buckets,
+            nbytes=plan.nbytes,
+            seconds=time.perf_counter() - start,
+            packing=report.packing,
+            loading=loading,
+            reading=reading,
+            digest=None if found is None else combined_digest(found),
+            carrier=carrier,
+        )
 
     def weights_digest(self) -> str:
         """32 hexadecimal digits over the name and bytes of every parameter and buffer that the worker has now."""

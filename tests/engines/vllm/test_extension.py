@@ -61,6 +61,7 @@ def test_t5_nan_weights_are_told_of_where_they_would_end_vllm(extension, device,
     """On a GPU, and only of an update that came to its end."""
     monkeypatch.setattr(RolloutExtension, "rollout_core_mend", lambda extension: None)
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model.register_parameter("none", torch.nn.Parameter(torch.zeros(0, 3)))
     model.register_parameter("eight", torch.nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn), requires_grad=False))
     extension.model_runner = SimpleNamespace(get_model=lambda: model)
     extension.device = torch.device(device)
@@ -73,6 +74,8 @@ def test_t5_nan_weights_are_told_of_where_they_would_end_vllm(extension, device,
         model[1].weight[1, 2] = model[1].bias[0] = torch.nan
     expected = None if device == "cpu" else "'1.weight' has a NaN (2 tensors have): check what the trainer sends"
     assert ask(extension, settled).unusable == expected
+    assert ask(extension, Layout({})).unusable == expected, "whoever asks hears of it, another worker of the same server, too"
+    extension.weight_transfer_engine.target.unusable = None  # as the next update leaves it
     assert ask(extension, Settle(mend=False, address="mine")).unusable is None
     extension.weight_transfer_engine.target.unusable = "half of it came"
     assert ask(extension, settled).unusable == "half of it came"

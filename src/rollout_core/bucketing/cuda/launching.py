@@ -86,7 +86,7 @@ class Partials:
         self._done: torch.cuda.Event | None = None
         self._host = partials
         if partials.device.type == "cuda":
-            self._host = torch.empty(partials.shape, dtype=partials.dtype, pin_memory=True)
+            self._host = torch.empty(partials.shape, dtype=partials.dtype, device="cpu", pin_memory=True)
             self._host.copy_(partials, non_blocking=True)
             self._done = torch.cuda.current_stream(partials.device).record_event()
 

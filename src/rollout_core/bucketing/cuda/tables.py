@@ -66,24 +66,28 @@ class Parts:
 
 
 class Order:
-    """The current stream reads a table after whichever stream wrote it."""
+    """The current stream reads a table, and writes to it, after whichever stream wrote it last."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._ready: torch.cuda.Event | None = None
         self._stream: int | None = None
 
-    def keep(self, tensors: Iterable[torch.Tensor], *, new: bool) -> None:
-        """Call it before the table, which is these tensors, is used. ``new``: the current stream has just written it."""
-        if self._device.type != "cuda":
+    def follow(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Call it before the current stream reads or writes the table, which is these tensors."""
+        if self._ready is None:
             return
         stream = torch.cuda.current_stream(self._device)
-        if new or self._ready is None:
-            self._ready, self._stream = stream.record_event(), stream.cuda_stream
-        elif stream.cuda_stream != self._stream:
+        if stream.cuda_stream != self._stream:
             stream.wait_event(self._ready)
             for tensor in tensors:  # their memory is the other stream's, and not to be used again while this one reads it
                 tensor.record_stream(stream)
+
+    def written(self) -> None:
+        """Call it once the current stream has written some of the table, after ``follow``."""
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
+            self._ready, self._stream = stream.record_event(), stream.cuda_stream
 
 
 class PackTable:
@@ -112,12 +116,14 @@ class PackTable:
         self.joined: Aligned | None = None
         self.shifted: Shifted | None = None
         self.parts: Parts | None = None
+        self._order.written()
 
     def point(self, addresses: Iterable[int]) -> bool:
         """Take in where each row's bytes lie now, in the slots' order; whether any of it is new. Nothing moves to the device
         otherwise."""
         bases = np.fromiter(addresses, np.int64, len(self._starts)) - self._starts
         new = self._known is None or not np.array_equal(bases, self._known)
+        self.use()
         if new:
             # A new tensor: kernels that were launched before may still read the last one.
             self._known, self.bases = bases, on_device(self.device, bases)
@@ -127,12 +133,12 @@ class PackTable:
                 self._lay_out(fit)
             elif self.whole is not None:
                 self.whole = self.whole.moved(self.bases)
-        self.use(new=new)
+            self._order.written()
         return new
 
-    def use(self, *, new: bool = False) -> None:
-        """Before a kernel reads the table on the current stream."""
-        self._order.keep(self._tensors(), new=new)
+    def use(self) -> None:
+        """Before a kernel reads the table on the current stream, if ``point`` was not called there."""
+        self._order.follow(self._tensors())
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         yield from (self.row_starts, self.row_ends, self.bases)
@@ -240,6 +246,7 @@ class CopyTable:
         new = self._known is None or not np.array_equal(targets, self._known)
         fit = ((source + self._starts) % VECTOR == 0) + 2 * (targets % VECTOR == 0)
         other = self._fit is None or not np.array_equal(fit, self._fit)
+        self._order.follow(self._tensors())
         if new or other:
             self._known, self._fit = targets, fit
             addresses = on_device(self.device, targets)
@@ -249,7 +256,7 @@ class CopyTable:
                 self.aligned, self.shifted, self.parts = (
                     some and some.moved(addresses) for some in (self.aligned, self.shifted, self.parts)
                 )
-        self._order.keep(self._tensors(), new=new or other)
+            self._order.written()
         return new
 
     def _tensors(self) -> Iterator[torch.Tensor]:
@@ -286,5 +293,5 @@ def on_device(device: torch.device, array: npt.NDArray[np.generic]) -> torch.Ten
     """On the device; the array may be changed or dropped then. By way of pinned memory, for a GPU: from other memory torch waits
     for the copy, and so for all that the stream has to do before it."""
     here = torch.from_numpy(np.ascontiguousarray(array))
-    staged = torch.empty(here.shape, dtype=here.dtype, pin_memory=device.type == "cuda").copy_(here)
+    staged = torch.empty(here.shape, dtype=here.dtype, device="cpu", pin_memory=device.type == "cuda").copy_(here)
     return staged.to(device, non_blocking=True, copy=True)

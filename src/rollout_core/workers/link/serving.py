@@ -120,8 +120,8 @@ class Serving:
         poll.poll()
 
     def _take(self, asked: Asked) -> None:
-        if isinstance(asked.request, Submit) and self._updating is not None:
-            self._held.append(asked)  # until it is known what weights there are
+        if isinstance(asked.request, Submit | Receive) and self._updating is not None:
+            self._held.append(asked)  # until it is known what weights there are, or the update before has let go
             return
         if isinstance(asked.request, Receive) and self._engine.is_read_in_update:
             self._updating = _Updating(asked.number, self._engine, asked.request.update)

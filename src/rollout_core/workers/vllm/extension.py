@@ -61,7 +61,8 @@ class RolloutExtension(WorkerExtension):
         """
         if self.device.type != "cuda":  # type: ignore[attr-defined]
             return None
-        weights = {name: weight for name, weight in self._rollout_core_model().named_parameters() if weight.dtype in _MAY_BE_NAN}
+        named = self._rollout_core_model().named_parameters()
+        weights = {name: weight for name, weight in named if weight.dtype in _MAY_BE_NAN and weight.numel()}
         if not weights or not torch.nn.utils.get_total_norm(weights.values(), math.inf).isnan():
             return None
         names = [name for name, weight in weights.items() if weight.isnan().any()]
@@ -79,7 +80,7 @@ class RolloutExtension(WorkerExtension):
         target = self._rollout_core_target()
         answer = msgspec.structs.replace(
             answer,
-            unusable=target.unusable or answer.unusable,
+            unusable=target.unusable,
             version=target.version,
             loading=self.rollout_core_loading(),
             device=str(self.device),  # type: ignore[attr-defined]
@@ -119,7 +120,8 @@ class RolloutExtension(WorkerExtension):
                     return Answer(failed=cause_of(failure))
                 if mend:
                     self.rollout_core_mend()
-                    return Answer(unusable=self._rollout_core_nan())
+                    target = self._rollout_core_target()
+                    target.unusable = target.unusable or self._rollout_core_nan()  # until the next update, for whoever asks
             case Receive():
                 raise WorkerError("vLLM has calls of its own for updates")
         return Answer()
