@@ -1,4 +1,5 @@
 import os
+import signal
 
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -20,3 +21,7 @@ settings.load_profile(os.environ.get("ROLLOUT_CORE_HYPOTHESIS", "unit"))
 
 # The suites share a small machine with each other, and tiny tensors gain nothing from threads.
 torch.set_num_threads(1)
+
+# A shell starts what runs in the background with interrupts ignored, and Python leaves that so: tests that interrupt would fail.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
