@@ -15,7 +15,7 @@ from rollout_core.bucketing.plan import BucketPlan
 from rollout_core.bucketing.scatter import Scatter
 from rollout_core.bucketing.sources import Pair
 from rollout_core.bucketing.specs import TensorSpec
-from rollout_core.bucketing.tensors import own_copy
+from rollout_core.bucketing.tensors import own_copy, view_key
 from rollout_core.errors import IncompleteStreamError, IntegrityError, PlanMismatchError
 
 #: A slot, its name and shape, and the strides of its tensor; None for those of a piece.
@@ -46,8 +46,9 @@ class Unpacker:
     they are, before any tensor is made of them: see ``WriteBucket``.
 
     ``into``: tensors by name that each bucket is written into instead, once it is verified, on a GPU in one launch; ``feed`` hands
-    them out then. They are contiguous, of the plan's dtypes and shapes. ``reuse=True`` keeps the views of each bucket for the
-    rounds that bring it in the same memory, and that memory with it: for a receiver whose buffers stay where they are.
+    them out then. They are contiguous, of the plan's dtypes and shapes; tied names may be left out, or have one tensor, too.
+    ``reuse=True`` keeps the views of each bucket for the rounds that bring it in the same memory, and that memory with it: for a
+    receiver whose buffers stay where they are.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Unpacker:
             raise ValueError("into= takes everything out of the buckets: copy, reuse, memory and write are of no use then")
         self.plan = plan
         self._scatter = None if into is None else Scatter(plan, into)
+        if into is not None:
+            _check_ties(plan, into)
         self._kept: dict[int, tuple[tuple[int, torch.device], list[Pair]]] | None = {} if reuse and not copy else None
         self._memory = memory
         self._write = write
@@ -199,6 +202,16 @@ class Unpacker:
                 for slot in self._orders[layout.index]
             ]
         return recipe
+
+
+def _check_ties(plan: BucketPlan, into: Mapping[str, torch.Tensor]) -> None:
+    """Raise ``PlanMismatchError`` for a tied name that has a tensor of its own, which nothing would be written into."""
+    for spec in plan.specs:
+        if spec.alias_of and spec.name in into and view_key(into[spec.name].detach()) != view_key(into[spec.alias_of].detach()):
+            raise PlanMismatchError(
+                f"the plan ties {spec.name!r} to {spec.alias_of!r}, and to write into they are two tensors, of which the first "
+                "would stay as it is; leave it out, or plan with specs_of(..., aliases=False)"
+            )
 
 
 def _hand_out_orders(plan: BucketPlan) -> list[tuple[Slot, ...]]:

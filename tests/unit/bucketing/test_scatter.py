@@ -67,6 +67,19 @@ def test_b10_tied_tensors_are_written_once_and_handed_out_under_each_name():
     assert bytes_of(mine) == bytes_of(weight)
 
 
+def test_b10_a_tied_name_with_a_tensor_of_its_own_is_refused():
+    weight = patterned(torch.float32, 8)
+    pairs = [("w", weight), ("tied", weight)]
+    plan = plan_buckets(specs_of(pairs), 1 << 20)
+    mine = torch.zeros(8)
+    with pytest.raises(PlanMismatchError, match="ties 'tied' to 'w', and to write into they are two tensors"):
+        Unpacker(plan, into={"w": mine, "tied": torch.zeros(8)})
+    one = torch.nn.Parameter(mine, requires_grad=False)
+    (bucket,) = pack(plan, pairs)
+    Unpacker(plan, into={"w": mine, "tied": one}).feed(bucket)
+    assert bytes_of(one.detach()) == bytes_of(weight)
+
+
 def test_b13_nothing_is_written_before_it_is_verified():
     plan = plan_buckets(specs_of(PAIRS), 1 << 20)
     into = fresh()
