@@ -52,8 +52,10 @@ def two(engine: str, site: str | None = None) -> Task:
     return Task(f"two-{engine}", site or engine, (f"two-{engine}", "-v", "-s"), alone=True, gpus=2, most=240)
 
 
-LOAD = "--device cuda --dtype bfloat16 --graphs --concurrency 64 --requests 64 --repeats 3 --prompt-tokens 128 --response-tokens 64"
-LARGE = "--capacity 2048"
+LOAD = (
+    "--device cuda --dtype bfloat16 --graphs --capacity 2048 --concurrency 64 --requests 64 --repeats 3 "
+    "--prompt-tokens 128 --response-tokens 64"
+)
 CONTRACT = "tests/engines/contract"
 SERVERS = "test_w4_no_request or test_workers_share or test_a_model_of_another or test_w7"
 TASKS = (
@@ -71,16 +73,16 @@ TASKS = (
     suite("vllm-async", "vllm", CONTRACT, "-k", "vllm_async-tied"),
     suite("vllm-server", "vllm", CONTRACT, "-k", f"vllm_server-untied or {SERVERS}"),
     suite("sglang-kit", "sglang", "tests/gpu/sglang/test_kit_cuda.py"),
-    bench("rollout-vllm-7b", "vllm", f"rollout --worker vllm --shape Qwen2.5-7B {LOAD} {LARGE}"),
+    bench("rollout-vllm-7b", "vllm", f"rollout --worker vllm --shape Qwen2.5-7B {LOAD}"),
     suite("sglang-server", "sglang", "tests/gpu/sglang/test_sglang_server_cuda.py"),
     suite("fsdp", "hf", "tests/gpu/test_fsdp_cuda.py", site="vllm"),
     suite("hf-contract", "hf", CONTRACT, site="vllm"),
     suite("vllm-memory", "vllm", "tests/gpu/vllm/test_vllm_cuda.py", "-k", "w6 or t3", alone=True),
     suite("hf-memory", "hf", "tests/gpu/test_hf_worker_cuda.py", alone=True, site="vllm"),
     suite("sglang", "sglang", "tests/gpu/sglang/test_sglang_cuda.py", alone=True),
-    bench("rollout-sglang-7b", "sglang", f"rollout --worker sglang --shape Qwen2.5-7B {LOAD} {LARGE}"),
+    bench("rollout-sglang-7b", "sglang", f"rollout --worker sglang --shape Qwen2.5-7B {LOAD}"),
     bench("sync-moe", "vllm", "sync --shape Qwen3-30B-A3B --layers 24", most=120),
-    bench("rollout-vllm-moe", "vllm", f"rollout --worker vllm --shape Qwen3-30B-A3B --layers 24 {LOAD} {LARGE}", most=180),
+    bench("rollout-vllm-moe", "vllm", f"rollout --worker vllm --shape Qwen3-30B-A3B --layers 24 {LOAD}", most=180),
     suite("vllm-fp8", "vllm", "tests/gpu/vllm/test_vllm_fp8.py"),
     suite("sglang-fp8", "sglang", "tests/gpu/sglang/test_sglang_fp8.py"),
     suite("vllm-contract", "vllm", CONTRACT, "-k", "vllm-tied or vllm-untied"),

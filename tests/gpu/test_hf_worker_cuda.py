@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from gpu.small import used_memory
 from rollout_core.preflight.models import eos_token_ids, make_small_model, perturb
 from rollout_core.testing.oracles import bytes_of
 from rollout_core.transfer.targets import named_weights
@@ -56,14 +57,6 @@ def test_w1_w2_weights_and_greedy_tokens(folder, worker, device):
 def test_w3_seeded_sampling_repeats(worker):
     params = SamplingParams(response_length=8, n=3, temperature=1.0, seed=3)
     assert worker.generate(PROMPTS, params) == worker.generate(PROMPTS, params)
-
-
-def used_memory():
-    """Bytes of the GPU that are in use, by whomever."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    return total - free
 
 
 def test_w6_nine_tenths_of_what_the_engine_held_come_back(tmp_path):

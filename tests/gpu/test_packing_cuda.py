@@ -12,26 +12,14 @@ from rollout_core.bucketing.cuda import launching
 from rollout_core.bucketing.digest import block_multilinear_by_torch
 from rollout_core.bucketing.tensors import view_key
 from rollout_core.testing import check_packer
-from support.kernel_checks import BLOCK, bytes_at, check_packing, check_unpacking, picture, random_pairs
+from support.kernel_checks import BLOCK, bytes_at, check_packing, check_unpacking, count_launches, picture, random_pairs
 
 KIB16 = 16 << 10
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """The launches by kernels, so that no test passes on torch's operations."""
-    calls = {"gather": 0, "copy": 0, "digest_lanes": 0}
-
-    def counted(name, original):
-        def count(*args, **kwargs):
-            calls[name] += 1
-            return original(*args, **kwargs)
-
-        return count
-
-    for name in calls:
-        monkeypatch.setattr(launching, name, counted(name, getattr(launching, name)))
-    return calls
+    return count_launches(monkeypatch)
 
 
 def test_the_kernels_run_here():

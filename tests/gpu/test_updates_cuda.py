@@ -18,26 +18,14 @@ from rollout_core.transfer import DirectWeights, receive, send
 from rollout_core.transfer.carriers.local import local_carrier
 from rollout_core.workers.digests import SentDigests, weight_digest, weight_digests
 from support.in_place import CHANGES, square
-from support.kernel_checks import BLOCK, bytes_at, picture, random_pairs
+from support.kernel_checks import BLOCK, bytes_at, count_launches, picture, random_pairs
 
 CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """The launches by kernels, so that no test passes on torch's operations."""
-    calls = {"gather": 0, "copy": 0, "digest_lanes": 0, "digest_rows": 0}
-
-    def counted(name, original):
-        def count(*args, **kwargs):
-            calls[name] += 1
-            return original(*args, **kwargs)
-
-        return count
-
-    for name in calls:
-        monkeypatch.setattr(launching, name, counted(name, getattr(launching, name)))
-    return calls
+    return count_launches(monkeypatch)
 
 
 @pytest.mark.parametrize("skip", [0, 16, 8, 4, 2, 1])

@@ -9,8 +9,7 @@ from rollout_core.bucketing.specs import are_specs_of
 
 
 class Plans:
-    """The last plan, and what packs it. On a GPU that keeps tables of about three thousandths of the weights' size
-    there."""
+    """The last plan, and what packs it. On a GPU that keeps tables of about three thousandths of the weights' size."""
 
     def __init__(self) -> None:
         self._packer: Packer | None = None
