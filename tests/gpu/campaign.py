@@ -49,7 +49,12 @@ def suite(name: str, engine: str, places: str, *words: str, alone: bool = False,
 
 
 def two(engine: str, site: str | None = None) -> Task:
-    return Task(f"two-{engine}", site or engine, (f"two-{engine}", "-v", "-s"), alone=True, gpus=2, most=240)
+    return Task(f"two-{engine}", site or engine, (f"two-{engine}", "-v", "-s", "-k", "not elsewhere"), alone=True, gpus=2, most=280)
+
+
+def killed(engine: str, when: str) -> Task:
+    words = (f"two-{engine}", "tests/gpu/two/test_tensor_parallel.py", "-v", "-s", "-k", f"elsewhere and {when}")
+    return Task(f"two-{engine}-{when}", engine, words, gpus=2, most=240)
 
 
 LOAD = (
@@ -89,6 +94,10 @@ TASKS = (
     two("hf", site="vllm"),
     two("vllm"),
     two("sglang"),
+    killed("vllm", "update"),
+    killed("vllm", "abort"),
+    killed("sglang", "update"),
+    killed("sglang", "abort"),
 )
 
 

@@ -6,21 +6,19 @@ By default one worker of the engine; ROLLOUT_CORE_RANKS=all has its other worker
 from __future__ import annotations
 
 import os
-import signal
-import time
-from concurrent.futures import wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from rollout_core.errors import IntegrityError, PlanMismatchError, TransferError, WorkerError
+from rollout_core.errors import IntegrityError, PlanMismatchError, WorkerError
 from rollout_core.workers import SamplingParams, SGLangServerWorker, VLLMServerWorker, VLLMWorker
 from rollout_core.workers.digests import combined_digest, weight_digest
-from support.engines import DEVICE, ENGINE, POSITIONS, VLLM_CACHE, VLLM_ENVIRONMENT, VLLM_SHARE, changed, running_server, started
+from support.engines import DEVICE, ENGINE, POSITIONS, VLLM_CACHE, VLLM_ENVIRONMENT, VLLM_SHARE, changed, running_server
 from support.rank_faults import FILE
+from support.rank_kills import kill_while
 
 PROMPTS = [[5], [17, 3, 60], list(range(100, 137)), [9, 2, 2, 12, 7, 55]]
 GREEDY = SamplingParams(response_length=10, ignore_eos=True)
@@ -223,56 +221,6 @@ def test_w5_weights_change_under_requests(place):
         assert tokens[before:] == argmax_loop(place.other, prompt + tokens[:before], 20 - before)
 
 
-def rank_process(worker, engine, rank):
-    """The process of a rank, by the title that its engine gives it."""
-    title = {"vllm": f"Worker_TP{rank}", "sglang": f"scheduler_TP{rank}"}[engine]
-    found = []
-    for pid in worker.processes():
-        if title.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-            found.append(pid)
-    assert len(found) == 1, f"{len(found)} processes are {title}"
-    return found[0]
-
-
-def kill_while(place, when):
-    """Kill the second rank; what is under way ends within the timeout, with words, and nothing is left of the engine."""
-    worker = place.worker
-    processes = started(worker.processes())
-    victim = rank_process(worker, ENGINE, 1)
-    futures = worker.submit(PROMPTS, LONG)
-    start = time.monotonic()
-    if when == "update":
-
-        def kill(bucket):
-            if bucket.index == 1:
-                os.kill(victim, signal.SIGKILL)
-            return bucket
-
-        with pytest.raises(TransferError):
-            worker.sync_weights(place.other, capacity=50_000, inject=kill)
-    else:
-        os.kill(victim, signal.SIGKILL)
-        if when == "abort":
-            with suppress(TransferError, WorkerError):
-                worker.abort()
-    assert not wait(futures, timeout=2 * TIMEOUT).not_done
-    assert time.monotonic() - start < 2 * TIMEOUT
-    for future in futures:
-        done = future.result()
-        assert done.status in ("failed", "aborted") if when == "abort" else done.status == "failed"
-        assert done.status == "aborted" or done.error
-    print(f"\nkilled during {when}: {time.monotonic() - start:.1f} s, {futures[0].result().error}")
-    with pytest.raises((TransferError, WorkerError)):
-        worker.generate(PROMPTS, GREEDY)
-    with pytest.raises((TransferError, WorkerError)):
-        worker.sync_weights(place.other)
-    worker.close()
-    end = time.monotonic() + 20
-    while (left := processes & started(pid for pid, _ in processes)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not left
-
-
 if MORE:
 
     @pytest.mark.parametrize("when", ["update", "abort"])
@@ -284,10 +232,10 @@ if MORE:
         with worker_of(kind, tmp_path / "model", tmp_path / "fault") as worker:
             place = Place(worker, model, tmp_path / "fault", kind)
             worker.sync_weights(place.model)
-            kill_while(place, when)
+            kill_while(when, worker, ENGINE, PROMPTS, LONG, place.other, capacity=50_000)
 
 
 @own
 def test_w9_a_rank_that_is_killed_is_noticed(place):
     """The last of these tests: the engine ends in it."""
-    kill_while(place, "generation")
+    kill_while("generation", place.worker, ENGINE, PROMPTS, LONG, place.other, capacity=50_000)

@@ -3,24 +3,20 @@ says which engine."""
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-from concurrent.futures import wait
-from pathlib import Path
-
 import pytest
 import torch
 
 from gpu.sglang.reference import Reference
 from gpu.small import changed, make_model
-from rollout_core.errors import IntegrityError, TransferError, WorkerError
+from rollout_core.errors import IntegrityError, WorkerError
 from rollout_core.workers import SamplingParams
 from rollout_core.workers.digests import combined_digest, weight_digest
-from support.engines import ENGINE, started
+from support.engines import ENGINE
+from support.rank_kills import kill_while
 
 PROMPTS = [[5], [17, 3, 60], list(range(100, 137)), [9, 2, 2, 12, 7, 55]]
 GREEDY = SamplingParams(response_length=32, ignore_eos=True)
+LONG = SamplingParams(response_length=400, ignore_eos=True)
 MIB = 1 << 20
 
 
@@ -117,22 +113,15 @@ def test_how_long_updates_take(worker, models):
         print(f"\n{name}: {1e3 * sorted(getattr(report, name) for report in reports)[len(reports) // 2]:.1f} ms", end="")
 
 
-def test_w9_a_rank_that_is_killed_is_noticed(worker, models):
-    """The last of these tests: the engine ends in it."""
-    title = {"vllm": b"Worker_TP1", "sglang": b"scheduler_TP1"}[ENGINE]
-    processes = started(worker.processes())
-    victims = [pid for pid, _ in processes if title in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert len(victims) == 1
-    futures = worker.submit(PROMPTS, SamplingParams(response_length=400, ignore_eos=True))
-    began = time.monotonic()
-    os.kill(victims[0], signal.SIGKILL)
-    assert not wait(futures, timeout=2 * worker.timeout).not_done
-    print(f"\nnoticed after {time.monotonic() - began:.1f} s: {futures[0].result().error}")
-    assert {future.result().status for future in futures} == {"failed"}
-    with pytest.raises((TransferError, WorkerError)):
+@pytest.mark.parametrize("when", ["update", "abort"])
+def test_w9_a_rank_that_is_killed_elsewhere(models, when, tmp_path):
+    """With an engine for each, which ends in it."""
+    models[0].save_pretrained(tmp_path)
+    with start(tmp_path) as worker:
         worker.sync_weights(models[0])
-    worker.close()
-    end = time.monotonic() + 60
-    while (left := processes & started(pid for pid, _ in processes)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not left
+        kill_while(when, worker, ENGINE, PROMPTS, LONG, models[1], capacity=MIB)
+
+
+def test_w9_a_rank_that_is_killed_is_noticed(worker, models):
+    """The last of the tests with the shared engine, which ends in it."""
+    kill_while("generation", worker, ENGINE, PROMPTS, LONG, models[1], capacity=MIB)

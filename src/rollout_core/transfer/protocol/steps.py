@@ -54,8 +54,7 @@ class SourceEnded(msgspec.Struct, frozen=True):
 
 
 class Pushed(msgspec.Struct, frozen=True):
-    """This end's part in moving a bucket is over. ``digest``: of its bytes, if ``Packed`` came without; a bucket that is announced
-    before it is moved has to have it by then."""
+    """This end's part in moving a bucket is over. ``digest``: of its bytes, if ``Packed`` came without."""
 
     index: int
     digest: bytes | None = None
