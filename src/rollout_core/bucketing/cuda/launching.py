@@ -24,6 +24,7 @@ _FUSED_WARPS: Final = 2
 _FUSED: Final = 5
 #: Programs that only copy are one for each block. Measured on an H200, like those above.
 _COPYING_WARPS: Final = 16
+_SMALL_COPYING_WARPS: Final = 8  # where most entries are half a block or less
 _JOINING_WARPS: Final = 8
 _PARTS_WARPS: Final = 8
 
@@ -143,7 +144,7 @@ def copy(table: CopyTable) -> None:
     """Copy every row of a table. Nothing waits for the device."""
     kernels = _kernels()
     entries = (
-        (kernels.copy_aligned, table.aligned, _COPYING_WARPS),
+        (kernels.copy_aligned, table.aligned, _SMALL_COPYING_WARPS if table.is_small else _COPYING_WARPS),
         (kernels.copy_shifted, table.shifted, _PARTS_WARPS),
         (kernels.copy_parts, table.parts, _PARTS_WARPS),
     )

@@ -231,6 +231,8 @@ class CopyTable:
         self._order = Order(device)
         self._starts, self._sizes = starts, sizes
         counts = -(-sizes // BLOCK_NBYTES)
+        #: Whether rows are so small that half of a block is left over where they are copied.
+        self.is_small = bool(sizes.sum() <= counts.sum() * (BLOCK_NBYTES // 2))
         self._rows = np.repeat(np.arange(len(sizes)), counts)
         self._places = (np.arange(len(self._rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * BLOCK_NBYTES
         self._known: Integers | None = None
