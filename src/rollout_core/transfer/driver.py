@@ -16,7 +16,7 @@ from rollout_core.errors import TransferError
 from rollout_core.transfer.carriers.contract import Moving, ReceiverEnd, SenderEnd
 from rollout_core.transfer.causes import cause_of, error_of
 from rollout_core.transfer.protocol import wire
-from rollout_core.transfer.protocol.messages import Beat, Body, Envelope, Filled, Free, Sealed
+from rollout_core.transfer.protocol.messages import Beat, Body, Envelope, Filled, Free
 from rollout_core.transfer.protocol.receiver import Receiver
 from rollout_core.transfer.protocol.sender import Sender
 from rollout_core.transfer.protocol.steps import Came, Done, Failed, Gone, Post, Tick
@@ -216,7 +216,7 @@ class Driver(Generic[Machine]):
     def _note_message(self, verb: str, envelope: Envelope) -> None:
         body: Body = envelope.body
         if not isinstance(body, Beat):
-            self._note(Step(f"{verb} {type(body).__name__}", body.index if isinstance(body, Filled | Sealed | Free) else None))
+            self._note(Step(f"{verb} {type(body).__name__}", body.index if isinstance(body, Filled | Free) else None))
 
     def _note(self, step: Step) -> None:
         if self._observe is None:

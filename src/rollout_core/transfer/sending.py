@@ -265,7 +265,7 @@ class _Sending:
             self._slot[: bucket.nbytes].copy_(bucket.buffer)
         self.buckets, self.nbytes = self.buckets + 1, self.nbytes + bucket.nbytes
         header = bucket.header if isinstance(bucket, StreamBucket) else b""
-        if isinstance(bucket, LaterBucket):
+        if isinstance(bucket, LaterBucket) and not self.carrier.rendezvous:  # else it is announced before it is moved
             self._later[bucket.index], digest = bucket, None
         else:
             digest = bucket.digest

@@ -20,7 +20,6 @@ from rollout_core.transfer.protocol.messages import (
     Free,
     Hello,
     Ready,
-    Sealed,
     Welcome,
 )
 from rollout_core.transfer.protocol.receiver import Receiver
@@ -52,7 +51,6 @@ from rollout_core.transfer.protocol.steps import (
 
 ATTEMPT = 9
 HELLO = Hello(PROTOCOL, 4, b"plan", b"", 2, 8, False, b"ticket", 20.0)
-MEETING = msgspec.structs.replace(HELLO, rendezvous=True)
 BROKEN = Cause("OSError", "the disk is full", "Traceback ...")
 INFINITE = float("inf")
 
@@ -182,7 +180,7 @@ def test_moves_may_be_over_in_any_order():
 
 
 def test_with_a_rendezvous_a_bucket_is_announced_before_it_is_moved():
-    s = sender(hello=MEETING).hear(Welcome(3, 20.0))
+    s = sender(hello=msgspec.structs.replace(HELLO, rendezvous=True)).hear(Welcome(3, 20.0))
     assert s.tell(Packed(filled(0, 0))).did == (Post(Envelope(ATTEMPT, 1, filled(0, 0))), Push(0, 0, 8), Pack(1, 1))
 
 
@@ -196,49 +194,6 @@ def test_a_digest_that_comes_with_the_end_of_a_move_is_announced():
     assert s.tell(Pushed(0)).said == [(0, sealed[0])], "what it was packed with stays"
     s = sender().hear(Welcome(3, 20.0)).tell(Packed(filled(0, 0))).tell(Failed(BROKEN)).hear(Aborted())
     assert s.tell(Pushed(0, sealed[0].digest)).did == ()
-
-
-def test_with_a_rendezvous_a_digest_may_follow_the_move_and_the_bucket_is_loaded_after_it():
-    later = [msgspec.structs.replace(filled(place, place), algorithm="block", digest=None) for place in (0, 1)]
-    digests = [bytes([place]) * 16 for place in (0, 1)]
-    s = sender(2, MEETING).hear(Welcome(3, 20.0), peer=0).hear(Welcome(3, 20.0), peer=1)
-    s.tell(Packed(later[0]))
-    assert s.said == [(0, later[0]), (1, later[0])]
-    assert s.tell(Pushed(0, digests[0])).said == [(0, Sealed(0, digests[0])), (1, Sealed(0, digests[0]))]
-    s.tell(Packed(later[1])).tell(Failed(BROKEN))
-    assert s.tell(Pushed(1, digests[1])).said == [], "nobody waits for it any more"
-
-    r = streaming(0, MEETING).hear(*later)
-    assert r.tell(Pulled(0)).tell(Pulled(1)).did == ()
-    assert r.hear(Sealed(1, digests[1])).did == ()
-    sealed = [msgspec.structs.replace(one, digest=digest) for one, digest in zip(later, digests, strict=True)]
-    assert r.hear(Sealed(0, digests[0])).asked == [Load(sealed[0])]
-    assert r.tell(Loaded(0)).asked == [Load(sealed[1])]
-    r = streaming(0, MEETING).hear(later[0], Sealed(0, digests[0]))
-    assert r.tell(Pulled(0)).asked == [Load(sealed[0])]
-    r = streaming(0, MEETING).hear(later[0]).tell(Failed(BROKEN))
-    assert r.hear(Sealed(0, digests[0])).did == (), "on its way when this end gave up"
-
-
-@pytest.mark.parametrize(
-    ("hello", "bodies", "said"),
-    [
-        pytest.param(MEETING, [End(1)], "End", id="end-without-it"),
-        pytest.param(HELLO, [Sealed(0, bytes(16))], "Sealed", id="without-a-rendezvous"),
-        pytest.param(MEETING, [Sealed(1, bytes(16))], "Sealed", id="of-no-bucket"),
-        pytest.param(MEETING, [Sealed(0, bytes(16))] * 2, "Sealed", id="twice"),
-    ],
-)
-def test_a_digest_that_follows_comes_once_and_before_the_end(hello, bodies, said):
-    assert streaming(1, hello).hear(*bodies).cause == f"the sender said {said} when it was not its turn"
-
-
-def test_a_bucket_that_never_gets_a_digest_is_loaded_without_where_none_was_asked_for_or_none_can_follow():
-    """The second is refused by who verifies."""
-    none = msgspec.structs.replace(filled(0, 0), algorithm="none", digest=None)
-    assert streaming(0, MEETING).hear(none).tell(Pulled(0)).asked == [Load(none)]
-    bare = msgspec.structs.replace(filled(0, 0), algorithm="block", digest=None)
-    assert streaming(0).hear(bare).tell(Pulled(0)).asked == [Load(bare)]
 
 
 def test_messages_may_come_before_the_hello_and_of_another_update():
@@ -294,8 +249,9 @@ def test_a_failed_receiver_waits_for_the_sender():
 
 
 def test_what_is_announced_to_a_failed_receiver_is_moved_only_with_a_rendezvous():
+    meeting = msgspec.structs.replace(HELLO, rendezvous=True)
     assert streaming(1).tell(Failed(BROKEN)).hear(filled(1, 1)).did == ()
-    r = streaming(1, MEETING).tell(Failed(BROKEN))
+    r = streaming(1, meeting).tell(Failed(BROKEN))
     assert r.hear(filled(1, 1)).did == (Pull(1, 1, 8),)
     assert r.hear(Abort(BROKEN, 2)).tell(Pulled(1)).did == ()
     assert r.tell(Pulled(0)).done == Done(BROKEN, reusable=True)

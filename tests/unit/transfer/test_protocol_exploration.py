@@ -12,21 +12,17 @@ from support.network import Network, Size
 QUICK = [
     (Size(), 0, 148, 2),
     (Size(rendezvous=True), 0, 435, 8),
-    (Size(rendezvous=True, sealed=False), 0, 340, 2),
     (Size(receivers=0), 1, 248, 79),
     (Size(slots=1), 1, 5748, 760),
     (Size(), 1, 16954, 2338),
     (Size(staged=True, closes=False), 1, 16614, 1708),
     (Size(rendezvous=True), 1, 57314, 7600),
     (Size(rendezvous=True, closes=False), 1, 53296, 4539),
-    (Size(buckets=2, rendezvous=True, sealed=False), 1, 25436, 3147),
-    (Size(sealed=False), 1, 16954, 2338),
     (Size(timeouts=(100.0, 10.0)), 1, 30641, 2331),
     (Size(timeouts=(10.0, 100.0), buckets=1), 1, 11454, 697),
     (Size(slots=1, buckets=1), 2, 194484, 49293),
     (Size(receivers=2), 0, 1668, 2),
     (Size(receivers=2, rendezvous=True), 0, 3973, 8),
-    (Size(receivers=2, buckets=2, rendezvous=True, sealed=False), 0, 2962, 2),
     (Size(receivers=2, slots=1, buckets=1), 1, 125313, 12163),
 ]
 LARGE = [
@@ -36,8 +32,6 @@ LARGE = [
     (Size(receivers=2, buckets=1, timeouts=(100.0, 10.0)), 1, 707752, 45237),
     (Size(slots=3, buckets=5), 1, 262726, 32721),
     (Size(slots=3, buckets=4, rendezvous=True), 1, 747347, 84371),
-    (Size(rendezvous=True, sealed=False), 1, 47474, 5494),
-    (Size(receivers=2, buckets=1, rendezvous=True, sealed=False), 1, 0, 0),
     (Size(buckets=2), 2, 830604, 209412),
     (Size(buckets=1, rendezvous=True), 2, 452843, 118631),
 ]
@@ -48,12 +42,7 @@ def named(cases):
 
 
 def name_of(size, faults):
-    kind = (
-        ["plain", "rendezvous"][size.rendezvous]
-        + ["-open", ""][size.closes]
-        + ["-sealed-later", ""][size.sealed]
-        + ["", "-staged"][size.staged]
-    )
+    kind = ["plain", "rendezvous"][size.rendezvous] + ["-open", ""][size.closes] + ["", "-staged"][size.staged]
     timeouts = "-".join(f"{timeout:g}" for timeout in size.timeouts)
     return f"{size.receivers}r-{size.slots}s-{size.buckets}b-{kind}-{timeouts}s-{faults}faults"
 

@@ -12,7 +12,6 @@ from support.network import Broken, Machines, Network, Size
 
 SMALL, ONE = Size(buckets=2), Size(slots=1, buckets=1)
 TOGETHER = Size(buckets=2, rendezvous=True)
-LATER = Size(slots=1, buckets=1, rendezvous=True, sealed=False)
 TWO = Size(receivers=2, slots=1, buckets=1)
 
 #: (what is broken, module, text, other text, the invariant that notices, of which size, with how many faults)
@@ -259,33 +258,6 @@ MUTANTS = [
         "if other.index >= self.state.announced and",
         "success_without_faults",
         SMALL,
-        0,
-    ),
-    (
-        "loaded before its digest is known",
-        receiver,
-        "if not self._is_unsealed(filled):",
-        "if True:",
-        "success_without_faults",
-        LATER,
-        0,
-    ),
-    (
-        "a digest kept to itself",
-        sender,
-        "self._post_all(Sealed(index, digest))",
-        "pass",
-        "t2_no_time_is_lost",
-        LATER,
-        0,
-    ),
-    (
-        "a digest that is dropped",
-        receiver,
-        "replace(filled, digest=digest) if filled is unsealed else filled for",
-        "filled for",
-        "t2_no_time_is_lost",
-        LATER,
         0,
     ),
     (

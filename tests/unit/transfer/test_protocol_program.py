@@ -20,7 +20,6 @@ sizes = st.builds(
     slots=st.integers(1, 5),
     buckets=st.integers(0, 8),
     rendezvous=st.booleans(),
-    sealed=st.booleans(),
     staged=st.booleans(),
     closes=st.booleans(),
     timeouts=st.lists(st.sampled_from([10.0, 20.0, 64.0]), min_size=1, max_size=5).map(tuple),

@@ -7,9 +7,7 @@ from typing import Annotated, Final, TypeAlias
 import msgspec
 
 #: Version of what is said, and in which order. Both ends speak the same one, or the update is refused.
-PROTOCOL: Final = 2
-#: What a bucket without a digest says instead of an algorithm: see ``bucketing.bucket.seal``.
-NO_ALGORITHM: Final = "none"
+PROTOCOL: Final = 1
 #: How long an end bears silence. Less would have the other speak without end, and what is no number could not be compared.
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6)]
 
@@ -44,9 +42,7 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
 
 
 class Filled(msgspec.Struct, frozen=True, tag=True):
-    """Sender: a bucket lies in a slot, or with ``rendezvous`` is about to be moved. The slot is the receiver's until ``Free``.
-
-    With ``rendezvous``, an algorithm without a digest says that a device is still computing it: ``Sealed`` follows."""
+    """Sender: a bucket lies in a slot, or with ``rendezvous`` is about to be moved. The slot is the receiver's until ``Free``."""
 
     index: int
     slot: int
@@ -55,13 +51,6 @@ class Filled(msgspec.Struct, frozen=True, tag=True):
     algorithm: str
     digest: bytes | None
     header: bytes  # a stream's layout of this bucket; empty with a plan
-
-
-class Sealed(msgspec.Struct, frozen=True, tag=True):
-    """Sender: the digest of a bucket that was announced without. It is loaded after this, and not before."""
-
-    index: int
-    digest: bytes
 
 
 class Free(msgspec.Struct, frozen=True, tag=True):
@@ -108,7 +97,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     """Either end: still here, with nothing to say."""
 
 
-FromSender: TypeAlias = Hello | Filled | Sealed | End | Commit | Abort | Beat
+FromSender: TypeAlias = Hello | Filled | End | Commit | Abort | Beat
 FromReceiver: TypeAlias = Welcome | Free | Ready | Committed | Abort | Aborted | Beat
 Body: TypeAlias = FromSender | FromReceiver
 

@@ -17,7 +17,6 @@ from msgspec.structs import replace
 from rollout_core.errors import TransferError
 from rollout_core.transfer.protocol.line import BEATS, SILENCE, Line, Patience
 from rollout_core.transfer.protocol.messages import (
-    NO_ALGORITHM,
     PROTOCOL,
     Abort,
     Aborted,
@@ -32,7 +31,6 @@ from rollout_core.transfer.protocol.messages import (
     Free,
     Hello,
     Ready,
-    Sealed,
     Welcome,
 )
 from rollout_core.transfer.protocol.steps import (
@@ -177,10 +175,8 @@ class _Turn:
                 self._enter("preparing")
                 self.actions.append(Prepare())
             elif not state.loading and state.loaded in state.here:
-                filled = next(filled for filled in state.held if filled.index == state.loaded)
-                if not self._is_unsealed(filled):
-                    self.state = replace(state, loading=True, here=state.here - {state.loaded})
-                    self.actions.append(Load(filled))
+                self.state = replace(state, loading=True, here=state.here - {state.loaded})
+                self.actions.append(Load(next(filled for filled in state.held if filled.index == state.loaded)))
         elif state.phase == "aborting" and self._is_drained():
             self._post(Aborted())
             self._finish(reusable=True)
@@ -251,17 +247,9 @@ class _Turn:
                     self.actions.append(Examine(body))
             case Filled() if state.phase in ("streaming", "aborting") and state.buckets is None:
                 self._announced(body)
-            case Sealed(index, digest) if state.phase == "streaming" and (unsealed := self._unsealed(index)):
-                held = tuple(replace(filled, digest=digest) if filled is unsealed else filled for filled in state.held)
-                self.state = replace(state, held=held)
-            case End(buckets) if (
-                state.phase == "streaming"
-                and state.buckets is None
-                and buckets == state.announced
-                and not any(self._is_unsealed(filled) for filled in state.held)
-            ):
+            case End(buckets) if state.phase == "streaming" and state.buckets is None and buckets == state.announced:
                 self.state = replace(state, buckets=buckets)
-            case End() | Sealed() if state.phase == "aborting":
+            case End() if state.phase == "aborting":
                 pass
             case _:
                 self._failed(Cause("TransferError", f"the sender said {_brief(body)} when it was not its turn"))
@@ -281,14 +269,6 @@ class _Turn:
         else:
             self.state = replace(self.state, pulled=self.state.pulled + 1)  # left where it is
         return None
-
-    def _is_unsealed(self, filled: Filled) -> bool:
-        """Whether its digest is to follow. Without a rendezvous none does: such a bucket is refused when it is loaded."""
-        hello = self.state.hello
-        return hello is not None and hello.rendezvous and filled.digest is None and filled.algorithm != NO_ALGORITHM
-
-    def _unsealed(self, index: int) -> Filled | None:
-        return next((filled for filled in self.state.held if filled.index == index and self._is_unsealed(filled)), None)
 
     def _loaded(self) -> None:
         state = self.state

@@ -29,7 +29,6 @@ from rollout_core.transfer.protocol.messages import (
     Free,
     Hello,
     Ready,
-    Sealed,
     Welcome,
 )
 from rollout_core.transfer.protocol.steps import (
@@ -202,8 +201,6 @@ class _Turn:
             sealed = replace(filled, digest=digest)
             rest = tuple(sealed if other is filled else other for other in self.state.filled)
             self.state, filled = replace(self.state, filled=rest), sealed
-            if self.state.hello.rendezvous and self.state.phase == "streaming":  # announced without it
-                self._post_all(Sealed(index, digest))
         self.state = replace(self.state, slots=_put(self.state.slots, filled.slot, Slot(index, pushed=True)))
         if not self.state.hello.rendezvous and self.state.phase == "streaming":
             for other in self.state.filled:  # in their order, whichever move was over first

@@ -54,7 +54,8 @@ class SourceEnded(msgspec.Struct, frozen=True):
 
 
 class Pushed(msgspec.Struct, frozen=True):
-    """This end's part in moving a bucket is over. ``digest``: of its bytes, if ``Packed`` came without."""
+    """This end's part in moving a bucket is over. ``digest``: of its bytes, if ``Packed`` came without; a bucket that is announced
+    before it is moved has to have it by then."""
 
     index: int
     digest: bytes | None = None
