@@ -29,6 +29,7 @@ from rollout_core.workers.carriers import CarrierChoice, Senders
 from rollout_core.workers.contract import Completion, SamplingParams
 from rollout_core.workers.digests import SentDigests, algorithm_on, combined_digest
 from rollout_core.workers.engine import Group, Progress, Update
+from rollout_core.workers.expert_names import in_checkpoint_names
 from rollout_core.workers.link.hosts import Spec
 from rollout_core.workers.link.link import Link
 from rollout_core.workers.link.messages import (
@@ -211,6 +212,7 @@ class Worker:
         start = time.perf_counter()
         if isinstance(source, torch.nn.Module):
             source = named_weights(source) if self.takes_computed else persistent_weights(source)
+        source = in_checkpoint_names(source, self._specs_of(link))
         packer = self._plans.packer_for(source, **packing)
         plan = packer.plan
         self._check_specs(link, plan)
@@ -531,15 +533,20 @@ class Worker:
         with suppress(RolloutCoreError):
             link.ask(Abandon(version))
 
-    def _check_specs(self, link: Link, plan: BucketPlan) -> None:
-        """Raise ``PlanMismatchError`` if these are not the engine's tensors, where that does not say so itself."""
+    def _specs_of(self, link: Link) -> dict[str, TensorSpec]:
+        """The engine's tensors by name; none where it looks at an update itself."""
         if self._specs is None:
             answer = link.ask(ReadSpecs(), Specs)
             assert isinstance(answer, Specs)
             listed = answer.specs or []
             self._specs = {name: TensorSpec(name, DTYPES[dtype], shape) for name, dtype, shape in listed}
-        if self._specs and plan is not self._checked:
-            check_specs(plan, self._specs)
+        return self._specs
+
+    def _check_specs(self, link: Link, plan: BucketPlan) -> None:
+        """Raise ``PlanMismatchError`` if these are not the engine's tensors, where that does not say so itself."""
+        wanted = self._specs_of(link)
+        if wanted and plan is not self._checked:
+            check_specs(plan, wanted)
             self._checked = plan
 
     def _layout_of(self, link: Link) -> list[dict[str, Shard]]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rollout_core.errors import WorkerError
+from rollout_core.workers.experts import AbsentWeight
 from rollout_core.workers.shards import WHOLE, Shard
-from rollout_core.workers.vllm.readback import AbsentWeight, read_part, read_weight
+from rollout_core.workers.vllm.readback import read_part, read_weight
 
 
 class Layer(torch.nn.Module):

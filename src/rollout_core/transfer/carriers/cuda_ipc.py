@@ -24,6 +24,7 @@ from rollout_core.transfer.carriers.links import LinkedReceiver, LinkedSender
 from rollout_core.transfer.carriers.slots import Ticket, read_ticket
 
 _ALIGN: Final = 512  # bytes, as cudaMalloc itself aligns
+_PAGE: Final = 2 << 20  # bytes of a GPU's large page
 _HANDLE_NBYTES: Final = 64  # CUDA_IPC_HANDLE_SIZE
 _LAZY_PEER_ACCESS: Final = 1  # cudaIpcMemLazyEnablePeerAccess
 _BY_ADDRESS: Final = 4  # cudaMemcpyDefault: the addresses say which GPU each is on
@@ -129,7 +130,7 @@ class CudaIpcSender(LinkedSender):
     def _room(self, nbytes: int) -> _Memory:
         if self._slots is not None:
             return self._slots.take(nbytes)
-        if self._memory is None or self._memory.nbytes != nbytes:
+        if self._memory is None or not nbytes <= self._memory.nbytes < nbytes + _PAGE:
             if self._memory is not None:
                 self._outgrown.append(self._memory)
             self._memory = _allocate(nbytes, self._device)
@@ -216,6 +217,8 @@ def _check_device(device: torch.device | str) -> torch.device:
 
 
 def _allocate(nbytes: int, device: torch.device) -> _Memory:
+    """At least so many bytes, in whole large pages: a process that maps other amounts reads them at half of the GPU's speed."""
+    nbytes = -(-nbytes // _PAGE) * _PAGE
     address = ctypes.c_void_p()
     try:
         _call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes), device=device)

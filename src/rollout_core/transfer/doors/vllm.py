@@ -217,13 +217,16 @@ class _Model:
         if not self._reloading:
             self._reloading = True
             self._tied = _shared(self._model)  # the reload takes them apart
+            _pack_experts_again(self._model)
             initialize_layerwise_reload(self._model)
         self._loaded |= self._model.load_weights(pairs) or set()  # type: ignore[operator]
 
     def _complete(self) -> None:
         """Raises ``IncompleteStreamError`` if a parameter has not come: vLLM would leave it as it was, and say nothing."""
         came = self._loaded.union(*(names for names in self._tied if names & self._loaded))
-        missing = {name for name, _ in self._model.named_parameters()} - came
+        # Of experts vLLM 0.26 says "experts.w13_weight" and means "experts.routed_experts.w13_weight".
+        names = (name for name, _ in self._model.named_parameters())
+        missing = {name for name in names if name not in came and name.replace(".routed_experts.", ".") not in came}
         optional = (self.partial and not self._damaged) or self._config.quantization is not None
         if self._loaded and missing and not optional:
             raise IncompleteStreamError(
@@ -246,6 +249,29 @@ def _shared(model: torch.nn.Module) -> list[set[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
     return [found for found in names.values() if len(found) > 1]
+
+
+def _pack_experts_again(model: torch.nn.Module) -> None:
+    """vLLM 0.32 packs experts for its CPU kernels when it has loaded them first, and not when it has loaded others later, which it
+    then reads as if they were packed. From here on it packs those, too."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        is_packed = getattr(getattr(method, "unquantized_backend", None), "name", "") == "CPU" and hasattr(method, "moe_kernel")
+        if is_packed and not isinstance(method.process_weights_after_loading, _Packing):  # type: ignore[union-attr]
+            method.process_weights_after_loading = _Packing(method)  # type: ignore[union-attr]
+
+
+class _Packing:
+    """``process_weights_after_loading`` of such a method."""
+
+    def __init__(self, method: Any) -> None:
+        self._method, self._process = method, method.process_weights_after_loading
+
+    def __call__(self, layer: Any) -> None:
+        kernel, plain = self._method.moe_kernel, layer.w13_weight.detach().clone()
+        self._process(layer)
+        if kernel is not None and torch.equal(layer.w13_weight, plain):  # another version may have packed it by itself
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 class WorkerExtension:

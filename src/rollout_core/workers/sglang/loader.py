@@ -23,10 +23,11 @@ from rollout_core.transfer.causes import cause_of
 from rollout_core.workers.carriers import receiver_of
 from rollout_core.workers.commands import Abandon, Answer, Digests, Expect, Layout, Read, Receive, Settle, answer_with
 from rollout_core.workers.digests import algorithm_on, weight_digests
+from rollout_core.workers.experts import AbsentWeight
 from rollout_core.workers.names import canonical
 from rollout_core.workers.sglang.commands import Asked, Named, Where, unpacked, write_answer
 from rollout_core.workers.shards import Shard
-from rollout_core.workers.vllm.readback import AbsentWeight, modules_of, read_part
+from rollout_core.workers.vllm.readback import modules_of, read_part
 
 _LOG: Final = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.doors.vllm import WorkerExtension
 from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Layout, Read, Receive, Settle, answer_with
 from rollout_core.workers.digests import algorithm_on, weight_digests
+from rollout_core.workers.experts import AbsentWeight
 from rollout_core.workers.shards import WHOLE, Shard
-from rollout_core.workers.vllm.readback import AbsentWeight, modules_of, read_part, read_weight
+from rollout_core.workers.vllm.readback import modules_of, read_part, read_weight
 
 _MAY_BE_NAN: Final = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 

@@ -19,16 +19,13 @@ from typing import Any, Final
 import torch
 
 from rollout_core.errors import WorkerError
+from rollout_core.workers.experts import AbsentWeight, expert_weight
 from rollout_core.workers.layers import shard_of
 from rollout_core.workers.shards import Shard
 
 _FP8: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: Where a model does not say it.
 _FUSED: Final = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-
-
-class AbsentWeight(WorkerError):
-    """This model, or this rank's part of it, has nothing of that name."""
 
 
 def modules_of(model: Any) -> dict[str, Any]:
@@ -64,7 +61,10 @@ def read_part(model: Any, name: str, shape: Sequence[int], modules: Mapping[str,
 def _found(model: Any, name: str, modules: Mapping[str, Any] | None) -> tuple[torch.Tensor, Any, int | None]:
     """The tensor, the module that has it, and which part of that it is if it is fused there."""
     path, _, leaf = _mapped(model, name).rpartition(".")
-    module, part = _module_of(model, path, modules_of(model) if modules is None else modules)
+    modules = modules_of(model) if modules is None else modules
+    if leaf == "weight" and (expert := expert_weight(path, modules)) is not None:
+        return expert[0].detach(), expert[1], None
+    module, part = _module_of(model, path, modules)
     tensor = None if module is None else getattr(module, leaf, None)
     if module is None or not isinstance(tensor, torch.Tensor):
         raise AbsentWeight(f"the worker has no tensor {name!r}")
@@ -127,7 +127,8 @@ def _dequantized(module: Any, weight: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _multiplied_out(module: Any, dtype: torch.dtype) -> torch.Tensor:
-    width = getattr(module, "input_size_per_partition", None) or module.embedding_dim
+    sizes = ("input_size_per_partition", "input_size", "embedding_dim")
+    width = next(getattr(module, size) for size in sizes if hasattr(module, size))
     identity = torch.eye(width, dtype=dtype)
     product: torch.Tensor = module.cpu_linear(identity, getattr(module, "weight", None), None)
     return product.t().contiguous()

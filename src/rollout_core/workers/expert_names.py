@@ -1,0 +1,76 @@
+"""A trainer's experts by the names of checkpoints, which engines load.
+
+transformers 5 has two tensors for all experts of a layer, ``experts.gate_up_proj`` [experts, gate and up rows, hidden] and
+``experts.down_proj`` [experts, hidden, intermediate], and writes checkpoints of three matrices for each expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final
+
+import torch
+
+from rollout_core.bucketing import TensorSpec
+from rollout_core.bucketing.sources import Source
+from rollout_core.bucketing.tensors import is_sharded
+from rollout_core.transfer.sharded import Deferred
+from rollout_core.workers.names import canonical
+
+_FUSED: Final = (".experts.gate_up_proj", ".experts.down_proj")
+
+
+def in_checkpoint_names(source: Source, wanted: Mapping[str, TensorSpec]) -> Source:
+    """A source of which tensors of all experts of a layer are given expert by expert, where the names that are ``wanted`` are so:
+    views of them, or for those that are gathered when they are asked for, parts of one that is gathered once. Anything else is
+    returned as it is."""
+    pairs = source.items() if isinstance(source, Mapping) else source if isinstance(source, list | tuple) else ()
+    if not any(name.endswith(_FUSED) for name, *_ in pairs):
+        return source
+    known = {canonical(name): spec for name, spec in wanted.items()}
+    split: list[tuple[str, torch.Tensor]] = []
+    for name, tensor in pairs:
+        made = () if canonical(name) in known else _split(name, tensor, known)
+        split += made or [(name, tensor)]
+    return dict(split) if isinstance(source, Mapping) else split
+
+
+def _split(name: str, tensor: torch.Tensor, known: Mapping[str, TensorSpec]) -> list[tuple[str, torch.Tensor]]:
+    """The matrices of each expert by their names in a checkpoint; none if that has not just these."""
+    place, _, fused = name.rpartition(".")
+    leaves = ("gate_proj", "up_proj") if fused == "gate_up_proj" else (fused,)
+    first = known.get(canonical(f"{place}.0.{leaves[0]}.weight"))
+    if first is None or tensor.dim() != 3 or tensor.shape[1:] != (first.shape[0] * len(leaves), *first.shape[1:]):
+        return []
+    rows = first.shape[0]
+    parts = [(number, turn) for number in range(tensor.shape[0]) for turn in range(len(leaves))]
+    take = _taker(tensor, rows, len(parts))
+    return [(f"{place}.{number}.{leaves[turn]}.weight", take(number, turn)) for number, turn in parts]
+
+
+def _taker(tensor: torch.Tensor, rows: int, count: int) -> Callable[[int, int], torch.Tensor]:
+    if not is_sharded(tensor):
+        whole = tensor.detach()
+        return lambda number, turn: whole[number, turn * rows : (turn + 1) * rows]
+    gathered = _Gathered(tensor, rows, count)
+    like = torch.empty(rows, tensor.shape[2], device="meta")
+    return lambda number, turn: Deferred(like, tensor.dtype, tensor.device, partial(gathered.part, number, turn))
+
+
+class _Gathered:
+    """A tensor that is made whole for the first of its parts, and let go of with the last."""
+
+    def __init__(self, tensor: Any, rows: int, count: int) -> None:
+        self._tensor, self._rows, self._count = tensor, rows, count
+        self._whole: torch.Tensor | None = None
+        self._left = count
+
+    def part(self, number: int, turn: int) -> torch.Tensor:
+        if self._whole is None:
+            self._whole, self._left = self._tensor.full_tensor(), self._count
+        part = self._whole[number, turn * self._rows : (turn + 1) * self._rows]
+        self._left -= 1
+        if self._left == 0:
+            self._whole = None
+        return part

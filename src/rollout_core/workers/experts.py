@@ -1,0 +1,131 @@
+"""Experts out of a live vLLM or SGLang, by the names of a checkpoint (clause W2).
+
+A checkpoint has three matrices for each expert: ``experts.5.gate_proj.weight``, ``up_proj`` and ``down_proj``, or ``w1``, ``w3``
+and ``w2``. The engines have two tensors for all experts of a layer: ``w13_weight`` [experts, gate and up rows, hidden] and
+``w2_weight`` [experts, hidden, intermediate], which a kernel may want in another order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import torch
+
+from rollout_core.errors import WorkerError
+
+_PLACE: Final = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
+_GATE, _UP, _DOWN = "gate", "up", "down"
+_PARTS: Final = {"gate_proj": _GATE, "up_proj": _UP, "down_proj": _DOWN, "w1": _GATE, "w3": _UP, "w2": _DOWN}
+#: vLLM's kernels that take experts as they come, and one that wants the up rows first.
+_AS_THEY_ARE: Final = frozenset({"TRITON", "BATCHED_TRITON"})
+_UP_FIRST: Final = "FLASHINFER_CUTLASS"
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Which part of each expert's intermediate size a rank has: what ``layers`` asks a module for."""
+
+    tp_rank: int
+    tp_size: int
+
+
+class AbsentWeight(WorkerError):
+    """This model, or this rank's part of it, has nothing of that name."""
+
+
+def expert_weight(path: str, modules: Mapping[str, Any]) -> tuple[torch.Tensor, Rank] | None:
+    """The matrix of one expert, of which ``path`` is the name without ``.weight``, out of the tensors of its layer, and which part
+    of it that is. None if it is no name of an expert, or the model has none there. ``AbsentWeight`` for an expert of another rank,
+    ``WorkerError`` where it cannot be told where its values are."""
+    found = _PLACE.fullmatch(path)
+    if found is None or found[3] not in _PARTS:
+        return None
+    places = (f"{found[1]}.routed_experts", found[1])  # vLLM's, and SGLang's
+    module = next((modules[place] for place in places if hasattr(modules.get(place), "w13_weight")), None)
+    if module is None:
+        return None
+    number = int(found[2])
+    if hasattr(module, "_map_global_expert_id_to_local_expert_id"):
+        number = int(module._map_global_expert_id_to_local_expert_id(number))
+    if not 0 <= number < module.w13_weight.shape[0]:
+        raise AbsentWeight(f"the worker has no expert {path!r}: another rank may")
+    return _matrix(module, number, _PARTS[found[3]], path), _rank_of(module)
+
+
+def _matrix(module: Any, number: int, part: str, path: str) -> torch.Tensor:
+    w13, w2, up_first = _plain(module, number, path)
+    half = w13.shape[0] // 2
+    config = getattr(module, "moe_config", None)
+    width = getattr(config, "intermediate_size_per_partition_unpadded", None) or half
+    hidden = getattr(config, "hidden_dim_unpadded", None) or w13.shape[1]
+    halves = {True: (_UP, _GATE), False: (_GATE, _UP)}[up_first]
+    if part == _DOWN:
+        matrix, padding = w2[:hidden, :width], (w2[:, width:], w2[hidden:])
+    else:
+        rows = w13.narrow(0, halves.index(part) * half, half)
+        matrix, padding = rows[:width, :hidden], (rows[width:], rows[:, hidden:])
+    if any(rest.numel() and int(rest.count_nonzero()) for rest in padding):
+        raise WorkerError(f"the padding of {path!r} is not zero")
+    return matrix
+
+
+def _plain(module: Any, number: int, path: str) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """One expert's ``w13`` and ``w2`` in rows, and whether the rows of up come first."""
+    w13, w2 = module.w13_weight[number], module.w2_weight[number]
+    method = getattr(module, "quant_method", None)
+    backend = getattr(getattr(method, "unquantized_backend", None), "name", None)
+    if w13.dtype.itemsize == 1 or getattr(module, "use_intel_amx_backend", False):
+        raise WorkerError(f"{path!r} is quantized, or packed, in a way that is not read back")
+    if getattr(module, "use_triton_kernels", False):  # of SGLang: columns first
+        return w13.t(), w2.t(), False
+    if backend == "CPU":
+        experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+        if experts is None or getattr(experts, "_use_zentorch", False):
+            return w13, w2, False
+        return _unpacked(w13, experts.isa, path), _unpacked(w2, experts.isa, path), False
+    if backend is not None and backend != _UP_FIRST and backend not in _AS_THEY_ARE:
+        raise WorkerError(f"{path!r} is laid out for vLLM's {backend} kernels, in a way that is not read back")
+    return w13, w2, backend == _UP_FIRST
+
+
+def _rank_of(module: Any) -> Rank:
+    config = getattr(module, "moe_config", None)
+    if config is not None:
+        return Rank(config.tp_rank, config.tp_size)
+    return Rank(getattr(module, "moe_tp_rank", 0), getattr(module, "moe_tp_size", 1))
+
+
+def _unpacked(packed: torch.Tensor, isa: str, path: str) -> torch.Tensor:
+    """One expert's matrix as it was before vLLM packed it for its CPU kernels, which moves values and changes none: where each went
+    is seen by packing numbers."""
+    matrix = torch.empty_like(packed).view(-1)
+    matrix[_packed_order(tuple(packed.shape), packed.dtype, isa)] = packed.reshape(-1)
+    matrix = matrix.view(packed.shape)
+    if not torch.equal(_pack(matrix, isa).view(torch.uint8), packed.contiguous().view(torch.uint8)):
+        raise WorkerError(f"{path!r} is packed in a way that is not read back")
+    return matrix
+
+
+@lru_cache(maxsize=8)
+def _packed_order(shape: tuple[int, int], dtype: torch.dtype, isa: str) -> torch.Tensor:
+    """For each place of a packed matrix the place that its value has in the plain one; digit by digit, as the dtype has not all
+    numbers."""
+    base = 1 << 8  # which every floating-point dtype of 16 bits and more counts to
+    numbers = torch.arange(shape[0] * shape[1])
+    order, unit = torch.zeros_like(numbers), 1
+    while unit < len(numbers):
+        digits = (numbers // unit % base).to(dtype).view(shape)
+        order += _pack(digits, isa).reshape(-1).to(torch.int64) * unit
+        unit *= base
+    return order
+
+
+def _pack(matrix: torch.Tensor, isa: str) -> torch.Tensor:
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    packed: torch.Tensor = cpu_prepack_moe_weight(matrix[None], isa)
+    return packed[0]
