@@ -10,13 +10,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rollout_core.bucketing import plan_buckets, specs_of
-from rollout_core.errors import TransferError
+from rollout_core.errors import IncompleteStreamError, TransferError
 from rollout_core.transfer import send, send_stream
 from rollout_core.transfer.carriers.memory import MemorySender
 
@@ -268,6 +269,35 @@ def test_a_parameter_that_is_not_sent_is_missed(llm, models, address, next_versi
             versions(llm)
         trainer.sync(source, next_version + 1)
         assert generated(llm) == tokens
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_part_of_a_fused_layer_that_is_not_sent_is_missed(llm, models, address, next_version, partial):
+    """vLLM goes on with memory that was never written, whether parts are allowed or not."""
+    without = {name: tensor for name, tensor in models[2][0].items() if name != "model.layers.0.self_attn.k_proj.weight"}
+    with connected(llm, address, partial=partial) as trainer:
+        trainer.sync(models[1][0], next_version)
+        with pytest.raises(TransferError, match="a part only of 1 fused layers, such as 'model.layers.0.self_attn.qkv_proj'"):
+            trainer.sync(without, next_version + 1)
+        with pytest.raises(TransferError, match="unusable"):
+            versions(llm)
+        trainer.sync(models[2][0], next_version + 1)
+        assert generated(llm) == models[2][1]
+
+
+def test_experts_are_known_by_the_name_that_an_older_vllm_gives_them():
+    """0.26 says that it has loaded "experts.w2_weight" where its parameter is "experts.routed_experts.w2_weight"."""
+    from rollout_core.transfer.doors.vllm import _Model
+
+    model = torch.nn.Module()
+    model.experts = torch.nn.Module()
+    model.experts.routed_experts = torch.nn.Linear(2, 2)
+    target = _Model(model, SimpleNamespace(quantization=None))
+    target._loaded = {"experts.weight", "experts.bias"}
+    target._complete()
+    target._loaded = {"experts.weight"}
+    with pytest.raises(IncompleteStreamError, match="nothing for 1 parameters of the model, such as 'experts.routed_experts.bias'"):
+        target._complete()
 
 
 def test_a_part_may_be_sent_when_asked_for(llm, models, address, next_version):

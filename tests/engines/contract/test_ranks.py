@@ -6,24 +6,21 @@ By default one worker of the engine; ROLLOUT_CORE_RANKS=all has its other worker
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
 from rollout_core.errors import IntegrityError, PlanMismatchError, WorkerError
-from rollout_core.workers import SamplingParams, SGLangServerWorker, VLLMServerWorker, VLLMWorker
+from rollout_core.workers import SamplingParams
 from rollout_core.workers.digests import combined_digest, weight_digest
-from support.engines import DEVICE, ENGINE, POSITIONS, VLLM_CACHE, VLLM_ENVIRONMENT, VLLM_SHARE, changed, running_server
-from support.rank_faults import FILE
+from support.engines import ENGINE, POSITIONS, changed
 from support.rank_kills import kill_while
+from support.rank_workers import worker_of
 
 PROMPTS = [[5], [17, 3, 60], list(range(100, 137)), [9, 2, 2, 12, 7, 55]]
 GREEDY = SamplingParams(response_length=10, ignore_eos=True)
 LONG = SamplingParams(response_length=200, ignore_eos=True)
-TIMEOUT = 30
 MORE = os.environ.get("ROLLOUT_CORE_RANKS") == "all"
 KINDS = {
     "vllm": ["vllm_tp2", *(["vllm_async_tp2", "vllm_server_tp2"] if MORE else [])],
@@ -52,44 +49,6 @@ def make_model():
         pad_token_id=0,
     )
     return transformers.Qwen2ForCausalLM(config).float().eval()
-
-
-@contextmanager
-def worker_of(kind, folder, faults):
-    environment = {FILE: str(faults), "PYTHONPATH": str(Path(__file__).parents[2])}
-    server = {"vllm_server_tp2": VLLMServerWorker, "sglang_server_tp2": SGLangServerWorker}.get(kind)
-    if server is not None:
-        words = ["--tensor-parallel-size=2"]
-        os.environ |= {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"}
-        with running_server(ENGINE, folder, words) as running, server(running.url, timeout=TIMEOUT) as worker:
-            yield worker
-        return
-    if ENGINE == "sglang":
-        from support.rank_faults_sglang import LOADER, FaultyWorker
-
-        environment |= {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # the cores of each rank, which it wants to be told
-        options = {"tp_size": 2, "custom_weight_loader": [LOADER]}
-        making = FaultyWorker(
-            str(folder), max_model_len=POSITIONS, engine_options=options, environment=environment, timeout=TIMEOUT
-        )
-    else:
-        making = VLLMWorker(
-            str(folder),
-            device=DEVICE,
-            mode="async" if kind == "vllm_async_tp2" else "stepped",
-            max_model_len=POSITIONS,
-            engine_options={
-                "tensor_parallel_size": 2,
-                "kv_cache_memory_bytes": VLLM_CACHE,
-                **VLLM_SHARE,
-                "enforce_eager": True,
-                "worker_extension_cls": "support.rank_faults_vllm.FaultyExtension",
-            },
-            environment={**VLLM_ENVIRONMENT, **environment},
-            timeout=TIMEOUT,
-        )
-    with making as worker:
-        yield worker
 
 
 class Place:

@@ -233,7 +233,22 @@ class _Model:
                 f"the update has nothing for {len(missing)} parameters of the model, such as {min(missing)!r}; "
                 "send all of them, or set partial in init_info"
             )
+        if self._loaded and self._config.quantization is None and (halves := self._half_loaded()):
+            raise IncompleteStreamError(
+                f"the update has a part only of {len(halves)} fused layers, such as {halves[0]!r}; send all that is fused in them"
+            )
         self._end_reload()
+
+    def _half_loaded(self) -> list[str]:
+        """Fused layers some parts of which have not come: vLLM would use memory that was never written for the others."""
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        found = []
+        for name, module in self._model.named_modules():
+            info = get_layerwise_info(module)
+            if _is_fused(module) and info.can_load() and 0 < info.load_numel < info.load_numel_total:
+                found.append(name)
+        return found
 
     def _end_reload(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -249,6 +264,12 @@ def _shared(model: torch.nn.Module) -> list[set[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
     return [found for found in names.values() if len(found) > 1]
+
+
+def _is_fused(module: torch.nn.Module) -> bool:
+    """Whether a layer is loaded in parts, and vLLM counts them without what pads it: of experts since 0.32."""
+    experts = getattr(module, "w13_weight", None)
+    return len(getattr(module, "output_partition_sizes", ())) > 1 or hasattr(experts, "weight_loader_numel")
 
 
 def _pack_experts_again(model: torch.nn.Module) -> None:

@@ -1,0 +1,142 @@
+"""A mixture of experts (W1, W2, W9): an engine has all experts of a layer in two tensors, a checkpoint three for each of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from rollout_core.errors import PlanMismatchError, WorkerError
+from rollout_core.workers import SamplingParams
+from rollout_core.workers.digests import combined_digest, weight_digest
+from support.engines import DEVICE, ENGINE, POSITIONS, changed, running_worker
+from support.rank_workers import worker_of
+
+PROMPTS = [[5], [17, 3, 60], list(range(100, 137)), [9, 2, 2, 12, 7, 55]]
+GREEDY = SamplingParams(response_length=10, ignore_eos=True)
+RANKS = f"{ENGINE}_tp2"
+KINDS = [ENGINE] if ENGINE == "hf" or DEVICE == "cuda" else [ENGINE, RANKS]  # two ranks want two GPUs
+EXPERT = "model.layers.1.mlp.experts.5.{}.weight"
+#: What the engine's tensors for all experts are called where a fault changes the first value, the one of expert 0's first matrix.
+STACKED = {"vllm": "model.layers.1.mlp.experts.routed_experts.w2_weight", "sglang": "model.layers.1.mlp.experts.w2_weight"}
+
+
+def make_model():
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=300,
+        hidden_size=128,
+        intermediate_size=200,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=[2, 7],
+        pad_token_id=0,
+    )
+    return transformers.Qwen3MoeForCausalLM(config).float().eval()
+
+
+class Place:
+    """A running worker, and two models for it: as modules, and by the names of checkpoints."""
+
+    def __init__(self, worker, models, folder, faults):
+        self.worker, self.models, self.faults = worker, models, faults
+        self.checkpoints = []
+        for number, model in enumerate(models):
+            model.save_pretrained(folder / str(number))
+            self.checkpoints.append(load_file(folder / str(number) / "model.safetensors", device=str(model.device)))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def place(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "fault").write_text("")
+    model = make_model()
+    model.save_pretrained(folder / "start")
+    models = [changed(model, seed).to(DEVICE) for seed in (1, 2)]
+    start, faults = folder / "start", folder / "fault"
+    running = worker_of(RANKS, start, faults) if request.param == RANKS else running_worker(ENGINE, start)
+    with running as worker:
+        yield Place(worker, models, folder, faults)
+
+
+@torch.no_grad()
+def argmax_loop(model, prompt, steps):
+    tokens = []
+    while len(tokens) < steps:
+        ids = torch.tensor([prompt + tokens], device=model.device)
+        tokens.append(int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
+    return tokens
+
+
+def check_tokens(place, model):
+    expected = [argmax_loop(model, prompt, 10) for prompt in PROMPTS]
+    assert [list(one.token_ids) for one in place.worker.generate(PROMPTS, GREEDY)] == expected
+
+
+def test_w1_w2_every_update_is_what_is_generated_with_and_read_back(place):
+    """The second and third update, too: engines lay experts out for their kernels when they load them first."""
+    worker = place.worker
+    for turn in (0, 1, 0):
+        model = place.models[turn]
+        report = worker.sync_weights(model, capacity=100_000)
+        check_tokens(place, model)
+        sent = model.state_dict() if ENGINE == "hf" else place.checkpoints[turn]
+        expected = {
+            name: weight_digest(tensor, values=worker.reads_values, algorithm=worker.digest_algorithm)
+            for name, tensor in sent.items()
+        }
+        assert worker.tensor_digests() == expected
+        assert report.digest == combined_digest(expected)
+
+
+@pytest.mark.skipif(ENGINE == "hf", reason="its module has the stacked names")
+def test_w2_by_the_names_of_checkpoints_it_is_the_same_update(place):
+    model, checkpoint = place.models[1], place.checkpoints[1]
+    stacked = place.worker.sync_weights(dict(model.state_dict()))
+    one_by_one = place.worker.sync_weights(checkpoint)
+    assert one_by_one.digest == stacked.digest
+    for matrix in ("gate_proj", "up_proj", "down_proj"):
+        name = EXPERT.format(matrix)
+        assert torch.equal(place.worker.read_tensor(name), checkpoint[name].cpu()), name
+
+
+@pytest.mark.skipif(ENGINE == "hf", reason="its module has the stacked names")
+def test_w2_an_expert_that_is_missing_or_too_much_is_refused(place):
+    checkpoint = dict(place.checkpoints[0])
+    place.worker.sync_weights(checkpoint)
+    name = EXPERT.format("up_proj")
+    moved = {**checkpoint, name.replace(".5.", ".8."): checkpoint[name]}
+    with pytest.raises(PlanMismatchError, match=r"experts\.8\.up_proj"):
+        place.worker.sync_weights(moved)
+    del checkpoint[name]
+    with pytest.raises(PlanMismatchError, match=r"experts\.5\.up_proj.* is not in the update"):
+        place.worker.sync_weights(checkpoint)
+    with pytest.raises(PlanMismatchError, match="experts.gate_up_proj"):  # of other sizes than the model's
+        stacked = dict(place.models[0].state_dict())
+        stacked["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(8, 64, 128, device=DEVICE)
+        place.worker.sync_weights(stacked)
+    check_tokens(place, place.models[0])
+
+
+@pytest.mark.parametrize("place", [kind for kind in KINDS if kind == RANKS], indirect=True)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_w9_one_value_of_one_expert_on_one_rank_is_seen(place, rank):
+    place.faults.write_text(f"{rank} changes {STACKED[ENGINE]}")
+    with pytest.raises(WorkerError, match=rf"on ranks \[{rank}\] of 2, first 'model.layers.1.mlp.experts.0.down_proj.weight'"):
+        place.worker.sync_weights(place.models[1])
+    place.faults.write_text("")
+    place.worker.sync_weights(place.models[1])
+    check_tokens(place, place.models[1])
