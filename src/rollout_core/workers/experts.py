@@ -8,7 +8,7 @@ and ``w2``. The engines have two tensors for all experts of a layer: ``w13_weigh
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -37,58 +37,68 @@ class AbsentWeight(WorkerError):
     """This model, or this rank's part of it, has nothing of that name."""
 
 
-def expert_weight(path: str, modules: Mapping[str, Any]) -> tuple[torch.Tensor, Rank] | None:
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The matrices of one layer's experts that this rank has, each kind in the order of its own numbers for them."""
+
+    matrices: Mapping[str, Sequence[torch.Tensor]]
+    rank: Rank
+    number_here: Callable[[int], int]
+
+    @classmethod
+    def of(cls, module: Any, place: str) -> Experts:
+        """``WorkerError`` where it cannot be told where their values are."""
+        w13, w2, up_first = _plain(module, place)
+        config = getattr(module, "moe_config", None)
+        half = w13.shape[1] // 2
+        width = getattr(config, "intermediate_size_per_partition_unpadded", None) or half
+        hidden = getattr(config, "hidden_dim_unpadded", None) or w13.shape[2]
+        for rest in (w13[:, width:half], w13[:, half + width :], w13[:, :, hidden:], w2[:, hidden:], w2[:, :, width:]):
+            if rest.numel() and int(rest.count_nonzero()):
+                raise WorkerError(f"the padding of {place!r} is not zero")
+        first, second = (w13[:, start : start + width, :hidden].unbind() for start in (0, half))
+        gate, up = (second, first) if up_first else (first, second)
+        here = getattr(module, "_map_global_expert_id_to_local_expert_id", int)
+        return cls({_GATE: gate, _UP: up, _DOWN: w2[:, :hidden, :width].unbind()}, _rank_of(module), here)
+
+
+def expert_weight(path: str, modules: Mapping[str, Any], known: dict[str, Experts]) -> tuple[torch.Tensor, Rank] | None:
     """The matrix of one expert, of which ``path`` is the name without ``.weight``, out of the tensors of its layer, and which part
-    of it that is. None if it is no name of an expert, or the model has none there. ``AbsentWeight`` for an expert of another rank,
-    ``WorkerError`` where it cannot be told where its values are."""
+    of it that is. None if it is no name of an expert, or the model has none there. ``known``: of layers that were asked for before,
+    as long as their weights do not change. ``AbsentWeight`` for an expert of another rank, and see ``Experts.of``."""
     found = _PLACE.fullmatch(path)
     if found is None or found[3] not in _PARTS:
         return None
-    places = (f"{found[1]}.routed_experts", found[1])  # vLLM's, and SGLang's
-    module = next((modules[place] for place in places if hasattr(modules.get(place), "w13_weight")), None)
-    if module is None:
-        return None
-    number = int(found[2])
-    if hasattr(module, "_map_global_expert_id_to_local_expert_id"):
-        number = int(module._map_global_expert_id_to_local_expert_id(number))
-    if not 0 <= number < module.w13_weight.shape[0]:
+    layer = known.get(found[1])
+    if layer is None:
+        places = (f"{found[1]}.routed_experts", found[1])  # vLLM's, and SGLang's
+        module = next((modules[place] for place in places if hasattr(modules.get(place), "w13_weight")), None)
+        if module is None:
+            return None
+        layer = known[found[1]] = Experts.of(module, found[1])
+    matrices, number = layer.matrices[_PARTS[found[3]]], int(layer.number_here(int(found[2])))
+    if not 0 <= number < len(matrices):
         raise AbsentWeight(f"the worker has no expert {path!r}: another rank may")
-    return _matrix(module, number, _PARTS[found[3]], path), _rank_of(module)
+    return matrices[number], layer.rank
 
 
-def _matrix(module: Any, number: int, part: str, path: str) -> torch.Tensor:
-    w13, w2, up_first = _plain(module, number, path)
-    half = w13.shape[0] // 2
-    config = getattr(module, "moe_config", None)
-    width = getattr(config, "intermediate_size_per_partition_unpadded", None) or half
-    hidden = getattr(config, "hidden_dim_unpadded", None) or w13.shape[1]
-    halves = {True: (_UP, _GATE), False: (_GATE, _UP)}[up_first]
-    if part == _DOWN:
-        matrix, padding = w2[:hidden, :width], (w2[:, width:], w2[hidden:])
-    else:
-        rows = w13.narrow(0, halves.index(part) * half, half)
-        matrix, padding = rows[:width, :hidden], (rows[width:], rows[:, hidden:])
-    if any(rest.numel() and int(rest.count_nonzero()) for rest in padding):
-        raise WorkerError(f"the padding of {path!r} is not zero")
-    return matrix
-
-
-def _plain(module: Any, number: int, path: str) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """One expert's ``w13`` and ``w2`` in rows, and whether the rows of up come first."""
-    w13, w2 = module.w13_weight[number], module.w2_weight[number]
+def _plain(module: Any, place: str) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """A layer's ``w13`` and ``w2`` in rows, and whether the rows of up come first."""
+    w13, w2 = module.w13_weight.detach(), module.w2_weight.detach()
     method = getattr(module, "quant_method", None)
     backend = getattr(getattr(method, "unquantized_backend", None), "name", None)
     if w13.dtype.itemsize == 1 or getattr(module, "use_intel_amx_backend", False):
-        raise WorkerError(f"{path!r} is quantized, or packed, in a way that is not read back")
+        raise WorkerError(f"{place!r} is quantized, or packed, in a way that is not read back")
     if getattr(module, "use_triton_kernels", False):  # of SGLang: columns first
-        return w13.t(), w2.t(), False
+        return w13.transpose(1, 2), w2.transpose(1, 2), False
     if backend == "CPU":
         experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
         if experts is None or getattr(experts, "_use_zentorch", False):
             return w13, w2, False
-        return _unpacked(w13, experts.isa, path), _unpacked(w2, experts.isa, path), False
+        w13, w2 = (torch.stack([_unpacked(one, experts.isa, place) for one in packed]) for packed in (w13, w2))
+        return w13, w2, False
     if backend is not None and backend != _UP_FIRST and backend not in _AS_THEY_ARE:
-        raise WorkerError(f"{path!r} is laid out for vLLM's {backend} kernels, in a way that is not read back")
+        raise WorkerError(f"{place!r} is laid out for vLLM's {backend} kernels, in a way that is not read back")
     return w13, w2, backend == _UP_FIRST
 
 
@@ -99,14 +109,14 @@ def _rank_of(module: Any) -> Rank:
     return Rank(getattr(module, "moe_tp_rank", 0), getattr(module, "moe_tp_size", 1))
 
 
-def _unpacked(packed: torch.Tensor, isa: str, path: str) -> torch.Tensor:
+def _unpacked(packed: torch.Tensor, isa: str, place: str) -> torch.Tensor:
     """One expert's matrix as it was before vLLM packed it for its CPU kernels, which moves values and changes none: where each went
     is seen by packing numbers."""
     matrix = torch.empty_like(packed).view(-1)
     matrix[_packed_order(tuple(packed.shape), packed.dtype, isa)] = packed.reshape(-1)
     matrix = matrix.view(packed.shape)
     if not torch.equal(_pack(matrix, isa).view(torch.uint8), packed.contiguous().view(torch.uint8)):
-        raise WorkerError(f"{path!r} is packed in a way that is not read back")
+        raise WorkerError(f"{place!r} is packed in a way that is not read back")
     return matrix
 
 

@@ -27,7 +27,7 @@ from rollout_core.workers.experts import AbsentWeight
 from rollout_core.workers.names import canonical
 from rollout_core.workers.sglang.commands import Asked, Named, Where, unpacked, write_answer
 from rollout_core.workers.shards import Shard
-from rollout_core.workers.vllm.readback import modules_of, read_part
+from rollout_core.workers.vllm.readback import Directory, read_part
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -81,10 +81,10 @@ def _answer(model: Any, target: _Model, command: Asked) -> Answer:
 def _parts(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor, Shard]]:
     """Of the tensors of a checkpoint, what this rank has, without the zeros that SGLang pads it with on a CPU; left out are those
     that it has not, and those that have something else in their padding."""
-    modules = modules_of(model)
+    directory = Directory(model)
     for name, shape in shapes.items():
         try:
-            yield name, *read_part(model, _name_in(model, name), shape, modules)
+            yield name, *read_part(model, _name_in(model, name), shape, directory)
         except WorkerError:
             continue
 

@@ -16,7 +16,7 @@ from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Exp
 from rollout_core.workers.digests import algorithm_on, weight_digests
 from rollout_core.workers.experts import AbsentWeight
 from rollout_core.workers.shards import WHOLE, Shard
-from rollout_core.workers.vllm.readback import modules_of, read_part, read_weight
+from rollout_core.workers.vllm.readback import Directory, read_part, read_weight
 
 _MAY_BE_NAN: Final = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -129,20 +129,20 @@ class RolloutExtension(WorkerExtension):
 
     def _rollout_core_parts(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor, Shard]]:
         """Of the tensors of a checkpoint, what this worker has; those that it has not are left out."""
-        modules = modules_of(self._rollout_core_model())
+        directory = Directory(self._rollout_core_model())
         for name, shape in shapes.items():
             try:
-                yield name, *self._rollout_core_part(name, shape, modules)
+                yield name, *self._rollout_core_part(name, shape, directory)
             except WorkerError:
                 continue
 
     def _rollout_core_part(
-        self, name: str, shape: tuple[int, ...], modules: Mapping[str, Any] | None = None
+        self, name: str, shape: tuple[int, ...], directory: Directory | None = None
     ) -> tuple[torch.Tensor, Shard]:
         model = self._rollout_core_model()
         if self.parallel_config.world_size == 1:  # type: ignore[attr-defined]
-            return read_weight(model, name, modules), WHOLE
-        return read_part(model, name, shape, modules)
+            return read_weight(model, name, directory), WHOLE
+        return read_part(model, name, shape, directory)
 
     def _rollout_core_target(self) -> Any:
         return self.weight_transfer_engine.target  # type: ignore[attr-defined]

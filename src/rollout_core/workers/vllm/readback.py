@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 
 from rollout_core.errors import WorkerError
-from rollout_core.workers.experts import AbsentWeight, expert_weight
+from rollout_core.workers.experts import AbsentWeight, Experts, expert_weight
 from rollout_core.workers.layers import shard_of
 from rollout_core.workers.shards import Shard
 
@@ -28,22 +28,35 @@ _FP8: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FUSED: Final = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-def modules_of(model: Any) -> dict[str, Any]:
-    """The modules of a model by name, for who reads many of its weights: to list them takes longer than to read one."""
-    return dict(model.named_modules(remove_duplicate=False))
+class Directory:
+    """Where a model's weights are, for who reads many of them while they do not change: to find that takes longer than to read
+    one."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.modules: Mapping[str, Any] = dict(model.named_modules(remove_duplicate=False))
+        self.experts: dict[str, Experts] = {}
+        mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
+        if hasattr(mapper, "orig_to_new_stacked"):  # newer mappers name the fused layer
+            mapper = replace(mapper, orig_to_new_stacked={})
+        self._mapper = mapper
+
+    def name_of(self, name: str) -> str:
+        """The name in vLLM's model of what a checkpoint has under this one, as if nothing were fused."""
+        return name if self._mapper is None else str(next(iter(self._mapper.apply_list([name])), name))
 
 
-def read_weight(model: Any, name: str, modules: Mapping[str, Any] | None = None) -> torch.Tensor:
+def read_weight(model: Any, name: str, directory: Directory | None = None) -> torch.Tensor:
     """The tensor that a checkpoint calls ``name``, where the model has it: a view of its weights, or what was made of them.
-    ``AbsentWeight``, a ``WorkerError``, if this model has nothing of that name. ``modules``: as ``modules_of`` gives them."""
-    return _found(model, name, modules)[0]
+    ``AbsentWeight``, a ``WorkerError``, if this model has nothing of that name. ``directory``: the model's."""
+    return _found(directory or Directory(model), name)[0]
 
 
-def read_part(model: Any, name: str, shape: Sequence[int], modules: Mapping[str, Any] | None = None) -> tuple[torch.Tensor, Shard]:
+def read_part(model: Any, name: str, shape: Sequence[int], directory: Directory | None = None) -> tuple[torch.Tensor, Shard]:
     """``read_weight`` of a rank that has a part of it, without padding: and which part, ``shape`` being that of the whole.
     ``WorkerError`` also if it is not known which, or if there is something else than zeros in the padding, which would be
     computed with."""
-    tensor, module, part = _found(model, name, modules)
+    tensor, module, part = _found(directory or Directory(model), name)
     shard = shard_of(module, part, tuple(tensor.shape), tuple(shape), name)
     real = list(shape)
     if not shard.is_whole:
@@ -58,13 +71,12 @@ def read_part(model: Any, name: str, shape: Sequence[int], modules: Mapping[str,
     return cut.contiguous(), shard
 
 
-def _found(model: Any, name: str, modules: Mapping[str, Any] | None) -> tuple[torch.Tensor, Any, int | None]:
+def _found(directory: Directory, name: str) -> tuple[torch.Tensor, Any, int | None]:
     """The tensor, the module that has it, and which part of that it is if it is fused there."""
-    path, _, leaf = _mapped(model, name).rpartition(".")
-    modules = modules_of(model) if modules is None else modules
-    if leaf == "weight" and (expert := expert_weight(path, modules)) is not None:
-        return expert[0].detach(), expert[1], None
-    module, part = _module_of(model, path, modules)
+    path, _, leaf = directory.name_of(name).rpartition(".")
+    if leaf == "weight" and (expert := expert_weight(path, directory.modules, directory.experts)) is not None:
+        return *expert, None
+    module, part = _module_of(directory.model, path, directory.modules)
     tensor = None if module is None else getattr(module, leaf, None)
     if module is None or not isinstance(tensor, torch.Tensor):
         raise AbsentWeight(f"the worker has no tensor {name!r}")
@@ -82,16 +94,6 @@ def _found(model: Any, name: str, modules: Mapping[str, Any] | None) -> tuple[to
         rows = module.org_vocab_size if indices is None else indices.org_vocab_end_index - indices.org_vocab_start_index
         tensor = tensor[:rows]  # the rest pads it
     return tensor.detach(), module, part
-
-
-def _mapped(model: Any, name: str) -> str:
-    """The name in vLLM's model of what a checkpoint has under this one, as if nothing were fused."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    if mapper is None:
-        return name
-    if hasattr(mapper, "orig_to_new_stacked"):  # newer mappers name the fused layer
-        mapper = replace(mapper, orig_to_new_stacked={})
-    return str(next(iter(mapper.apply_list([name])), name))
 
 
 def _module_of(model: Any, path: str, modules: Mapping[str, Any]) -> tuple[Any, int | None]:
