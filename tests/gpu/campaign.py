@@ -49,7 +49,18 @@ def suite(name: str, engine: str, places: str, *words: str, alone: bool = False,
 
 
 def two(engine: str, site: str | None = None) -> Task:
-    return Task(f"two-{engine}", site or engine, (f"two-{engine}", "-v", "-s", "-k", "not elsewhere"), alone=True, gpus=2, most=280)
+    return Task(
+        f"two-{engine}",
+        site or engine,
+        (f"two-{engine}", "-v", "-s", "-k", "not elsewhere and not fsdp_engine"),
+        alone=True,
+        gpus=2,
+        most=280,
+    )
+
+
+def sharded(engine: str) -> Task:
+    return Task(f"two-{engine}-fsdp", engine, (f"two-{engine}", "tests/gpu/two/test_fsdp_engine.py", "-v", "-s"), gpus=2, most=280)
 
 
 def killed(engine: str, when: str) -> Task:
@@ -92,9 +103,12 @@ TASKS = (
     suite("vllm-fp8", "vllm", "tests/gpu/vllm/test_vllm_fp8.py"),
     suite("sglang-fp8", "sglang", "tests/gpu/sglang/test_sglang_fp8.py"),
     suite("vllm-contract", "vllm", CONTRACT, "-k", "vllm-tied or vllm-untied"),
+    suite("vllm-experts", "vllm", f"{CONTRACT}/test_experts.py"),
     two("hf", site="vllm"),
     two("vllm"),
     two("sglang"),
+    sharded("vllm"),
+    sharded("sglang"),
     killed("vllm", "update"),
     killed("vllm", "abort"),
     killed("sglang", "update"),

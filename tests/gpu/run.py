@@ -22,8 +22,8 @@ PLACES = {
     "vllm": ["tests/gpu/vllm", CONTRACT],
     "sglang": ["tests/gpu/sglang"],
     "two-hf": ["tests/gpu/two/test_fsdp_two_gpus.py", "tests/gpu/two/test_collective_nccl.py"],
-    "two-vllm": ["tests/gpu/two/test_tensor_parallel.py", f"{CONTRACT}/test_ranks.py"],
-    "two-sglang": ["tests/gpu/two/test_tensor_parallel.py"],
+    "two-vllm": ["tests/gpu/two/test_tensor_parallel.py", "tests/gpu/two/test_fsdp_engine.py", f"{CONTRACT}/test_ranks.py"],
+    "two-sglang": ["tests/gpu/two/test_tensor_parallel.py", "tests/gpu/two/test_fsdp_engine.py"],
 }
 
 

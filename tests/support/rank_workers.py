@@ -49,3 +49,10 @@ def worker_of(kind, folder, faults):
         )
     with making as worker:
         yield worker
+
+
+def two_ranks(folder):
+    """A worker of ROLLOUT_CORE_ENGINE on two ranks, with nothing wrong."""
+    faults = Path(folder) / "no-fault"
+    faults.write_text("")
+    return worker_of(f"{ENGINE}_tp2", folder, faults)

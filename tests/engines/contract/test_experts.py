@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from rollout_core.errors import PlanMismatchError, WorkerError
 from rollout_core.workers import SamplingParams
 from rollout_core.workers.digests import combined_digest, weight_digest
-from support.engines import DEVICE, ENGINE, POSITIONS, changed, running_worker
+from support.engines import DEVICE, ENGINE, changed, running_worker
+from support.mixture import make_mixture
 from support.rank_workers import worker_of
 
 PROMPTS = [[5], [17, 3, 60], list(range(100, 137)), [9, 2, 2, 12, 7, 55]]
@@ -20,32 +20,6 @@ KINDS = [ENGINE] if ENGINE == "hf" or DEVICE == "cuda" else [ENGINE, RANKS]  # t
 EXPERT = "model.layers.1.mlp.experts.5.{}.weight"
 #: What the engine's tensors for all experts are called where a fault changes the first value, the one of expert 0's first matrix.
 STACKED = {"vllm": "model.layers.1.mlp.experts.routed_experts.w2_weight", "sglang": "model.layers.1.mlp.experts.w2_weight"}
-
-
-def make_model():
-    torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=300,
-        hidden_size=128,
-        intermediate_size=200,
-        moe_intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=[2, 7],
-        pad_token_id=0,
-    )
-    return transformers.Qwen3MoeForCausalLM(config).float().eval()
 
 
 class Place:
@@ -63,7 +37,7 @@ class Place:
 def place(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     (folder / "fault").write_text("")
-    model = make_model()
+    model = make_mixture()
     model.save_pretrained(folder / "start")
     models = [changed(model, seed).to(DEVICE) for seed in (1, 2)]
     start, faults = folder / "start", folder / "fault"

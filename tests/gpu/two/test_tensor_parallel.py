@@ -8,6 +8,7 @@ import torch
 
 from gpu.sglang.reference import Reference
 from gpu.small import changed, make_model
+from gpu.two.starting import start
 from rollout_core.errors import IntegrityError, WorkerError
 from rollout_core.workers import SamplingParams
 from rollout_core.workers.digests import combined_digest, weight_digest
@@ -18,19 +19,6 @@ PROMPTS = [[5], [17, 3, 60], list(range(100, 137)), [9, 2, 2, 12, 7, 55]]
 GREEDY = SamplingParams(response_length=32, ignore_eos=True)
 LONG = SamplingParams(response_length=400, ignore_eos=True)
 MIB = 1 << 20
-
-
-def start(folder):
-    if ENGINE == "vllm":
-        from gpu.vllm.setting import start
-
-        return start(folder, tensor_parallel_size=2)
-    from gpu.sglang.setting import OPTIONS, TIMEOUT
-    from gpu.small import POSITIONS
-    from rollout_core.workers import SGLangWorker
-
-    options = {**OPTIONS, "tp_size": 2}
-    return SGLangWorker(str(folder), device="cuda", max_model_len=POSITIONS, engine_options=options, timeout=TIMEOUT)
 
 
 @pytest.fixture(scope="module")
