@@ -13,10 +13,10 @@ KINDS = {
     "sglang": ("sglang-untied", "sglang-tied", "sglang_server-untied"),
 }
 
-#: transformers is no server, and has one rank. Two ranks want two GPUs: tests/gpu/run.py names that file where it has them.
+#: transformers is no server, and has one rank. Two ranks want two GPUs, which tests/gpu/two has.
 collect_ignore = [
     *(["test_servers.py"] if ENGINE == "hf" else []),
-    *(["test_ranks.py"] if ENGINE == "hf" or DEVICE == "cuda" else []),
+    *(["test_ranks.py", "test_sharded_trainer.py"] if ENGINE == "hf" or DEVICE == "cuda" else []),
 ]
 
 
