@@ -168,7 +168,7 @@ def engines_vllm(session: nox.Session) -> None:
     _pip(session, TORCH)
     _pip(session, "--no-deps", "-r", "tests/doors/requirements.txt")
     _stand_in(session)
-    install(session, "test", extras="[http,testing]")
+    install(session, "test", extras="[http,cli,testing]")
     places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/vllm", "tests/doors", "tests/examples")
     session.run("pytest", *places, *TWO_ENGINES, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "vllm"})
 
@@ -179,7 +179,7 @@ def engines_sglang(session: nox.Session) -> None:
     _pip(session, TORCH)
     _pip(session, "--no-deps", "-r", "tests/engines/sglang/requirements.txt")
     _stand_in(session, "triton", "sgl_kernel")
-    install(session, "test", extras="[http,testing]")
+    install(session, "test", extras="[http,cli,testing]")
     places = ("tests/engines/contract", "tests/engines/multimodal", "tests/engines/sglang", "tests/examples")
     session.run("pytest", *places, *TWO_ENGINES, *session.posargs, env={**QUIET, "ROLLOUT_CORE_ENGINE": "sglang"})
 

@@ -6,13 +6,12 @@ transformers 5 has two tensors for all experts of a layer, ``experts.gate_up_pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Final
 
 import torch
 
-from rollout_core.bucketing import TensorSpec
 from rollout_core.bucketing.sources import Source
 from rollout_core.bucketing.tensors import is_sharded
 from rollout_core.transfer.sharded import Deferred
@@ -21,32 +20,34 @@ from rollout_core.workers.names import canonical
 _FUSED: Final = (".experts.gate_up_proj", ".experts.down_proj")
 
 
-def in_checkpoint_names(source: Source, wanted: Mapping[str, TensorSpec]) -> Source:
-    """A source of which tensors of all experts of a layer are given expert by expert, where the names that are ``wanted`` are so:
-    views of them, or for those that are gathered when they are asked for, parts of one that is gathered once. Anything else is
-    returned as it is."""
-    pairs = source.items() if isinstance(source, Mapping) else source if isinstance(source, list | tuple) else ()
-    if not any(name.endswith(_FUSED) for name, *_ in pairs):
+def in_checkpoint_names(source: Source, names: Collection[str]) -> Source:
+    """A dict or list of tensors in which those of all experts of a layer are given expert by expert, where an engine has them under
+    such ``names``: views of them, or for those that are gathered when they are asked for, parts of one that is gathered once.
+    Anything else is returned as it is."""
+    pairs = source.items() if isinstance(source, dict) else source if isinstance(source, list | tuple) else ()
+    if not names or not any(name.endswith(_FUSED) for name, *_ in pairs):
         return source
-    known = {canonical(name): spec for name, spec in wanted.items()}
+    known = {canonical(name) for name in names}
     split: list[tuple[str, torch.Tensor]] = []
     for name, tensor in pairs:
         made = () if canonical(name) in known else _split(name, tensor, known)
         split += made or [(name, tensor)]
-    return dict(split) if isinstance(source, Mapping) else split
+    return dict(split) if isinstance(source, dict) else split
 
 
-def _split(name: str, tensor: torch.Tensor, known: Mapping[str, TensorSpec]) -> list[tuple[str, torch.Tensor]]:
-    """The matrices of each expert by their names in a checkpoint; none if that has not just these."""
+def _split(name: str, tensor: torch.Tensor, known: set[str]) -> list[tuple[str, torch.Tensor]]:
+    """The matrices of each expert by their names in a checkpoint; none if the engine has not just these."""
     place, _, fused = name.rpartition(".")
     leaves = ("gate_proj", "up_proj") if fused == "gate_up_proj" else (fused,)
-    first = known.get(canonical(f"{place}.0.{leaves[0]}.weight"))
-    if first is None or tensor.dim() != 3 or tensor.shape[1:] != (first.shape[0] * len(leaves), *first.shape[1:]):
+    if tensor.dim() != 3 or tensor.shape[1] % len(leaves):
         return []
-    rows = first.shape[0]
+    rows = tensor.shape[1] // len(leaves)
     parts = [(number, turn) for number in range(tensor.shape[0]) for turn in range(len(leaves))]
+    named = [f"{place}.{number}.{leaves[turn]}.weight" for number, turn in parts]
+    if not known.issuperset(map(canonical, named)):
+        return []
     take = _taker(tensor, rows, len(parts))
-    return [(f"{place}.{number}.{leaves[turn]}.weight", take(number, turn)) for number, turn in parts]
+    return [(name, take(*part)) for name, part in zip(named, parts, strict=True)]
 
 
 def _taker(tensor: torch.Tensor, rows: int, count: int) -> Callable[[int, int], torch.Tensor]:

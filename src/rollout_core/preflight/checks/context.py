@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from rollout_core.preflight import models
 from rollout_core.transfer.targets import named_weights, persistent_weights
 from rollout_core.workers.contract import Completion, SamplingParams
+from rollout_core.workers.expert_names import in_checkpoint_names
 from rollout_core.workers.worker import Worker
 
 MakeWorker = Callable[[Path], Worker]
@@ -63,6 +64,13 @@ class Check:
     clause: str
     run: Callable[[Context], str]
     needs: str | None = None
+
+
+def named_as_in(weights: dict[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
+    """A trainer's tensors by a worker's names: experts one by one, if it has them so."""
+    found = in_checkpoint_names(weights, names)
+    assert isinstance(found, dict)
+    return found
 
 
 def expect(condition: bool, message: str) -> None:

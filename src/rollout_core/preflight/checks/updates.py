@@ -8,7 +8,7 @@ import torch
 
 from rollout_core.bucketing import Bucket, plan_buckets, specs_of
 from rollout_core.errors import IntegrityError, WorkerError
-from rollout_core.preflight.checks.context import CheckFailed, Context, expect, greedy
+from rollout_core.preflight.checks.context import CheckFailed, Context, expect, greedy, named_as_in
 from rollout_core.preflight.checks.weights import compare
 from rollout_core.workers.contract import SamplingParams
 from rollout_core.workers.worker import Worker
@@ -68,7 +68,7 @@ def half_an_update_is_no_update(context: Context) -> str:
     """A source that fails halfway: its error comes out unchanged, and half-loaded weights are never sampled from."""
     worker = context.running()
     version = worker.version
-    weights = context.weights()
+    weights = named_as_in(context.weights(), worker.tensor_digests())
     specs = specs_of(weights)
     capacity = max(16, plan_buckets(specs, context.capacity).nbytes // 4)
     plan = plan_buckets(specs, capacity)

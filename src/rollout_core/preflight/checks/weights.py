@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rollout_core.bucketing import BucketPlan, plan_buckets, specs_of
-from rollout_core.preflight.checks.context import CheckFailed, Context, expect, greedy
+from rollout_core.preflight.checks.context import CheckFailed, Context, expect, greedy, named_as_in
 from rollout_core.transfer.targets import named_weights, persistent_weights
 from rollout_core.workers.digests import weight_digest
 from rollout_core.workers.names import canonical
@@ -43,6 +43,8 @@ def weights_arrive(context: Context) -> str:
     after = worker.tensor_digests()
     figure = compare(context, after)
     old, new = _by_canonical(before), _by_canonical(after)
+    weights = context.weights()
+    changed = list(named_as_in({name: weights[name] for name in changed if name in weights}, after))
     stale = [name for name in changed if new[canonical(name)] == old.get(canonical(name))]
     expect(not stale, f"{len(stale)} tensors were changed by the trainer and not in the worker, first {stale[:1]}")
     expect(
@@ -54,7 +56,9 @@ def weights_arrive(context: Context) -> str:
 
 def compare(context: Context, found: dict[str, str]) -> str:
     """Hold the worker's digests against the trainer's tensors; the first that differs is fetched and shown."""
-    weights, worker = context.weights(), context.running()
+    worker = context.running()
+    own = context.weights()
+    weights = named_as_in(own, found)
     how: dict[str, Any] = {"values": worker.reads_values, "algorithm": worker.digest_algorithm}
     known = _by_canonical(found)
     missing = [name for name in weights if canonical(name) not in known]
@@ -65,9 +69,9 @@ def compare(context: Context, found: dict[str, str]) -> str:
             f"{len(wrong)} of {len(weights)} tensors differ, first " + _difference(context, wrong[0], weights[wrong[0]])
         )
     parameters = sum(1 for _ in context.trainer.named_parameters(remove_duplicate=False))
-    computed = len(named_weights(context.trainer)) - len(weights)
-    own = f", {computed} are the engine's own" if computed else ""
-    return f"{parameters} parameters and {len(weights) - parameters} buffers equal{own}"
+    computed = len(named_weights(context.trainer)) - len(own)
+    note = f", {computed} are the engine's own" if computed else ""
+    return f"{parameters} parameters and {len(own) - parameters} buffers equal{note}"
 
 
 def _by_canonical(digests: dict[str, str]) -> dict[str, str]:
