@@ -47,8 +47,8 @@ def measure(
 
 
 def keep_busy(seconds: float = 0.05) -> None:
-    """Have the GPU in use compute, as it does in training. Idle for 10 ms and more it lowers its clocks, and what it computes first
-    then takes longer than in a run: digests on an H200 1.3 to 1.6 times as long."""
+    """Have the GPU in use compute, as it does in training. On one machine what an H200 computed first after 10 ms and more without
+    work took 1.3 to 1.6 times as long; on another no longer."""
     import torch
 
     end = time.perf_counter() + seconds
