@@ -277,12 +277,71 @@ def test_a_part_of_a_fused_layer_that_is_not_sent_is_missed(llm, models, address
     without = {name: tensor for name, tensor in models[2][0].items() if name != "model.layers.0.self_attn.k_proj.weight"}
     with connected(llm, address, partial=partial) as trainer:
         trainer.sync(models[1][0], next_version)
-        with pytest.raises(TransferError, match="a part only of 1 fused layers, such as 'model.layers.0.self_attn.qkv_proj'"):
+        with pytest.raises(TransferError, match="a part only of 1 layers, such as 'model.layers.0.self_attn.qkv_proj'"):
             trainer.sync(without, next_version + 1)
         with pytest.raises(TransferError, match="unusable"):
             versions(llm)
         trainer.sync(models[2][0], next_version + 1)
         assert generated(llm) == models[2][1]
+
+
+EVERY = {(number, shard) for number in range(2) for shard in ("w1", "w2", "w3")}
+
+
+@pytest.mark.parametrize(
+    ("came", "lacks"),
+    [
+        pytest.param(EVERY, False, id="all"),
+        pytest.param(EVERY - {(1, "w3")}, True, id="one-matrix"),
+        pytest.param({one for one in EVERY if one[0]}, True, id="one-expert"),
+        pytest.param({one for one in EVERY if one[1] != "w1"}, True, id="every-gate"),
+    ],
+)
+@pytest.mark.parametrize("partial", [False, True])
+def test_an_expert_that_is_not_sent_is_missed(came, lacks, partial):
+    """Also by 0.26, which counts what pads them, so that they are never complete by the count."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    from rollout_core.transfer.doors.vllm import _Model
+
+    model = torch.nn.Module()
+    model.experts = torch.nn.Module()
+    for name, shape in (("w13_weight", (2, 8, 4)), ("w2_weight", (2, 4, 4))):
+        model.experts.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
+    info = get_layerwise_info(model.experts)
+    info.load_numel, info.load_numel_total = 60, 96
+    for number, shard in came:
+        call = SimpleNamespace(arguments={"expert_id": number, "shard_id": shard})
+        info.loaded_weights.append(("w2_weight" if shard == "w2" else "w13_weight", call))
+    target = _Model(model, SimpleNamespace(quantization=None))
+    target.partial = partial
+    target._loaded = {"experts.w13_weight", "experts.w2_weight"}
+    if not lacks:
+        target._complete()
+        return
+    with pytest.raises(IncompleteStreamError, match="a part only of 1 layers, such as 'experts'"):
+        target._complete()
+
+
+def test_a_part_of_a_layer_would_lose_the_rest():
+    """vLLM makes new memory for all of a layer's parameters when the first has come."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    from rollout_core.transfer.doors.vllm import _Model
+
+    model = torch.nn.Module()
+    model.mixer = torch.nn.Module()
+    for name in ("A_log", "dt_bias", "e_score_correction_bias"):
+        model.mixer.register_parameter(name, torch.nn.Parameter(torch.zeros(2)))
+    info = get_layerwise_info(model.mixer)
+    info.load_numel, info.load_numel_total = 2, 4
+    info.loaded_weights.append(("A_log", SimpleNamespace(arguments={})))
+    target = _Model(model, SimpleNamespace(quantization=None))
+    target.partial, target._loaded = True, {"mixer.A_log"}
+    with pytest.raises(IncompleteStreamError, match="a part only of 1 layers, such as 'mixer'"):
+        target._complete()
+    info.loaded_weights.append(("dt_bias", SimpleNamespace(arguments={})))
+    target._complete()
 
 
 def test_experts_are_known_by_the_name_that_an_older_vllm_gives_them():

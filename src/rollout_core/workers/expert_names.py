@@ -14,25 +14,36 @@ import torch
 
 from rollout_core.bucketing.sources import Source
 from rollout_core.bucketing.tensors import is_sharded
+from rollout_core.errors import DuplicateNameError
 from rollout_core.transfer.sharded import Deferred
 from rollout_core.workers.names import canonical
 
-_FUSED: Final = (".experts.gate_up_proj", ".experts.down_proj")
+_FUSED: Final = (".experts.gate_up_proj", ".experts.up_proj", ".experts.down_proj")
 
 
 def in_checkpoint_names(source: Source, names: Collection[str]) -> Source:
     """A dict or list of tensors in which those of all experts of a layer are given expert by expert, where an engine has them under
     such ``names``: views of them, or for those that are gathered when they are asked for, parts of one that is gathered once.
-    Anything else is returned as it is."""
-    pairs = source.items() if isinstance(source, dict) else source if isinstance(source, list | tuple) else ()
-    if not names or not any(name.endswith(_FUSED) for name, *_ in pairs):
+    Anything else is returned as it is. ``DuplicateNameError`` for an expert that comes both ways."""
+    pairs = list(source.items()) if isinstance(source, dict) else source if isinstance(source, list | tuple) else []
+    if not names or not any(type(pair) is tuple and str(pair[0]).endswith(_FUSED) for pair in pairs):
         return source
+    if not all(
+        type(pair) is tuple and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], torch.Tensor) for pair in pairs
+    ):
+        return source  # refused by who reads it, with the reason
     known = {canonical(name) for name in names}
     split: list[tuple[str, torch.Tensor]] = []
     for name, tensor in pairs:
         made = () if canonical(name) in known else _split(name, tensor, known)
         split += made or [(name, tensor)]
-    return dict(split) if isinstance(source, dict) else split
+    if not isinstance(source, dict):
+        return split
+    found = dict(split)
+    if len(found) != len(split):
+        twice = next(name for name, tensor in split if found[name] is not tensor)
+        raise DuplicateNameError(f"{twice!r} is in the source by itself, and in the tensor of all experts of its layer, too")
+    return found
 
 
 def _split(name: str, tensor: torch.Tensor, known: set[str]) -> list[tuple[str, torch.Tensor]]:

@@ -33,6 +33,10 @@ class Rank:
     tp_size: int
 
 
+class UnknownLayout(WorkerError):
+    """The engine has it in a way of which it is not known where its values are: nothing can be said of it."""
+
+
 class AbsentWeight(WorkerError):
     """This model, or this rank's part of it, has nothing of that name."""
 
@@ -47,25 +51,28 @@ class Experts:
 
     @classmethod
     def of(cls, module: Any, place: str) -> Experts:
-        """``WorkerError`` where it cannot be told where their values are."""
+        """``UnknownLayout`` where it cannot be told where their values are, ``WorkerError`` for padding that is not zero."""
         w13, w2, up_first = _plain(module, place)
         config = getattr(module, "moe_config", None)
-        half = w13.shape[1] // 2
+        is_gated = _is_gated(module)
+        half = w13.shape[1] // 2 if is_gated else w13.shape[1]
         width = getattr(config, "intermediate_size_per_partition_unpadded", None) or half
         hidden = getattr(config, "hidden_dim_unpadded", None) or w13.shape[2]
         for rest in (w13[:, width:half], w13[:, half + width :], w13[:, :, hidden:], w2[:, hidden:], w2[:, :, width:]):
             if rest.numel() and int(rest.count_nonzero()):
                 raise WorkerError(f"the padding of {place!r} is not zero")
-        first, second = (w13[:, start : start + width, :hidden].unbind() for start in (0, half))
-        gate, up = (second, first) if up_first else (first, second)
+        rows = [w13[:, start : start + width, :hidden].unbind() for start in range(0, w13.shape[1], half)]
+        kinds = [_UP] if not is_gated else [_UP, _GATE] if up_first else [_GATE, _UP]
         here = getattr(module, "_map_global_expert_id_to_local_expert_id", int)
-        return cls({_GATE: gate, _UP: up, _DOWN: w2[:, :hidden, :width].unbind()}, _rank_of(module), here)
+        matrices = dict(zip(kinds, rows, strict=True))
+        return cls({**matrices, _DOWN: w2[:, :hidden, :width].unbind()}, _rank_of(module), here)
 
 
 def expert_weight(path: str, modules: Mapping[str, Any], known: dict[str, Experts]) -> tuple[torch.Tensor, Rank] | None:
     """The matrix of one expert, of which ``path`` is the name without ``.weight``, out of the tensors of its layer, and which part
-    of it that is. None if it is no name of an expert, or the model has none there. ``known``: of layers that were asked for before,
-    as long as their weights do not change. ``AbsentWeight`` for an expert of another rank, and see ``Experts.of``."""
+    of it that is. None if it is no name of an expert, or the model has none there. ``known``: the layer that was asked for last, as
+    long as its weights do not change; no more, as what is unpacked is a copy. ``AbsentWeight`` for an expert of another rank, and
+    see ``Experts.of``."""
     found = _PLACE.fullmatch(path)
     if found is None or found[3] not in _PARTS:
         return None
@@ -75,8 +82,9 @@ def expert_weight(path: str, modules: Mapping[str, Any], known: dict[str, Expert
         module = next((modules[place] for place in places if hasattr(modules.get(place), "w13_weight")), None)
         if module is None:
             return None
+        known.clear()
         layer = known[found[1]] = Experts.of(module, found[1])
-    matrices, number = layer.matrices[_PARTS[found[3]]], int(layer.number_here(int(found[2])))
+    matrices, number = layer.matrices.get(_PARTS[found[3]], ()), int(layer.number_here(int(found[2])))
     if not 0 <= number < len(matrices):
         raise AbsentWeight(f"the worker has no expert {path!r}: another rank may")
     return matrices[number], layer.rank
@@ -87,19 +95,33 @@ def _plain(module: Any, place: str) -> tuple[torch.Tensor, torch.Tensor, bool]:
     w13, w2 = module.w13_weight.detach(), module.w2_weight.detach()
     method = getattr(module, "quant_method", None)
     backend = getattr(getattr(method, "unquantized_backend", None), "name", None)
-    if w13.dtype.itemsize == 1 or getattr(module, "use_intel_amx_backend", False):
-        raise WorkerError(f"{place!r} is quantized, or packed, in a way that is not read back")
-    if getattr(module, "use_triton_kernels", False):  # of SGLang: columns first
+    if w13.dtype.itemsize == 1:
+        raise UnknownLayout(f"the experts of {place!r} are quantized, and not read back: pass readback=False")
+    # SGLang's flags: packed for AMX, gate and up row by row, in blocks for TensorRT-LLM's kernels; columns first, and up first.
+    if getattr(module, "use_intel_amx_backend", False) or getattr(method, "w13_swiglu_interleaved", False) or w13.dim() != 3:
+        raise UnknownLayout(f"the experts of {place!r} are packed for SGLang's kernels, and not read back: pass readback=False")
+    if getattr(module, "use_triton_kernels", False):
         return w13.transpose(1, 2), w2.transpose(1, 2), False
+    if backend is None:
+        return w13, w2, bool(getattr(method, "load_up_proj_weight_first", False))
     if backend == "CPU":
         experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
         if experts is None or getattr(experts, "_use_zentorch", False):
             return w13, w2, False
         w13, w2 = (torch.stack([_unpacked(one, experts.isa, place) for one in packed]) for packed in (w13, w2))
         return w13, w2, False
-    if backend is not None and backend != _UP_FIRST and backend not in _AS_THEY_ARE:
-        raise WorkerError(f"{place!r} is laid out for vLLM's {backend} kernels, in a way that is not read back")
+    if backend != _UP_FIRST and backend not in _AS_THEY_ARE:
+        raise UnknownLayout(
+            f"the experts of {place!r} are laid out for vLLM's {backend} kernels, and not read back: pass readback=False"
+        )
     return w13, w2, backend == _UP_FIRST
+
+
+def _is_gated(module: Any) -> bool:
+    """Whether there is a gate beside up."""
+    if hasattr(module, "moe_config"):
+        return bool(getattr(module.moe_config, "is_act_and_mul", True))
+    return bool(getattr(getattr(module, "moe_runner_config", None), "is_gated", True))
 
 
 def _rank_of(module: Any) -> Rank:
@@ -116,11 +138,11 @@ def _unpacked(packed: torch.Tensor, isa: str, place: str) -> torch.Tensor:
     matrix[_packed_order(tuple(packed.shape), packed.dtype, isa)] = packed.reshape(-1)
     matrix = matrix.view(packed.shape)
     if not torch.equal(_pack(matrix, isa).view(torch.uint8), packed.contiguous().view(torch.uint8)):
-        raise WorkerError(f"{place!r} is packed in a way that is not read back")
+        raise UnknownLayout(f"the experts of {place!r} are packed in a way that is not known: pass readback=False")
     return matrix
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # one for each of a layer's tensors
 def _packed_order(shape: tuple[int, int], dtype: torch.dtype, isa: str) -> torch.Tensor:
     """For each place of a packed matrix the place that its value has in the plain one; digit by digit, as the dtype has not all
     numbers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,21 +40,36 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.shapes = {spec.name: spec.shape for spec in specs_of(folder)}
+            specs = {spec.name: spec for spec in specs_of(folder)}
         except RolloutCoreError as error:
             raise WorkerError(f"the weights in {folder} cannot be read: {error}") from error
+        self.shapes = {name: spec.shape for name, spec in specs.items()}
         embedding = next((name for name in self.shapes if canonical(name) == EMBEDDING), None)
         if config_of(folder).get("tie_word_embeddings", False) and embedding is not None:
             self.shapes.setdefault(HEAD, self.shapes[embedding])
+        dtypes = Counter[torch.dtype]()
+        for spec in specs.values():
+            dtypes[spec.dtype] += spec.nbytes
+        common = dtypes.most_common(1)[0][0] if dtypes else None
+        #: Of another dtype than most, such as a router's biases in float32.
+        self._odd = {name: spec.dtype for name, spec in specs.items() if spec.dtype != common}
         self._specs: list[TensorSpec] | None = None
 
     def specs_in(self, engine: Reads) -> list[TensorSpec]:
-        """In the dtype that an engine has them in, which one of them says."""
+        """In the dtype that an engine has them in, which one of them says for all that a checkpoint has in one dtype."""
         if self._specs is None:
-            smallest = min(self.shapes, key=lambda name: math.prod(self.shapes[name]))
-            dtype = engine.read_tensor(smallest).dtype
-            self._specs = [TensorSpec(name, dtype, shape) for name, shape in self.shapes.items()]
+            smallest = min(self.shapes.keys() - self._odd.keys(), key=lambda name: (math.prod(self.shapes[name]), name))
+            common = engine.read_tensor(smallest).dtype
+            odd = {name: _dtype_in(engine, name, dtype) for name, dtype in self._odd.items()}
+            self._specs = [TensorSpec(name, odd.get(name, common), shape) for name, shape in self.shapes.items()]
         return self._specs
+
+
+def _dtype_in(engine: Reads, name: str, stored: torch.dtype) -> torch.dtype:
+    try:
+        return engine.read_tensor(name).dtype
+    except WorkerError:  # it has nothing of that name, or nothing that is read
+        return stored
 
 
 class Reads(Protocol):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rollout_core.bucketing import TensorSpec, specs_of
+from rollout_core.errors import DuplicateNameError
 from rollout_core.transfer.sharded import Deferred
 from rollout_core.workers.expert_names import in_checkpoint_names
 
@@ -61,6 +62,27 @@ def test_other_shapes_are_left_for_the_check_that_names_them(shape):
     name = f"{PLACE}.gate_up_proj"
     source = {**stacked(), name: torch.zeros(shape)}
     assert in_checkpoint_names(source, wanted())[name] is source[name]
+
+
+def test_b9_an_expert_that_comes_both_ways_is_refused():
+    name = f"{PLACE}.0.up_proj.weight"
+    for source in ({**stacked(), name: torch.ones(3, 4)}, {name: torch.ones(3, 4), **stacked()}):
+        with pytest.raises(DuplicateNameError, match=f"'{name}' is in the source by itself, and in the tensor of all"):
+            in_checkpoint_names(source, wanted())
+
+
+@pytest.mark.parametrize("item", [(1, torch.ones(1)), ("a", None), ("a", torch.ones(1), 3), None, "a"])
+def test_what_is_no_source_is_left_for_who_says_so(item):
+    pairs = [*stacked().items(), item]
+    assert in_checkpoint_names(pairs, wanted()) is pairs
+
+
+def test_experts_without_a_gate():
+    names = [f"{PLACE}.{number}.{leaf}.weight" for number in range(2) for leaf in ("up_proj", "down_proj")]
+    source = {f"{PLACE}.up_proj": torch.arange(24.0).view(2, 3, 4), f"{PLACE}.down_proj": torch.arange(24.0).view(2, 4, 3)}
+    found = in_checkpoint_names(source, names)
+    assert sorted(found) == sorted(names)
+    assert torch.equal(found[names[2]], source[f"{PLACE}.up_proj"][1])
 
 
 def test_the_names_of_models_that_see():

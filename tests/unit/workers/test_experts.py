@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rollout_core.errors import WorkerError
-from rollout_core.workers.experts import AbsentWeight
+from rollout_core.workers.experts import AbsentWeight, UnknownLayout
 from rollout_core.workers.shards import WHOLE, Shard
 from rollout_core.workers.vllm.readback import read_part, read_weight
 
@@ -74,6 +74,10 @@ def names():
         pytest.param(lambda found: vllm(*stacked(found), "CPU"), id="vllm-cpu-without-a-kernel"),
         pytest.param(lambda found: sglang(*stacked(found)), id="sglang"),
         pytest.param(
+            lambda found: sglang(*stacked(found, up_first=True), quant_method=SimpleNamespace(load_up_proj_weight_first=True)),
+            id="sglang-up-first",
+        ),
+        pytest.param(
             lambda found: sglang(*(one.transpose(1, 2).contiguous() for one in stacked(found)), use_triton_kernels=True),
             id="sglang-columns-first",
         ),
@@ -137,13 +141,45 @@ def test_padding_that_is_computed_with_is_an_error():
     ("made", "words"),
     [
         pytest.param(lambda w13, w2: vllm(w13, w2, "FLASHINFER_TRTLLM"), "FLASHINFER_TRTLLM kernels", id="blocks"),
-        pytest.param(lambda w13, w2: sglang(w13, w2, use_intel_amx_backend=True), "packed", id="amx"),
-        pytest.param(lambda w13, w2: vllm(w13.to(torch.float8_e4m3fn), w2.to(torch.float8_e4m3fn)), "is quantized", id="8-bits"),
+        pytest.param(lambda w13, w2: sglang(w13, w2, use_intel_amx_backend=True), "packed for SGLang", id="amx"),
+        pytest.param(lambda w13, w2: sglang(w13[..., None], w2), "packed for SGLang", id="sglang-blocks"),
+        pytest.param(
+            lambda w13, w2: sglang(w13, w2, quant_method=SimpleNamespace(w13_swiglu_interleaved=True)),
+            "packed for SGLang",
+            id="row-by-row",
+        ),
+        pytest.param(lambda w13, w2: vllm(w13.to(torch.float8_e4m3fn), w2.to(torch.float8_e4m3fn)), "are quantized", id="8-bits"),
     ],
 )
 def test_a_layout_that_is_not_known_is_not_guessed(made, words):
-    with pytest.raises(WorkerError, match=words):
+    with pytest.raises(UnknownLayout, match=f"{words}.*readback=False"):
         read_weight(made(*stacked(matrices())), "mlp.experts.0.gate_proj.weight")
+
+
+def test_experts_without_a_gate():
+    """Such as Nemotron-H's, which square a ReLU."""
+    found = matrices()
+    w13, w2 = torch.stack([one["up_proj"] for one in found]), stacked(found)[1]
+    plain = vllm(w13, w2)
+    plain.mlp.experts.routed_experts.moe_config.is_act_and_mul = False
+    for model in (plain, sglang(w13, w2, moe_runner_config=SimpleNamespace(is_gated=False))):
+        assert torch.equal(read_weight(model, "mlp.experts.2.up_proj.weight"), found[2]["up_proj"])
+        assert torch.equal(read_weight(model, "mlp.experts.2.down_proj.weight"), found[2]["down_proj"])
+        with pytest.raises(AbsentWeight):
+            read_weight(model, "mlp.experts.2.gate_proj.weight")
+
+
+def test_one_layer_at_a_time_is_kept():
+    """What is unpacked is a copy."""
+    from rollout_core.workers.vllm.readback import Directory
+
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([vllm(*stacked(matrices())) for _ in range(3)])
+    directory = Directory(model)
+    for layer in range(3):
+        for name in MATRICES:
+            read_weight(model, f"layers.{layer}.mlp.experts.0.{name}.weight", directory)
+        assert list(directory.experts) == [f"layers.{layer}.mlp.experts"]
 
 
 def test_other_names_are_none_of_experts():

@@ -235,20 +235,16 @@ class _Model:
             )
         if self._loaded and self._config.quantization is None and (halves := self._half_loaded()):
             raise IncompleteStreamError(
-                f"the update has a part only of {len(halves)} fused layers, such as {halves[0]!r}; send all that is fused in them"
+                f"the update has a part only of {len(halves)} layers, such as {halves[0]!r}; send all that belongs to them"
             )
         self._end_reload()
 
     def _half_loaded(self) -> list[str]:
-        """Fused layers some parts of which have not come: vLLM would use memory that was never written for the others."""
+        """Layers of which a part has come: vLLM would use memory that was never written for the rest."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-        found = []
-        for name, module in self._model.named_modules():
-            info = get_layerwise_info(module)
-            if _is_fused(module) and info.can_load() and 0 < info.load_numel < info.load_numel_total:
-                found.append(name)
-        return found
+        infos = ((name, module, get_layerwise_info(module)) for name, module in self._model.named_modules())
+        return [name for name, module, info in infos if info.can_load() and info.load_numel > 0 and _lacks_some(module, info)]
 
     def _end_reload(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -266,10 +262,24 @@ def _shared(model: torch.nn.Module) -> list[set[str]]:
     return [found for found in names.values() if len(found) > 1]
 
 
-def _is_fused(module: torch.nn.Module) -> bool:
-    """Whether a layer is loaded in parts, and vLLM counts them without what pads it: of experts since 0.32."""
-    experts = getattr(module, "w13_weight", None)
-    return len(getattr(module, "output_partition_sizes", ())) > 1 or hasattr(experts, "weight_loader_numel")
+def _lacks_some(module: torch.nn.Module, info: Any) -> bool:
+    """Whether something of a layer has not come. vLLM counts elements, and does not count what pads a layer as loaded; so what is
+    fused of parts without padding is told by the count, experts by their numbers, and parameters by their names."""
+    from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS  # which it leaves as they are
+
+    came = {name for name, _ in info.loaded_weights}
+    if any(name not in came and name not in SKIP_TENSORS for name, _ in module.named_parameters(recurse=False)):
+        return True
+    experts: Any = getattr(module, "w13_weight", None)
+    if experts is None:
+        return len(getattr(module, "output_partition_sizes", ())) > 1 and info.load_numel < info.load_numel_total
+    parts: dict[int, set[str]] = {}
+    for name, call in info.loaded_weights:
+        if name in ("w13_weight", "w2_weight"):
+            parts.setdefault(call.arguments["expert_id"], set()).add(call.arguments["shard_id"])
+    every = max(len(found) for found in parts.values()) if parts else 0
+    gated = getattr(getattr(module, "moe_config", None), "is_act_and_mul", True)
+    return every < (3 if gated else 2) or len(parts) < len(experts) or any(len(found) < every for found in parts.values())
 
 
 def _pack_experts_again(model: torch.nn.Module) -> None:
@@ -291,8 +301,12 @@ class _Packing:
     def __call__(self, layer: Any) -> None:
         kernel, plain = self._method.moe_kernel, layer.w13_weight.detach().clone()
         self._process(layer)
-        if kernel is not None and torch.equal(layer.w13_weight, plain):  # another version may have packed it by itself
+        if kernel is not None and _same_bits(layer.w13_weight, plain):  # another version may have packed it by itself
             kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.detach().view(torch.uint8), other.view(torch.uint8))
 
 
 class WorkerExtension:

@@ -23,7 +23,7 @@ from rollout_core.transfer.causes import cause_of
 from rollout_core.workers.carriers import receiver_of
 from rollout_core.workers.commands import Abandon, Answer, Digests, Expect, Layout, Read, Receive, Settle, answer_with
 from rollout_core.workers.digests import algorithm_on, weight_digests
-from rollout_core.workers.experts import AbsentWeight
+from rollout_core.workers.experts import AbsentWeight, UnknownLayout
 from rollout_core.workers.names import canonical
 from rollout_core.workers.sglang.commands import Asked, Named, Where, unpacked, write_answer
 from rollout_core.workers.shards import Shard
@@ -85,6 +85,8 @@ def _parts(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[
     for name, shape in shapes.items():
         try:
             yield name, *read_part(model, _name_in(model, name), shape, directory)
+        except UnknownLayout:
+            raise  # or it would be told as missing
         except WorkerError:
             continue
 

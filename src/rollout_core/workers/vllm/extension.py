@@ -14,7 +14,7 @@ from rollout_core.transfer.causes import cause_of
 from rollout_core.transfer.doors.vllm import WorkerExtension
 from rollout_core.workers.commands import Abandon, Answer, Command, Digests, Expect, Layout, Read, Receive, Settle, answer_with
 from rollout_core.workers.digests import algorithm_on, weight_digests
-from rollout_core.workers.experts import AbsentWeight
+from rollout_core.workers.experts import AbsentWeight, UnknownLayout
 from rollout_core.workers.shards import WHOLE, Shard
 from rollout_core.workers.vllm.readback import Directory, read_part, read_weight
 
@@ -133,6 +133,8 @@ class RolloutExtension(WorkerExtension):
         for name, shape in shapes.items():
             try:
                 yield name, *self._rollout_core_part(name, shape, directory)
+            except UnknownLayout:
+                raise  # or it would be told as missing
             except WorkerError:
                 continue
 
