@@ -65,11 +65,16 @@ def typing(session: nox.Session) -> None:
 def unit(session: nox.Session) -> None:
     """The pure tests, and what is around the Triton kernels, with every branch of bucketing covered."""
     install(session, "test", extras="[hf,http,cli,testing]")
-    # Apart, as what is watched for coverage is slower by half: the tests that bucketing is covered by, and all others.
+    # Apart, as what is watched for coverage takes up to twice as long: the tests that bucketing is covered by, and all others.
     covering = [f"tests/unit/{name}" for name in ("bucketing", "transfer", "workers")]
     coverage = ("--cov", "--cov-report=term-missing", "--cov-fail-under=100")
-    others = ("tests/unit", *(f"--ignore={place}" for place in covering))
-    for words in ((*covering, "tests/kernels", *coverage), others):
+    others = (
+        "tests/unit",
+        "--ignore-glob=*/unit/transfer/test_[!p]*",
+        "--ignore=tests/unit/bucketing",
+        "--ignore=tests/unit/workers",
+    )
+    for words in ((*covering, "--ignore-glob=*/test_protocol_*", "tests/kernels", *coverage), others):
         session.run("pytest", *words, "-m", "not slow", *PARALLEL, *session.posargs, env=QUIET)
 
 

@@ -1,6 +1,5 @@
 """A trainer's stacked experts by the names of a checkpoint."""
 
-import gc
 import weakref
 from types import MappingProxyType
 
@@ -118,7 +117,6 @@ def test_b15_what_is_sharded_is_gathered_once_and_let_go_of_with_its_last_part()
                 continue
             part = tensor.full_tensor().clone()
             assert torch.equal(part, in_checkpoint_names(source, wanted())[name]), name
-            gc.collect()
             alive.append(sum(one() is not None for one in gathered))
         assert len(gathered) == 2
         assert alive == [1, 1, 1, 0, 1, 0]
