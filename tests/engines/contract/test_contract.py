@@ -15,6 +15,7 @@ from rollout_core.errors import IntegrityError, PlanMismatchError, WorkerError
 from rollout_core.testing import check_worker, select_checks
 from rollout_core.workers import HFWorker, RolloutGroup, SamplingParams, to_batch
 from support.engines import DEVICE
+from support.greedy import argmax_loop
 
 PROMPTS = [[5], [17, 3, 60], list(range(100, 137)), [9, 2, 2, 12, 7, 55]]
 GREEDY = SamplingParams(response_length=10)
@@ -26,16 +27,6 @@ ONLY = [
     for check in select_checks("worker")
     if check.id not in ("worker/W2-start", "worker/T3-left-behind", "worker/W4-killed")
 ]
-
-
-@torch.no_grad()
-def argmax_loop(model, prompt, steps, ends=()):
-    tokens = []
-    while len(tokens) < steps and not (tokens and tokens[-1] in ends):
-        tokens.append(
-            int(model(input_ids=torch.tensor([prompt + tokens], device=model.device), use_cache=False).logits[0, -1].argmax())
-        )
-    return tokens
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from rollout_core.errors import PlanMismatchError, WorkerError
 from rollout_core.workers import SamplingParams
 from rollout_core.workers.digests import combined_digest, weight_digest
 from support.engines import DEVICE, ENGINE, VLLM_CPU, changed, running_worker
+from support.greedy import argmax_loop
 from support.mixture import make_mixture
 from support.rank_workers import worker_of
 
@@ -50,15 +51,6 @@ def place(request, tmp_path_factory):
     running = worker_of(RANKS, start, faults) if request.param == RANKS else running_worker(ENGINE, start)
     with running as worker:
         yield Place(worker, models, folder, faults)
-
-
-@torch.no_grad()
-def argmax_loop(model, prompt, steps):
-    tokens = []
-    while len(tokens) < steps:
-        ids = torch.tensor([prompt + tokens], device=model.device)
-        tokens.append(int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
-    return tokens
 
 
 def check_tokens(place, model):

@@ -15,6 +15,7 @@ from rollout_core.errors import IntegrityError, PlanMismatchError, WorkerError
 from rollout_core.workers import SamplingParams
 from rollout_core.workers.digests import combined_digest, weight_digest
 from support.engines import ENGINE, POSITIONS, changed
+from support.greedy import argmax_loop
 from support.rank_kills import kill_while
 from support.rank_workers import worker_of
 
@@ -75,15 +76,6 @@ def place(running):
     running.worker.sync_weights(running.model)
     yield running
     running.faults.write_text("")
-
-
-@torch.no_grad()
-def argmax_loop(model, prompt, steps):
-    tokens = []
-    while len(tokens) < steps:
-        ids = torch.tensor([prompt + tokens], device=model.device)
-        tokens.append(int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
-    return tokens
 
 
 def check_tokens(place, model):

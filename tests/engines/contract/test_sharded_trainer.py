@@ -4,11 +4,11 @@ transformers and FSDP2 have as two tensors a layer, and a checkpoint expert by e
 from __future__ import annotations
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from rollout_core.preflight.models import load_trainer
 from rollout_core.workers.digests import combined_digest, weight_digest
+from support.greedy import argmax_loop
 from support.mixture import make_mixture
 from support.ranks import run_ranks
 from support.sharded import trainer
@@ -34,14 +34,6 @@ def found(folder):
     return ended[0].value
 
 
-@torch.no_grad()
-def argmax_loop(model, prompt):
-    tokens = []
-    while len(tokens) < LENGTH:
-        tokens.append(int(model(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1].argmax()))
-    return tokens
-
-
 @pytest.mark.parametrize("turn", range(len(SEEDS)))
 def test_every_rank_of_the_engine_has_its_part_of_the_whole_model(folder, found, turn, tmp_path):
     one = found[turn]
@@ -55,4 +47,4 @@ def test_every_rank_of_the_engine_has_its_part_of_the_whole_model(folder, found,
     assert one["digests"] == expected
     assert one["report"].digest == combined_digest(expected)
     assert one["report"].version == turn + 1
-    assert one["tokens"] == [argmax_loop(whole, prompt) for prompt in PROMPTS]
+    assert one["tokens"] == [argmax_loop(whole, prompt, LENGTH) for prompt in PROMPTS]

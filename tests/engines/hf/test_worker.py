@@ -34,6 +34,7 @@ from rollout_core.errors import (
 from rollout_core.testing.oracles import bytes_of
 from rollout_core.workers import HFWorker, SamplingParams
 from rollout_core.workers.link import hosts
+from support.greedy import argmax_loop
 
 SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "max_position_embeddings": 64}
 TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -184,14 +185,6 @@ def assert_has(worker, trainer, names=None):
         data = bytes_of(found)
         assert data == bytes_of(expected), f"{name} differs"
         assert digests[name] == xxhash.xxh3_128_hexdigest(data), name
-
-
-@torch.no_grad()
-def argmax_loop(model, prompt, steps, ends=()) -> list[int]:
-    tokens: list[int] = []
-    while len(tokens) < steps and not (tokens and tokens[-1] in ends):
-        tokens.append(int(model(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1].argmax()))
-    return tokens
 
 
 def greedy(worker) -> list[list[int]]:
