@@ -336,12 +336,13 @@ def test_an_interrupted_receive_loses_nothing(raw, alarm):
 
 def test_an_interrupted_send_is_taken_up_again(pair, alarm):
     sender, receiver = pair
-    alarm(0.05)
+    large = Ping(1, bytes(16 << 20))
+    alarm(0.5)  # long enough to have begun: nobody reads yet, and most of it has to wait
     with pytest.raises(KeyboardInterrupt):
-        sender.send(Ping(1, bytes(16 << 20)), 10)
+        sender.send(large, 10)
     thread = threading.Thread(target=sender.send, args=(Ping(2), 10))
     thread.start()
-    assert receiver.receive(10) == Ping(1, bytes(16 << 20))
+    assert receiver.receive(10) == large
     assert receiver.receive(10) == Ping(2)
     thread.join()
 
