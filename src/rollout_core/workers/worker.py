@@ -185,7 +185,8 @@ class Worker:
         """Send weights to the worker in buckets of at most ``capacity`` bytes, and read back the digest of every tensor.
 
         ``source`` is a module, mapping or list of pairs (it is read twice: for the plan, and to be packed). Names, dtypes and
-        shapes have to be the worker's; its non-persistent buffers may be left out. If this raises, the version has not advanced:
+        shapes have to be the worker's; its non-persistent buffers may be left out, and a module, dict or list may have the experts
+        of a layer in one tensor (transformers 5) where the worker has each by itself. If this raises, the version has not advanced:
         before the first bucket was loaded the old weights are still in use, after it the worker refuses to generate. ``inject``
         is called with every bucket on its way and returns what is sent instead: a place for faults, in tests and preflight.
 
