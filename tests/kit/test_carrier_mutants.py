@@ -20,6 +20,8 @@ NOT_EXACT = {
     *("WaitsForRoom", "PollsInSeconds", "WaitsForTheMove", "LeavesAThread", "ClosesTogether", "SkipsMessagesInAMove"),
     *("GivesMessagesAsOne", "LastInFirstOut"),
 }
+#: Whose shrinking stops at its time limit on a busy machine: the bug is found, and its case may not be the smallest.
+MAY_BE_LARGER = {"OneBufferForAll"}
 #: Not run in this process: what they leave would stay in it.
 LEAVES = {"KeepsADescriptor", "KeepsTheMapping", "LeavesAName", "LeavesAThread"}
 
@@ -41,7 +43,7 @@ def test_it_is_killed_by_the_clause_that_it_breaks(name, reports):
     report = reports[name] = check_carrier(mutant.target, only=[mutant.killed_by])
     result = report[mutant.killed_by]
     assert result.status == "fail", f"{name} survived {mutant.killed_by}"
-    if name not in NOT_EXACT:
+    if name not in NOT_EXACT | MAY_BE_LARGER:
         assert [without_places(result.text), result.words] == json.loads(GOLDEN.read_text())[name]
 
 
