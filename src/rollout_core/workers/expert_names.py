@@ -25,8 +25,10 @@ def in_checkpoint_names(source: Source, names: Collection[str]) -> Source:
     """A dict or list of tensors in which those of all experts of a layer are given expert by expert, where an engine has them under
     such ``names``: views of them, or for those that are gathered when they are asked for, parts of one that is gathered once.
     Anything else is returned as it is. ``DuplicateNameError`` for an expert that comes both ways."""
-    pairs = list(source.items()) if isinstance(source, dict) else source if isinstance(source, list | tuple) else []
-    if not names or not any(type(pair) is tuple and str(pair[0]).endswith(_FUSED) for pair in pairs):
+    if not names or not isinstance(source, dict | list | tuple):
+        return source
+    pairs = list(source.items()) if isinstance(source, dict) else source
+    if not any(type(pair) is tuple and str(pair[0]).endswith(_FUSED) for pair in pairs):
         return source
     if not all(
         type(pair) is tuple and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], torch.Tensor) for pair in pairs

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from rollout_core.bucketing.tensors import as_bytes
 from rollout_core.errors import WorkerError
 
 _PLACE: Final = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
@@ -137,7 +138,7 @@ def _unpacked(packed: torch.Tensor, isa: str, place: str) -> torch.Tensor:
     matrix = torch.empty_like(packed).view(-1)
     matrix[_packed_order(tuple(packed.shape), packed.dtype, isa)] = packed.reshape(-1)
     matrix = matrix.view(packed.shape)
-    if not torch.equal(_pack(matrix, isa).view(torch.uint8), packed.contiguous().view(torch.uint8)):
+    if not torch.equal(as_bytes(_pack(matrix, isa)), as_bytes(packed)):
         raise UnknownLayout(f"the experts of {place!r} are packed in a way that is not known: pass readback=False")
     return matrix
 

@@ -44,7 +44,7 @@ def weights_arrive(context: Context) -> str:
     figure = compare(context, after)
     old, new = _by_canonical(before), _by_canonical(after)
     weights = context.weights()
-    changed = list(named_as_in({name: weights[name] for name in changed if name in weights}, after))
+    changed = list(named_as_in({name: weights[name] for name in changed}, after))
     stale = [name for name in changed if new[canonical(name)] == old.get(canonical(name))]
     expect(not stale, f"{len(stale)} tensors were changed by the trainer and not in the worker, first {stale[:1]}")
     expect(

@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from rollout_core.bucketing import BucketPlan
 from rollout_core.bucketing.sources import Pair
+from rollout_core.bucketing.tensors import as_bytes
 from rollout_core.errors import IncompleteStreamError, TransferError
 from rollout_core.transfer import receive
 from rollout_core.transfer.carriers.contract import ReceiverEnd
@@ -301,12 +302,10 @@ class _Packing:
     def __call__(self, layer: Any) -> None:
         kernel, plain = self._method.moe_kernel, layer.w13_weight.detach().clone()
         self._process(layer)
-        if kernel is not None and _same_bits(layer.w13_weight, plain):  # another version may have packed it by itself
+        if kernel is not None and torch.equal(
+            as_bytes(layer.w13_weight.detach()), as_bytes(plain)
+        ):  # another version may have packed it by itself
             kernel.fused_experts.process_weights_after_loading(layer)
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.detach().view(torch.uint8), other.view(torch.uint8))
 
 
 class WorkerExtension:
