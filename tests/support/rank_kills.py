@@ -14,7 +14,7 @@ import pytest
 from rollout_core.errors import TransferError, WorkerError
 from support.engines import started
 
-_GONE = 20.0  # seconds after close() until the last process of an engine is gone
+_GONE = 60.0  # seconds after close() until the last process of an engine is gone
 
 
 def rank_process(worker, engine, rank):

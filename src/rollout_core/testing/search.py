@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
 
 import msgspec
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
@@ -12,8 +11,8 @@ from hypothesis.strategies import SearchStrategy
 
 from rollout_core.testing.isolation import Outcome
 
-#: Seconds for shrinking one failure.
-SHRINK_SECONDS: Final = 10.0
+#: Seconds for shrinking one failure, where a search is not told.
+SHRINK_SECONDS: float = 10.0
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,10 +34,10 @@ def search(
     *,
     max_examples: int,
     random_seed: int,
-    shrink_seconds: float = SHRINK_SECONDS,
+    shrink_seconds: float | None = None,
 ) -> Finding:
-    """Try up to ``max_examples`` cases; on a violation shrink it for at most ``shrink_seconds``. The same seed gives the same
-    cases.
+    """Try up to ``max_examples`` cases; on a violation shrink it for at most ``shrink_seconds``, or ``SHRINK_SECONDS``. The same
+    seed gives the same cases.
 
     Outcomes are kept by case, so that a subject that answers differently the second time does not confuse the search; it is run
     once more at the end, and a second answer is told.
@@ -71,7 +70,7 @@ def search(
         if outcome.result == "violation":
             last[:] = [(data, outcome)]
             if not deadline:
-                deadline.append(time.monotonic() + shrink_seconds)
+                deadline.append(time.monotonic() + (SHRINK_SECONDS if shrink_seconds is None else shrink_seconds))
             raise _Found
 
     try:
