@@ -1,8 +1,11 @@
 import os
 import signal
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+
+pytest.register_assert_rewrite("support")  # so that what fails there is said as in a test
 
 settings.register_profile("unit", deadline=None, max_examples=60, print_blob=True)
 settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)

@@ -41,7 +41,7 @@ def test_the_carrier_has_under_100_lines():
 
 def test_the_kit_finds_nothing_wrong_with_the_carrier(run, tmp_path):
     (tmp_path / "mycarrier.py").write_text(CARRIER)
-    code, shown = run(Path(sys.executable).parent / "rollout-core", "check", "mycarrier:tcp_carrier")
+    code, shown = run(Path(sys.executable).parent / "rollout-core", "check", "mycarrier:tcp_carrier", "--max-examples", "30")
     assert code == 0, shown
     assert TEXTS[2].strip() in shown
 

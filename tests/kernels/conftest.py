@@ -6,7 +6,7 @@ import os
 import pytest
 
 from rollout_core.bucketing import cuda
-from rollout_core.bucketing.cuda import launching
+from rollout_core.bucketing.cuda import addresses, launching, packing
 from support import kernel_stand_in
 from support.kernel_checks import count_launches
 
@@ -19,3 +19,12 @@ def kernels(monkeypatch):
     monkeypatch.setattr(cuda, "possible", lambda device: device.type == "cpu")
     monkeypatch.setattr(launching, "usable", lambda device: True)
     return count_launches(monkeypatch, by=launching if INTERPRETED else kernel_stand_in)
+
+
+@pytest.fixture(params=["torch"] if INTERPRETED else ["torch", "compiled"])
+def found_by(request, monkeypatch):
+    """Who says where tensors lie, and whether they are the plan's: for few torch, for many our compiled code."""
+    if request.param == "compiled":
+        assert addresses._compiled() is not None, "no C compiler, or no DLPack exchange API: packing would be slower, not wrong"
+        monkeypatch.setattr(packing, "_MANY", 1)
+    return request.param

@@ -38,14 +38,14 @@ def test_digest_at_an_odd_address(skip):
 
 @pytest.mark.parametrize("order", ["given", "packed"])
 @pytest.mark.parametrize("capacity", [16, 200, 1 << 20])
-def test_b1_odd_inputs(capacity, order, kernels):
+def test_b1_odd_inputs(capacity, order, kernels, found_by):
     pairs = [(name, tensor.detach()) for name, tensor in odd_inputs().items() if name != "tied"]
     buckets = check_packing(pairs, "cpu", capacity=capacity, order=order)
     assert kernels["gather"] == 4 * buckets
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_b1_random_layouts(seed):
+def test_b1_random_layouts(seed, found_by):
     rng = random.Random(seed)
     pairs = random_pairs("cpu", rng, rng.randint(1, 10), 30_000)
     options = {"align": rng.choice([1, 1, 16, 256]), "order": rng.choice(["given", "packed"])}
@@ -83,7 +83,7 @@ def test_b4_padding_within_a_block_is_zero():
 
 
 @pytest.mark.parametrize("bit", ["neg", "conj", "neither"])
-def test_b1_contiguous_tensors_whose_bytes_are_not_their_values(bit):
+def test_b1_contiguous_tensors_whose_bytes_are_not_their_values(bit, found_by):
     values = patterned(torch.complex64, 50)
     tensor = {"neg": torch._neg_view(values), "conj": values.conj(), "neither": values}[bit]
     check_packing([("before", torch.zeros(3)), ("w", tensor)], "cpu", capacity=1 << 20)
@@ -107,7 +107,7 @@ def test_a_table_is_made_anew_only_where_tensors_moved():
     assert table.aligned.blocks.tolist() == [b for b in aligned.blocks.tolist() if b > 1]
 
 
-def test_tensors_that_move_between_rounds_are_found():
+def test_tensors_that_move_between_rounds_are_found(found_by):
     plan = plan_buckets([TensorSpec("a", torch.bfloat16, (5000,)), TensorSpec("b", torch.float32, (9001,))], 1 << 20)
     packer = Packer(plan, digest=BLOCK)
     for turn, skip in enumerate([0, 0, 2, 16, 4]):
@@ -132,7 +132,7 @@ def test_unmoved_reads_where_the_tensors_were(kernels):
 
 
 @pytest.mark.parametrize("between", ["strided", "iterator", "failed"])
-def test_unmoved_looks_again_where_the_round_before_was_no_kernels_alone(between):
+def test_unmoved_looks_again_where_the_round_before_was_no_kernels_alone(between, found_by):
     good = [("a", patterned(torch.float32, 100)), ("b", patterned(torch.float32, 50, seed=3))]
     other = [("a", patterned(torch.float32, 200, seed=5)[::2]), ("b", patterned(torch.float32, 50, seed=7))]
     plan = plan_buckets(specs_of(good), 400)
@@ -163,7 +163,7 @@ def test_unmoved_looks_again_where_the_round_before_was_no_kernels_alone(between
     ids=["size", "dtype", "shape", "meta", "sparse", "lazy"],
 )
 @pytest.mark.parametrize("order", ["given", "packed"])
-def test_a_tensor_that_is_not_the_plans_is_refused(tensor, error, order):
+def test_a_tensor_that_is_not_the_plans_is_refused(tensor, error, order, found_by):
     pairs = [("a", torch.zeros(3, dtype=torch.bfloat16)), ("b", torch.zeros(4))]
     packer = Packer(plan_buckets(specs_of(pairs), 1 << 20, order=order), digest=BLOCK)
     list(packer.pack(pairs))
@@ -180,7 +180,7 @@ def outcome(packer, pairs):
 
 @pytest.mark.parametrize("rounds", [1, 2, 3])
 @pytest.mark.parametrize("change", [*CHANGES, "values", "data elsewhere", "storage of its own"])
-def test_b1_a_tensor_that_changed_in_place_is_looked_at_again(change, rounds):
+def test_b1_a_tensor_that_changed_in_place_is_looked_at_again(change, rounds, found_by):
     """However often it was found to be the plan's before."""
     pairs = [("before", torch.arange(3.0)), ("w", square()), ("after", torch.arange(5.0))]
     plan = plan_buckets(specs_of(pairs), 1 << 20)

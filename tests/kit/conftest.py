@@ -8,6 +8,6 @@ from rollout_core.testing import search
 
 
 @pytest.fixture
-def shrink_to_the_end(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Called where the smallest case is compared: however slow the machine, the search does not give up shrinking before it."""
-    return lambda: monkeypatch.setattr(search, "SHRINK_SECONDS", 600.0)
+def shrinking(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Called with whether the smallest case is wanted: then the search does not give up before it, however slow the machine."""
+    return lambda wanted: monkeypatch.setattr(search, "SHRINK_SECONDS", 600.0 if wanted else 1.0)

@@ -15,7 +15,7 @@ from rollout_core.testing.registry import select_checks
 
 CARRIERS = mutants_of("carrier")
 GOLDEN = Path(__file__).parent / "golden" / "carrier_mutants.json"
-#: Each case of these takes a second or more, so that shrinking stops at its time limit, or they depend on who comes first.
+#: Each case of these takes a second or more, so that shrinking would take minutes, or they depend on who comes first.
 NOT_EXACT = {
     *("WaitsForRoom", "PollsInSeconds", "WaitsForTheMove", "LeavesAThread", "ClosesTogether", "SkipsMessagesInAMove"),
     *("GivesMessagesAsOne", "LastInFirstOut"),
@@ -36,10 +36,9 @@ def without_places(text):
 
 
 @pytest.mark.parametrize("name", CARRIERS)
-def test_it_is_killed_by_the_clause_that_it_breaks(name, reports, shrink_to_the_end):
+def test_it_is_killed_by_the_clause_that_it_breaks(name, reports, shrinking):
     mutant = CARRIERS[name]
-    if name not in NOT_EXACT:
-        shrink_to_the_end()
+    shrinking(name not in NOT_EXACT)
     report = reports[name] = check_carrier(mutant.target, only=[mutant.killed_by])
     result = report[mutant.killed_by]
     assert result.status == "fail", f"{name} survived {mutant.killed_by}"

@@ -37,10 +37,9 @@ def reports():
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_it_is_killed_by_the_clause_that_it_breaks(name, reports, shrink_to_the_end):
+def test_it_is_killed_by_the_clause_that_it_breaks(name, reports, shrinking):
     mutant = MUTANTS[name]
-    if name not in NOT_EXACT:
-        shrink_to_the_end()
+    shrinking(name not in NOT_EXACT)
     report = check_packer(mutant.target, only=[mutant.killed_by], timeout=2.0)
     result = report[mutant.killed_by]
     assert result.status == "fail", f"{name} survived {mutant.killed_by}"

@@ -35,9 +35,9 @@ def reports():
 
 
 @pytest.mark.parametrize("name", TRACKERS)
-def test_it_is_killed_by_the_clause_that_it_breaks(name, reports, shrink_to_the_end):
+def test_it_is_killed_by_the_clause_that_it_breaks(name, reports, shrinking):
     mutant = TRACKERS[name]
-    shrink_to_the_end()
+    shrinking(True)
     report = reports[name] = check_tracker(mutant.target, only=[mutant.killed_by])
     result = report[mutant.killed_by]
     assert result.status == "fail", f"{name} survived {mutant.killed_by}"

@@ -15,7 +15,7 @@ from rollout_core.testing.registry import select_checks
 
 WORKERS = mutants_of("worker")
 GOLDEN = Path(__file__).parent / "golden" / "worker_mutants.json"
-#: Each case of these takes a second or more, so that shrinking stops at its time limit, or they depend on who comes first.
+#: Each case of these takes a second or more, so that shrinking would take minutes, or they depend on who comes first.
 NOT_EXACT = {
     *("LosesTheOneBefore", "LosesWhatIsAbortedInTheQueue", "CallsAFailureAborted", "DoesNotNameWhatIsRunning"),
     *("GoesOnInAPause", "IgnoresSeeds"),
@@ -36,11 +36,10 @@ def without_places(text):
 
 
 @pytest.mark.parametrize("name", WORKERS)
-def test_it_is_killed_by_the_clause_that_it_breaks(name, reports, shrink_to_the_end):
+def test_it_is_killed_by_the_clause_that_it_breaks(name, reports, shrinking):
     mutant = WORKERS[name]
     exact = name not in NOT_EXACT
-    if exact:
-        shrink_to_the_end()
+    shrinking(exact)
     timeout = PATIENT if exact else TIMEOUT
     report = reports[name] = check_worker(mutant.target, only=[mutant.killed_by], timeout=timeout)
     result = report[mutant.killed_by]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from operator import add, attrgetter, eq, is_
+from collections.abc import Callable, Sequence
+from operator import attrgetter, eq, is_
 from typing import Final
 
+import numpy as np
 import torch
 
 from rollout_core.bucketing.cuda import launching
-from rollout_core.bucketing.cuda.tables import PackTable
+from rollout_core.bucketing.cuda.addresses import Finder
+from rollout_core.bucketing.cuda.tables import Integers, PackTable
 from rollout_core.bucketing.digest import LaterLanes
 from rollout_core.bucketing.looks import Alike, alike_to
 from rollout_core.bucketing.placement import BucketLayout, Slot
@@ -17,6 +19,8 @@ from rollout_core.bucketing.tensors import PLAIN_TYPES
 
 _DTYPE: Final = attrgetter("dtype")
 _SHAPE: Final = attrgetter("shape")
+#: Of so many tensors and more it pays to be found by compiled code, which takes a third of a second to make.
+_MANY: Final = 256
 
 
 class Filling:
@@ -39,7 +43,9 @@ class Filling:
         self._empty = [(place, slot) for place, slot in enumerate(layout.slots) if not slot.nbytes]
         self._dtypes = tuple(torch.uint8 if slot.is_piece else slot.spec.dtype for slot in self._slots)
         self._shapes = tuple((slot.spec.nbytes,) if slot.is_piece else slot.spec.shape for slot in self._slots)
-        self._starts = [slot.start for slot in self._slots] if any(slot.start for slot in self._slots) else None
+        starts = [slot.start for slot in self._slots]
+        self._starts = np.array(starts, np.int64) if any(starts) else None
+        self._finder = Finder.of(self._dtypes, self._shapes, device) if len(self._slots) >= _MANY else None
         self._complex = any(dtype.is_complex for dtype in self._dtypes)
         self._alike: Alike | None = None  # to tensors that were all found plain
         self._was_plain = False
@@ -50,20 +56,17 @@ class Filling:
         """Fill ``buffer``, the bucket's, from ``tensors``, one for each slot. ``write`` puts into its place what is not a plain
         contiguous tensor of the slot's spec on this device, or raises. Returns the lanes of the digest, if asked for."""
         self.repeatable = False
-        rows = tensors
+        rows = tensors if isinstance(tensors, list) else list(tensors)
         if self._empty:
             rows = [tensors[place] for place in self._places]
             for place, slot in self._empty:
                 write(slot, tensors[place])
-        odd = self._odd_places(rows)
-        if not odd:
-            addresses: Iterable[int] = map(torch.Tensor.data_ptr, rows)
-            if self._starts is not None:
-                addresses = map(add, addresses, self._starts)
-        else:
-            addresses = self._mixed_addresses(buffer, rows, odd, write)
+        addresses = self._plain_addresses(rows)
+        plain = addresses is not None
+        if addresses is None:
+            addresses = self._mixed_addresses(buffer, rows, write)
         self._table.point(addresses)
-        self.repeatable = not odd
+        self.repeatable = plain
         return launching.gather(self._table, buffer, digest=digest)
 
     def repeat(self, buffer: torch.Tensor, *, digest: bool) -> LaterLanes | None:
@@ -71,32 +74,39 @@ class Filling:
         self._table.use()
         return launching.gather(self._table, buffer, digest=digest)
 
-    def _mixed_addresses(
-        self, buffer: torch.Tensor, rows: Sequence[torch.Tensor], odd: set[int], write: Callable[[Slot, torch.Tensor], None]
-    ) -> list[int]:
-        """Odd tensors are written first, and the kernel, which reads what it digests, finds them where they are to be."""
-        base = buffer.data_ptr()
-        addresses = []
-        for place, (slot, tensor) in enumerate(zip(self._slots, rows, strict=True)):
-            if place in odd:
-                write(slot, tensor)
-                addresses.append(base + slot.offset)
-            else:
-                addresses.append(tensor.data_ptr() + slot.start)
-        return addresses
+    def _plain_addresses(self, rows: list[torch.Tensor]) -> Integers | None:
+        """Of all rows, if each is just memory of this device, laid out as the spec says: the common answer, found without Python
+        for each tensor."""
+        found = self._finder.addresses(rows) if self._finder is not None else None
+        if found is None and self._all_plain(rows):
+            found = np.fromiter(map(torch.Tensor.data_ptr, rows), np.int64, len(rows))
+        return found if found is None or self._starts is None else found + self._starts
 
-    def _odd_places(self, rows: Sequence[torch.Tensor]) -> set[int]:
-        """The rows whose tensor is not just memory of this device, laid out as the spec says. The common answer, none, is found
-        without Python for each tensor: in one call, once two rounds have found it."""
+    def _all_plain(self, rows: Sequence[torch.Tensor]) -> bool:
+        """In one call, once two rounds have found it."""
         if self._alike is not None:
             if self._alike(*rows):
-                return set()
+                return True
             self._alike, self._was_plain = None, False
         plain = self._are_plain(rows)
         if plain and self._was_plain:
             self._alike = alike_to(rows)
         self._was_plain = plain
-        return set() if plain else {place for place, tensor in enumerate(rows) if not self._is_plain(place, tensor)}
+        return plain
+
+    def _mixed_addresses(
+        self, buffer: torch.Tensor, rows: Sequence[torch.Tensor], write: Callable[[Slot, torch.Tensor], None]
+    ) -> Integers:
+        """Odd tensors are written first, and the kernel, which reads what it digests, finds them where they are to be."""
+        base = buffer.data_ptr()
+        addresses = np.empty(len(rows), np.int64)
+        for place, (slot, tensor) in enumerate(zip(self._slots, rows, strict=True)):
+            if self._is_plain(place, tensor):
+                addresses[place] = tensor.data_ptr() + slot.start
+            else:
+                write(slot, tensor)
+                addresses[place] = base + slot.offset
+        return addresses
 
     def _are_plain(self, rows: Sequence[torch.Tensor]) -> bool:
         """``_is_plain`` of all, by maps over C attributes."""

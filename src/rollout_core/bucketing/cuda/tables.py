@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -118,10 +118,10 @@ class PackTable:
         self.parts: Parts | None = None
         self._order.written()
 
-    def point(self, addresses: Iterable[int]) -> bool:
+    def point(self, addresses: Integers | Sequence[int]) -> bool:
         """Take in where each row's bytes lie now, in the slots' order; whether any of it is new. Nothing moves to the device
         otherwise."""
-        bases = np.fromiter(addresses, np.int64, len(self._starts)) - self._starts
+        bases = np.asarray(addresses, np.int64) - self._starts
         new = self._known is None or not np.array_equal(bases, self._known)
         self.use()
         if new:

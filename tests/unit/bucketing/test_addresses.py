@@ -1,0 +1,174 @@
+"""Where many tensors lie: found in one pass of compiled code, or not found at all, but never wrongly."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import subprocess
+import sysconfig
+import weakref
+
+import pytest
+import torch
+
+from rollout_core.bucketing.cuda import addresses
+from rollout_core.bucketing.cuda.addresses import Finder
+from rollout_core.bucketing.dtypes import ITEMSIZES
+from support.in_place import CHANGES, square
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def compiled_anew():
+    addresses._compiled.cache_clear()
+    yield
+    addresses._compiled.cache_clear()
+
+
+def finder(*tensors):
+    return Finder.of([t.dtype for t in tensors], [tuple(t.shape) for t in tensors], CPU)
+
+
+BITS = [torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2]
+NAMED = [dtype for dtype in ITEMSIZES if not dtype.is_complex and dtype not in BITS]
+
+
+@pytest.mark.parametrize("dtype", NAMED, ids=str)
+def test_every_dtype_is_found_and_told_from_the_others(dtype):
+    tensors = [torch.zeros(3, dtype=torch.uint8), torch.empty((), dtype=dtype), torch.empty((2, 1, 3), dtype=dtype)]
+    known = finder(*tensors)
+    assert known.addresses(tensors).tolist() == [tensor.data_ptr() for tensor in tensors]
+    for other in sorted(set(ITEMSIZES) - {dtype}, key=str):
+        assert known.addresses([*tensors[:2], torch.empty((2, 1, 3), dtype=other)]) is None
+
+
+def test_views_and_parameters_are_found():
+    base = torch.arange(40.0)
+    tensors = [
+        *(base[3:9].view(2, 3), torch.nn.Parameter(base[10:20]), base[20:21].as_strided((1, 1), (7, 9)), base[0]),
+        torch.zeros(5, requires_grad=True),
+    ]
+    found = finder(*tensors).addresses(tensors)
+    assert found.tolist() == [tensor.data_ptr() for tensor in tensors]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("place", [0, 5, 40])
+def test_a_tensor_that_changed_in_place_is_not_found(change, place):
+    tensors = [square() for _ in range(41)]
+    known = finder(*tensors)
+    assert known.addresses(tensors) is not None
+    CHANGES[change](tensors[place])
+    assert known.addresses(tensors) is None
+
+
+@pytest.mark.parametrize("kind", ["sparse", "compressed", "quantized", "nested", "jagged", "lazy", "meta", "own", "number", "none"])
+def test_what_is_no_plain_tensor_is_not_found(kind):
+    class Own(torch.Tensor):
+        pass
+
+    parts = [torch.zeros(3), torch.zeros(3)]
+    other = {
+        "sparse": lambda: torch.zeros(4, 4).to_sparse(),
+        "compressed": lambda: torch.zeros(4, 4).to_sparse_csr(),
+        "quantized": lambda: torch.quantize_per_tensor(torch.zeros(4, 4), 0.1, 0, torch.qint8),
+        "nested": lambda: torch.nested.nested_tensor(parts),
+        "jagged": lambda: torch.nested.nested_tensor(parts, layout=torch.jagged),
+        "lazy": torch.nn.UninitializedParameter,
+        "meta": lambda: torch.zeros(4, 4, device="meta"),
+        "own": lambda: torch.zeros(4, 4).as_subclass(Own),
+        "number": lambda: 3,
+        "none": lambda: None,
+    }[kind]()
+    assert finder(square(), square()).addresses([square(), other]) is None
+    assert torch.zeros(1).add(1).item() == 1, "an error that was left behind would be raised by whatever comes next"
+
+
+def test_as_many_as_were_planned_in_a_list():
+    known = finder(square(), square())
+    assert known.addresses([square()]) is None
+    assert known.addresses([square()] * 3) is None
+    assert known.addresses((square(), square())) is None
+    assert known.addresses([one := square(), one]).tolist() == [one.data_ptr()] * 2
+
+
+def test_a_list_that_is_changed_meanwhile():
+    """By a mode of torch, which runs Python with every call."""
+    rows = [square() for _ in range(50)]
+    known = finder(*rows)
+
+    class Shortens(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            rows.clear()
+            gc.collect()
+            return function(*args, **(kwargs or {}))
+
+    with Shortens():
+        assert known.addresses(rows) is None
+
+
+def test_a_mode_that_raises_is_no_answer():
+    class Raises(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.is_neg:
+                raise ValueError("not now")
+            return function(*args, **(kwargs or {}))
+
+    rows = [square(), square()]
+    known = finder(*rows)
+    with Raises():
+        assert known.addresses(rows) is None
+
+
+def test_it_keeps_no_tensor():
+    tensors = [square(), square()]
+    known = finder(*tensors)
+    known.addresses(tensors)
+    refs = [weakref.ref(tensor) for tensor in tensors]
+    del tensors
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]
+    assert known.addresses([square(), square()]) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.complex64, torch.complex128, *BITS], ids=str)
+def test_none_for_complex_tensors_and_bits(dtype):
+    assert finder(square(), torch.empty(2, dtype=dtype)) is None
+
+
+def test_none_for_empty_tensors():
+    assert finder(square(), torch.zeros(2, 0)) is None
+
+
+@pytest.mark.parametrize("missing", ["compiler", "compiler of the variable", "headers", "interface", "lock", "sight"])
+def test_without_what_it_needs_torch_is_asked(missing, monkeypatch, compiled_anew):
+    match missing:
+        case "compiler":
+            monkeypatch.delenv("CC", raising=False)
+            monkeypatch.setenv("PATH", "/nowhere")
+        case "compiler of the variable":
+            monkeypatch.setenv("CC", "no-such-compiler -O2")
+        case "headers":
+            monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nowhere")
+        case "interface":
+            api = addresses._ExchangeAPI(major=2)
+            made = ctypes.pythonapi.PyCapsule_New
+            made.restype, made.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+            capsule = made(ctypes.addressof(api), b"dlpack_exchange_api", None)
+            monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", capsule)
+        case "lock":
+            monkeypatch.setattr(sysconfig, "get_config_var", lambda name: name == "Py_GIL_DISABLED")
+        case "sight":
+            monkeypatch.setattr(addresses, "_sees", lambda compiled: False)
+    assert finder(square(), square()) is None
+
+
+def test_the_compiler_that_the_environment_names(monkeypatch, compiled_anew):
+    called = []
+    run = subprocess.run
+    monkeypatch.setenv("CC", "cc -Wall -Wextra -Werror")
+    monkeypatch.setattr(subprocess, "run", lambda words, **options: called.append(words) or run(words, **options))
+    assert finder(square(), square()) is not None
+    assert called[0][:4] == ["cc", "-Wall", "-Wextra", "-Werror"]
