@@ -108,6 +108,29 @@ def test_t4_packing_on_other_streams():
         assert torch.equal(bucket.buffer, torch.cat([tensor for _, tensor in moved]))
 
 
+def test_digests_that_nobody_asks_for_write_to_no_memory_of_others():
+    """Their kernels run when pinned memory of the same size has been given to others."""
+    data = bytes_at("cuda", 1 << 20, 0, 1)
+    launching.digest_lanes(data)
+    nbytes = launching.begin_digest(data).memory.nbytes
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)
+    for _ in range(50):
+        launching.begin_digest(data)
+    others = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(60)]
+    torch.cuda.synchronize()
+    assert not any(other.any() for other in others)
+
+
+def test_b15_digests_leave_no_pinned_memory():
+    data = bytes_at("cuda", 1 << 20, 0, 1)
+    held = []
+    for _ in range(40):
+        launching.digest_lanes(data)
+        held.append(torch.cuda.host_memory_stats()["allocated_bytes.current"])
+    assert held[-1] == held[5]
+
+
 def test_b15_rounds_leave_no_memory():
     pairs = [(f"w{i}", bytes_at("cuda", 1 << 20, 0, i)) for i in range(8)]
     plan = plan_buckets(specs_of(pairs), 4 << 20)

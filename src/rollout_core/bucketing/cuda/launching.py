@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from rollout_core.bucketing.cuda import possible
+from rollout_core.bucketing.cuda.partials import Partials
 from rollout_core.bucketing.cuda.tables import VECTOR, CopyTable, Integers, PackTable, on_device
 from rollout_core.bucketing.digest import BLOCK_NBYTES, Lanes, block_multilinear_by_torch
 
@@ -48,15 +49,15 @@ def begin_digest(buffer: torch.Tensor) -> Partials:
     blocks = nbytes // BLOCK_NBYTES if nbytes % 16 else -(-nbytes // BLOCK_NBYTES)
     rest = nbytes - blocks * BLOCK_NBYTES
     programs = _programs(buffer.device, _DIGESTING, blocks)
-    partials = _partials(buffer.device, programs + (rest > 0))
+    partials = Partials(buffer.device, programs + (rest > 0))
     kernels = _kernels()
-    with _on(buffer.device):
+    with _on(buffer.device), partials:
         if blocks:
             words = min(nbytes, blocks * BLOCK_NBYTES) // 4
-            kernels.digest_aligned[(programs,)](buffer.data_ptr(), words, blocks, partials, num_warps=_WARPS)
+            kernels.digest_aligned[(programs,)](buffer.data_ptr(), words, blocks, partials.memory, num_warps=_WARPS)
         if rest > 0:
-            kernels.digest_part[(1,)](buffer.data_ptr() + nbytes - rest, rest, blocks, partials[programs:], num_warps=_WARPS)
-    return Partials(partials)
+            kernels.digest_part[(1,)](buffer.data_ptr() + nbytes - rest, rest, blocks, partials.memory[programs:], num_warps=_WARPS)
+    return partials
 
 
 def digest_rows(device: torch.device, addresses: Integers, sizes: Integers, firsts: Integers) -> torch.Tensor:
@@ -80,23 +81,6 @@ def digest_rows(device: torch.device, addresses: Integers, sizes: Integers, firs
     return lanes
 
 
-class Partials:
-    """Lanes that a device is at work on: it copies the programs' parts to the host itself, and only ``wait`` waits for that."""
-
-    def __init__(self, partials: torch.Tensor) -> None:
-        self._done: torch.cuda.Event | None = None
-        self._host = partials
-        if partials.device.type == "cuda":
-            self._host = torch.empty(partials.shape, dtype=partials.dtype, device="cpu", pin_memory=True)
-            self._host.copy_(partials, non_blocking=True)
-            self._done = torch.cuda.current_stream(partials.device).record_event()
-
-    def wait(self) -> Lanes:
-        if self._done is not None:
-            self._done.synchronize()
-        return _sum(self._host)
-
-
 def gather(table: PackTable, buffer: torch.Tensor, *, digest: bool) -> Partials | None:
     """Fill a bucket's buffer from a table that points to its sources; the buffer's lanes, if asked for. Nothing waits for the
     device."""
@@ -113,18 +97,18 @@ def gather(table: PackTable, buffer: torch.Tensor, *, digest: bool) -> Partials 
         launches.append(_Launch(kernels.gather_parts, p.blocks, parts))
     counts = [one.blocks.numel() for one in launches]
     grids = counts if not digest else [_programs(device, one.each, count) for one, count in zip(launches, counts, strict=True)]
-    partials = _partials(device, sum(grids)) if digest else None
+    partials = Partials(device, sum(grids)) if digest else None
     done = 0
-    with _on(device):
+    with _on(device), partials or nullcontext():
         if table.whole is not None and not digest:
             blocks = table.whole.blocks
             kernels.gather_whole[(blocks.numel(),)](target, blocks, table.whole.sources, num_warps=_COPYING_WARPS)
         for one, count, programs in zip(launches, counts, grids, strict=True):
-            part = None if partials is None else partials[done:]
+            part = None if partials is None else partials.memory[done:]
             warps = one.digesting_warps if digest else one.warps
             one.kernel[(programs,)](target, count, one.blocks, *one.columns, part, digest, num_warps=warps)
             done += programs
-    return None if partials is None else Partials(partials)
+    return partials
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +136,6 @@ def copy(table: CopyTable) -> None:
         for kernel, some, warps in entries:
             if some is not None:
                 kernel[(some.sizes.numel(),)](table.source, some.starts, some.targets, some.sizes, num_warps=warps)
-
-
-def _partials(device: torch.device, programs: int) -> torch.Tensor:
-    return torch.empty((programs, 2), dtype=torch.int64, device=device)
-
-
-def _sum(partials: torch.Tensor) -> Lanes:
-    totals = partials.cpu().numpy().view(np.uint64).sum(0, dtype=np.uint64)
-    return int(totals[0]), int(totals[1])
 
 
 @cache
