@@ -75,7 +75,7 @@ def unit(session: nox.Session) -> None:
         "--ignore=tests/unit/workers",
     )
     for words in ((*covering, "--ignore-glob=*/test_protocol_*", "tests/kernels", *coverage), others):
-        session.run("pytest", *words, "-m", "not slow", *PARALLEL, *session.posargs, env=QUIET)
+        session.run("pytest", *words, *PARALLEL, *session.posargs, env=QUIET)
 
 
 @nox.session
@@ -89,12 +89,13 @@ def kernels(session: nox.Session) -> None:
 
 @nox.session
 def kit(session: nox.Session) -> None:
-    """The conformance kit kills every mutant, and our own packers and tracker pass it; `-- --table` prints the mutants instead."""
+    """The conformance kit kills every mutant, and our own packers and tracker pass it, and the ends of an update may die at every
+    step; `-- --table` prints the mutants instead."""
     install(session, "test", extras="[http,cli,testing]")
     if session.posargs == ["--table"]:
         session.run("python", "-m", "rollout_core.testing.mutants", env=QUIET)
     else:
-        session.run("pytest", "tests/kit", "tests/guide", *PARALLEL, *session.posargs, env=QUIET)
+        session.run("pytest", "tests/kit", "tests/guide", "tests/faults", *PARALLEL, *session.posargs, env=QUIET)
 
 
 @nox.session
@@ -201,12 +202,9 @@ def _stand_in(session: nox.Session, *packages: str) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Ends of an update that die at every step: `-- --table docs/faults.md` for all faults and carriers, which takes long."""
+    """All faults of an update's ends with all carriers, which takes long: `-- --table docs/faults.md`. Session kit has a part."""
     install(session, "test", extras="[testing]")
-    if session.posargs:
-        session.run("python", "tests/faults/run.py", *session.posargs, env=QUIET)
-    else:
-        session.run("pytest", "tests/faults", env=QUIET)
+    session.run("python", "tests/faults/run.py", *session.posargs, env=QUIET)
 
 
 @nox.session

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 TOOLS = HERE / ".nox" / "tools"
 #: All tests that need no GPU, in two lanes that run side by side: one computes while the other installs, or waits for an engine.
 LANES = (
-    ("lint", "typing", "unit", "kernels", "kit", "wheel", "faults"),
+    ("lint", "typing", "unit", "kernels", "kit", "wheel"),
     ("engines_vllm", "engines_sglang", "engines_hf", "processors"),
 )
 WIDTH = 300  # characters of a line that is said again

@@ -22,7 +22,11 @@ ONLY = [
 NAMES = worlds.register()
 
 
-@pytest.mark.parametrize("name", NAMES)
+#: One of each way to place pictures in a prompt; the others are slow.
+FEW = {"real:qwen2_vl", "real:gemma3", "real:pixtral"}
+
+
+@pytest.mark.parametrize("name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_our_tracker_passes(name):
     make_world(name)  # built here, so that the process of the tracker has it
     report = check_tracker("rollout_core-tracker", worlds=[name], only=ONLY, max_examples=6, timeout=60)

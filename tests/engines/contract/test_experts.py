@@ -117,6 +117,7 @@ if RANKS in KINDS:
 
 if ENGINE == "vllm" and DEVICE == "cpu":
 
+    @pytest.mark.slow
     def test_preflight_holds(tmp_path):
         """Its trainer has stacked experts, and its worker's engine may not."""
         make_mixture().save_pretrained(tmp_path / "model")

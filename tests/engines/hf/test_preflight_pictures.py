@@ -306,7 +306,14 @@ def test_a_sound_worker_passes_all_checks(folder, worker):
     assert re.fullmatch(SOUND[worker], outcomes[PICTURES].figure), outcomes[PICTURES].figure
 
 
-@pytest.mark.parametrize("worker", FAULTS, ids=lambda worker: worker.__name__)
+#: Each takes two seconds: every fourth, and all of them nightly.
+SOME = [
+    worker if place % 4 == 0 else pytest.param(worker, marks=pytest.mark.slow, id=worker.__name__)
+    for place, worker in enumerate(FAULTS)
+]
+
+
+@pytest.mark.parametrize("worker", SOME, ids=lambda worker: worker.__name__)
 def test_a_fault_fails_the_check_of_pictures_and_no_other(folder, worker):
     outcomes = run(folder, worker)
     assert results(outcomes, "fail") == {PICTURES}, [(o.id, o.figure) for o in outcomes.values() if o.result == "fail"]

@@ -109,6 +109,7 @@ def test_w8_other_ids_than_the_conversations_fail_the_request_alone(worker, proc
         worker.generate([bad], GREEDY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pictures", [0, 1])
 def test_w8_a_cache_with_little_room_costs_sending_and_nothing_else(folder, processor, model, pictures):
     """None at all, and one that holds one picture."""
@@ -125,6 +126,7 @@ def test_w8_a_cache_with_little_room_costs_sending_and_nothing_else(folder, proc
         assert (report.hits is None) == (pictures == 0)
 
 
+@pytest.mark.slow
 def test_a_model_of_text_refuses_pictures(processor, tmp_path):
     config = transformers.Qwen2Config(
         vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,

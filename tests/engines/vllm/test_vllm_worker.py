@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mend", [False, True])
+@pytest.mark.parametrize("mend", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_head_of_a_tied_model_whose_update_names_the_embeddings_alone(folder, mend):
     """As checkpoints of tied models do. vLLM's reload then leaves what it had packed of the head as it was: without the mend W2
     names the tensor, and the worker does not count on."""

@@ -24,7 +24,7 @@ typedef struct {
     int64_t first;
 } Wanted;
 
-enum { AHEAD = 16, NEAR = 8, LINES = 3, LINE = 64 };
+enum { AHEAD = 32, NEAR = 16, LINES = 4, LINE = 64 };
 
 /* The memory of a row is far away, once there are thousands, and there is nothing else to do until it comes. */
 static void prefetch(PyObject *rows, Py_ssize_t i, PyTypeObject *kind)

@@ -85,6 +85,7 @@ class Finder:
         self._wanted["ndim"] = counts
         self._wanted["first"] = np.cumsum(counts) - counts
         self._sizes = np.array([size for shape in shapes for size in shape], np.int64)
+        self._tables = (self._wanted.ctypes.data, self._sizes.ctypes.data)
         self._compiled = compiled
         here = compiled.described(torch.empty(1, dtype=torch.uint8, device=device))
         self._where = (here.device_type, here.device_id)
@@ -96,7 +97,7 @@ class Finder:
         found = np.empty(len(self._wanted), np.int64)
         if len(rows) != len(found):
             return None
-        count = self._compiled.count(rows, len(found), self._wanted.ctypes.data, self._sizes.ctypes.data, *self._where, found)
+        count = self._compiled.count(rows, len(found), *self._tables, *self._where, found)
         same = count == len(found) and all(rows[place].dtype is dtype for place, dtype in self._homonyms)
         return found if same else None
 

@@ -20,7 +20,7 @@ from rollout_core.bucketing.tensors import PLAIN_TYPES
 _DTYPE: Final = attrgetter("dtype")
 _SHAPE: Final = attrgetter("shape")
 #: Of so many tensors and more it pays to be found by compiled code, which takes a third of a second to make.
-_MANY: Final = 256
+_MANY: Final = 64
 
 
 class Filling:
