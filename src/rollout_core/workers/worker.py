@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from types import TracebackType
@@ -15,11 +15,10 @@ from typing import Any, Final, Self
 import msgspec
 import torch
 
-from rollout_core.bucketing import Bucket, BucketPlan, Packer, TensorSpec
-from rollout_core.bucketing.dtypes import DTYPES
+from rollout_core.bucketing import Bucket, Packer
 from rollout_core.bucketing.placement import Order, Oversize
 from rollout_core.bucketing.sources import Source
-from rollout_core.errors import PlanMismatchError, RolloutCoreError, TransferError, WorkerError
+from rollout_core.errors import RolloutCoreError, TransferError, WorkerError
 from rollout_core.multimodal import Conversation
 from rollout_core.transfer import SendReport, send
 from rollout_core.transfer.carriers.names import CarrierName
@@ -37,34 +36,25 @@ from rollout_core.workers.link.messages import (
     Abort,
     Answer,
     Call,
-    Digests,
     Failed,
     Freed,
     MediaHits,
     Ping,
-    RankDigests,
-    ReadDigests,
     ReadMediaHits,
-    ReadRankDigests,
-    ReadShards,
-    ReadSpecs,
-    ReadTensor,
     Receive,
     Received,
     ReleaseMemory,
     ResumeMemory,
     Returned,
     Run,
-    Shards,
-    Specs,
     Submit,
-    TensorBytes,
 )
 from rollout_core.workers.media import Form, Media, MediaReport
-from rollout_core.workers.names import EMBEDDING, HEAD, canonical
 from rollout_core.workers.plans import Plans
+from rollout_core.workers.requests import check_request, futures_of, request_ids_of
 from rollout_core.workers.rollouts import Rollout, Rollouts, raise_failed
-from rollout_core.workers.shards import Expected, Shard
+from rollout_core.workers.shards import Expected
+from rollout_core.workers.weights import EngineWeights, digests_of, read_back, read_tensor
 
 #: Seconds in which a process that ends has ended: once its answer is there that its end of a carrier is closed, and for who has
 #: only seen that it is, which may be before the rest of a killed process has gone.
@@ -132,10 +122,8 @@ class Worker:
         self._lock = threading.RLock()  # of the weights
         self._version = 0
         self._next = 1  # the next update's
-        self._specs: dict[str, TensorSpec] | None = None  # that an update has to have; empty: the engine looks itself
-        self._layout: list[dict[str, Shard]] | None = None  # by rank, the parts that it has; empty: there is one rank
+        self._weights = EngineWeights()
         self._plans = Plans()
-        self._checked: BucketPlan | None = None  # the last that had the engine's specs
         self._media = Media(self.media_form)
         # Weakly: the link's thread keeps the rollouts, and must not keep a worker that is forgotten.
         resend = weakref.WeakMethod(self._resend)
@@ -163,7 +151,7 @@ class Worker:
     def ranks(self) -> int:
         """On how many ranks the engine has its weights, each of which takes its part of every update (clause W9)."""
         with self._lock:
-            return max(1, len(self._layout_of(self._alive())))
+            return max(1, len(self._weights.layout(self._alive())))
 
     @property
     def timeout(self) -> float:
@@ -213,12 +201,12 @@ class Worker:
         start = time.perf_counter()
         if isinstance(source, torch.nn.Module):
             source = named_weights(source) if self.takes_computed else persistent_weights(source)
-        source = in_checkpoint_names(source, self._specs_of(link))
+        source = in_checkpoint_names(source, self._weights.specs(link))
         packer = self._plans.packer_for(source, **packing)
         plan = packer.plan
-        self._check_specs(link, plan)
+        self._weights.check(link, plan)
         before, version = self._version, self._next
-        layout = self._layout_of(link)
+        layout = self._weights.layout(link)
         expected = Expected(layout, plan) if readback and layout else None
         parts = None if expected is None else expected.parts
         algorithm = self.digest_algorithm
@@ -234,7 +222,7 @@ class Worker:
             report, loading = self._send(link, packer, source, carrier, version, tap)
             self._next = version + 1  # the engine has committed it: no other update may have this version
             reading = time.perf_counter()
-            found = None if sent is None else self._read_back(link, sent, expected)
+            found = None if sent is None else read_back(link, sent, expected)
             reading = time.perf_counter() - reading
             self._version = version
         except BaseException:
@@ -262,19 +250,12 @@ class Worker:
         """32 hexadecimal digits of the bytes of every parameter and buffer, by name, as the worker has them now: ``weight_digest``
         of ``rollout_core.workers.digests``, by the worker's ``digest_algorithm``."""
         with self._lock:
-            return _digests(self._alive(), None)
+            return digests_of(self._alive())
 
     def read_tensor(self, name: str) -> torch.Tensor:
         """One of the worker's parameters or buffers, as a copy on the CPU."""
-        if not isinstance(name, str):
-            raise WorkerError(f"{name!r} is no name of a tensor: pass a str")
         with self._lock:
-            answer = self._alive().ask(ReadTensor(name), TensorBytes)
-        assert isinstance(answer, TensorBytes)
-        dtype = DTYPES[answer.dtype]
-        if not answer.data:
-            return torch.empty(answer.shape, dtype=dtype)
-        return torch.frombuffer(bytearray(answer.data), dtype=torch.uint8).view(dtype).view(answer.shape)
+            return read_tensor(self._alive(), name)
 
     # Requests
 
@@ -295,7 +276,7 @@ class Worker:
         then none was made, or that failed; ``TransferError`` if the engine ended or did not answer.
         """
         link, rollouts = self._start(prompts, params, request_ids, max_batch)
-        futures = _futures(rollouts, params)
+        futures = futures_of(rollouts, params)
         try:
             self._wait(link, futures)
         except BaseException:
@@ -321,7 +302,7 @@ class Worker:
         share it; without, only all are aborted. Ask nothing of the worker in a future's callback: it runs in the thread that hears
         the engine. Raises ``WorkerError`` for a request that is refused; then none was made.
         """
-        return _futures(self._start(prompts, params, request_ids, max_batch)[1], params)
+        return futures_of(self._start(prompts, params, request_ids, max_batch)[1], params)
 
     def abort(self, request_ids: Sequence[str] | None = None) -> list[str]:
         """End these requests, or all that are under way. Returns the ids of those that this ended; each has its completion by then.
@@ -433,17 +414,6 @@ class Worker:
             raise WorkerError("the worker is closed")
         return self._link
 
-    def _ids(self, count: int, given: Sequence[str] | None) -> list[str]:
-        if given is None:
-            return [""] * count
-        ids = list(given)
-        if isinstance(given, str) or len(ids) != count or not all(isinstance(one, str) and one for one in ids):
-            raise WorkerError(f"request_ids is {given!r}: pass one str for each of {count} prompts")
-        if len(set(ids)) < len(ids):
-            twice = next(one for one in ids if ids.count(one) > 1)
-            raise WorkerError(f"request id {twice!r} is given twice: pass each prompt one of its own")
-        return ids
-
     def _start(
         self,
         prompts: Sequence[Sequence[int] | Conversation],
@@ -454,7 +424,7 @@ class Worker:
         taken = self._media.take(prompts)
         check_request([prompt.ids for prompt in taken], params, max_batch)
         link = self._alive()
-        ids = self._ids(len(prompts), request_ids)
+        ids = request_ids_of(len(prompts), request_ids)
         # Greedy samples of a prompt are the same: the engine makes one.
         samples = 1 if params.temperature == 0 else params.n
         rollouts = self._rollouts.add([(ids[place], place, sample) for place in range(len(prompts)) for sample in range(samples)])
@@ -509,7 +479,7 @@ class Worker:
         tap: Callable[[Bucket], Bucket],
     ) -> tuple[SendReport, float]:
         """Send all buckets of an update, which the engine receives beside; also the seconds that it took to load them."""
-        address, ranks = secrets.token_hex(16), max(1, len(self._layout or ()))
+        address, ranks = secrets.token_hex(16), max(1, len(self._weights.layout(link)))
         received = link.post(Receive(Update(address, version, link.timeout, carrier, ranks)))
 
         def check() -> None:
@@ -534,49 +504,6 @@ class Worker:
         with suppress(RolloutCoreError):
             link.ask(Abandon(version))
 
-    def _specs_of(self, link: Link) -> dict[str, TensorSpec]:
-        """The engine's tensors by name; none where it looks at an update itself."""
-        if self._specs is None:
-            answer = link.ask(ReadSpecs(), Specs)
-            assert isinstance(answer, Specs)
-            listed = answer.specs or []
-            self._specs = {name: TensorSpec(name, DTYPES[dtype], shape) for name, dtype, shape in listed}
-        return self._specs
-
-    def _check_specs(self, link: Link, plan: BucketPlan) -> None:
-        """Raise ``PlanMismatchError`` if these are not the engine's tensors, where that does not say so itself."""
-        wanted = self._specs_of(link)
-        if wanted and plan is not self._checked:
-            check_specs(plan, wanted)
-            self._checked = plan
-
-    def _layout_of(self, link: Link) -> list[dict[str, Shard]]:
-        """By rank of the engine, the parts of tensors that it has; empty if there is one rank."""
-        if self._layout is None:
-            answer = link.ask(ReadShards(), Shards)
-            assert isinstance(answer, Shards)
-            self._layout = answer.ranks
-        return self._layout
-
-    def _read_back(self, link: Link, sent: SentDigests, expected: Expected | None) -> dict[str, str]:
-        """The digests of what the worker has, found right; ``expected``: of each rank, if there are several."""
-        if expected is not None:
-            answer = link.ask(ReadRankDigests(), RankDigests)
-            assert isinstance(answer, RankDigests)
-            return expected.check(sent.of_parts, answer.ranks)
-        found, wanted = _digests(link, None), dict(sent.digests)
-        known = {canonical(name): digest for name, digest in found.items()}
-        embedding = next((name for name in wanted if canonical(name) == EMBEDDING), None)
-        if HEAD in found and HEAD not in wanted and embedding is not None:
-            wanted[HEAD] = wanted[embedding]  # tied, or it would have had to be sent
-        wrong = [name for name, digest in wanted.items() if known.get(canonical(name)) != digest]
-        if wrong:
-            raise WorkerError(
-                f"{len(wrong)} of {len(wanted)} tensors read back from the worker are not what was sent, first {wrong[0]!r}: "
-                f"sent {wanted[wrong[0]]}, found {known.get(canonical(wrong[0]))}; the worker's weights are not the trainer's"
-            )
-        return found
-
     def _wait(self, link: Link, futures: Sequence[Future[Completion]]) -> None:
         """Until all are done. An engine that says nothing for long is asked whether it is there."""
         left = set(futures)
@@ -585,58 +512,3 @@ class Worker:
             done, left = wait(left, link.timeout / 2, FIRST_COMPLETED)
             if not done and self._rollouts.told == told:
                 link.result(link.post(Ping()), timeout=link.timeout / 2, silent=link.timeout / 2)
-
-
-def _digests(link: Link, names: Sequence[str] | None) -> dict[str, str]:
-    answer = link.ask(ReadDigests(None if names is None else list(names)), Digests)
-    assert isinstance(answer, Digests)
-    return answer.digests
-
-
-def _futures(rollouts: Sequence[Rollout], params: SamplingParams) -> list[Future[Completion]]:
-    """One for each sample of each prompt."""
-    futures = [rollout.future for rollout in rollouts]
-    return futures if params.temperature != 0 else [copy for future in futures for copy in _copies(future, params.n)]
-
-
-def _copies(future: Future[Completion], samples: int) -> list[Future[Completion]]:
-    """A future for each sample of a prompt, of which one was made."""
-    copies: list[Future[Completion]] = [Future() for _ in range(samples)]
-
-    def settle(made: Future[Completion]) -> None:
-        for sample, copy in enumerate(copies):
-            if copy.set_running_or_notify_cancel():  # else its owner has cancelled it
-                copy.set_result(msgspec.structs.replace(made.result(), sample_index=sample))
-
-    future.add_done_callback(settle)
-    return copies
-
-
-def check_specs(plan: BucketPlan, wanted: Mapping[str, TensorSpec]) -> None:
-    """Raise ``PlanMismatchError`` naming the first tensor of a plan that is not among these, or that it leaves out. A tied tensor
-    is there under any of its names."""
-    known = {canonical(name): spec for name, spec in wanted.items()}
-    for spec in plan.specs:
-        mine = known.get(canonical(spec.name))
-        if mine is None:
-            raise PlanMismatchError(f"the update has a tensor {spec.name!r} ({spec}), and the model has none of that name")
-        if (mine.dtype, mine.shape) != (spec.dtype, spec.shape):
-            raise PlanMismatchError(f"tensor {spec.name!r} is {spec} in the update and {mine} in the model")
-    sent = {canonical(spec.name) for spec in plan.specs}
-    missing = next((name for name in wanted if canonical(name) not in sent), None)
-    if missing is not None and not (missing == HEAD and EMBEDDING in sent):
-        raise PlanMismatchError(f"the model's tensor {missing!r} is not in the update; send every parameter and persistent buffer")
-
-
-def check_request(prompts: Sequence[Sequence[int]], params: SamplingParams, max_batch: int) -> None:
-    """Raise ``WorkerError`` for what is no request at all; whether the model can carry it out, the model's side says."""
-    if type(params) is not SamplingParams:
-        raise WorkerError(f"params is a {type(params).__name__}: pass SamplingParams(response_length=...)")
-    if type(max_batch) is not int or not 1 <= max_batch < 2**63:
-        raise WorkerError(f"max_batch is {max_batch!r}: pass a whole number of at least 1")
-    for index, prompt in enumerate(prompts):
-        for position, token in enumerate(prompt):
-            if type(token) is not int or not 0 <= token < 2**63:
-                raise WorkerError(
-                    f"prompt {index} position {position} is {token!r}, no token id: pass plain ints, as tolist() gives"
-                )

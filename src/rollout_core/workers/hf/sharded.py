@@ -15,7 +15,7 @@ from rollout_core.transfer.lockstep import FailedElsewhere, Lockstep, bounded
 from rollout_core.transfer.sharded import reshard
 from rollout_core.workers.contract import Completion, SamplingParams
 from rollout_core.workers.hf.generate import device_of, eos_ids_of, generate, pad_id_of, plain
-from rollout_core.workers.worker import check_request
+from rollout_core.workers.requests import check_request
 
 _DONE, _FORWARD, _FAILED = 0, 1, 2  # what a rank says before each forward pass
 
