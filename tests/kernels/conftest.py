@@ -6,7 +6,8 @@ import os
 import pytest
 
 from rollout_core.bucketing import cuda
-from rollout_core.bucketing.cuda import addresses, launching, packing
+from rollout_core.bucketing.compiled.finding import compiled
+from rollout_core.bucketing.cuda import launching, packing
 from support import kernel_stand_in
 from support.kernel_checks import count_launches
 
@@ -25,6 +26,6 @@ def kernels(monkeypatch):
 def found_by(request, monkeypatch):
     """Who says where tensors lie, and whether they are the plan's: for few torch, for many our compiled code."""
     if request.param == "compiled":
-        assert addresses._compiled() is not None, "no C compiler, or no DLPack exchange API: packing would be slower, not wrong"
-        monkeypatch.setattr(packing, "_MANY", 1)
+        assert compiled() is not None, "no C compiler, or no DLPack exchange API: packing would be slower, not wrong"
+        monkeypatch.setattr(packing, "MANY", 1)
     return request.param

@@ -171,6 +171,20 @@ def test_a_tensor_that_is_not_the_plans_is_refused(tensor, error, order, found_b
         list(packer.pack([pairs[0], ("b", tensor)]))
 
 
+@pytest.mark.parametrize("beside", ["plain", "strided"])
+@pytest.mark.parametrize("skip", [0, 3])
+@pytest.mark.parametrize("capacity", [1 << 20, 70_000])
+def test_a_tensor_whose_storage_was_freed_is_refused(skip, beside, capacity, found_by):
+    """As FSDP frees it: on a GPU, reading there ends everything."""
+    freed = torch.zeros(50_003)[skip : 50_000 + skip]
+    pairs = [("a", torch.zeros(8)[:: 2 if beside == "strided" else 1]), ("b", freed)]
+    packer = Packer(plan_buckets(specs_of(pairs), capacity), digest=BLOCK)
+    list(packer.pack(pairs))
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(SourceError, match="tensor 'b' has no memory"):
+        list(packer.pack(pairs))
+
+
 def outcome(packer, pairs):
     try:
         return [(bytes(bucket.buffer), bucket.digest) for bucket in packer.pack(pairs, version=9)]

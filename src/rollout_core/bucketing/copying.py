@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, wait
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 
 from rollout_core.bucketing.dtypes import BIT_EXACT_COPY
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.specs import TensorSpec
-from rollout_core.bucketing.tensors import PLAIN_TYPES, as_bytes, check_describable, describe, materialize, resolved, same_bits_copy
+from rollout_core.bucketing.tensors import (
+    FIRST_PAGES,
+    PLAIN_TYPES,
+    as_bytes,
+    check_describable,
+    describe,
+    materialize,
+    resolved,
+    same_bits_copy,
+)
 from rollout_core.errors import PlanMismatchError
 
-_SMALL: Final = 256 << 10  # below this a copy is too short for torch to share it among threads
-_JOB: Final = 8 << 20  # bytes that are worth a job of their own: enough to hide its making, few enough to share the work evenly
+T = TypeVar("T")
+#: Bytes below which a copy is too short for torch to share it among threads.
+SMALL: Final = 256 << 10
+#: Bytes that are worth a job of their own: enough to hide its making, few enough to share the work evenly.
+JOB: Final = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +97,15 @@ def write_run(buffer: torch.Tensor, run: Run, tensors: list[torch.Tensor], execu
     typed = buffer[run.slots[0].offset : run.slots[-1].end].view(spec.dtype).view(-1, *spec.shape[1:])
     if executor is not None and len(jobs := _jobs(run, spec.nbytes // spec.shape[0])) > 1:
         futures = [executor.submit(_concatenate, tensors[a:b], run.sizes[a:b], typed[c:d]) for a, b, c, d in jobs]
-        wait(futures)  # all of them, whatever happens to one: none may write to the buffer later
-        return all(future.result() for future in futures)
+        fitting = results_of(futures)
+        return all(fitting)
     return _concatenate(tensors, run.sizes, typed)
+
+
+def results_of(futures: Sequence[Future[T]]) -> list[T]:
+    """Of jobs that write to a buffer: once all have ended, whatever happens to one, as none may write to it later."""
+    wait(futures)
+    return [future.result() for future in futures]
 
 
 _DTYPE: Final = attrgetter("dtype")
@@ -104,6 +122,7 @@ def _concatenate(tensors: list[torch.Tensor], sizes: tuple[int, ...], out: torch
             and set(map(_DTYPE, tensors)) == {out.dtype}
             and tuple(map(_NBYTES, tensors)) == sizes
             and not any(map(torch.Tensor.is_neg, tensors))  # torch.cat resolves them in float registers
+            and min(map(torch.Tensor.data_ptr, tensors)) >= FIRST_PAGES  # torch.cat reads what was freed, and ends the process
             and tensors[0].shape[1:] == out.shape[1:]  # torch.cat compares the rest with the first, and would resize its output
         )
         if fits:
@@ -127,7 +146,7 @@ def conform(spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
 def _jobs(run: Run, row_nbytes: int) -> list[tuple[int, int, int, int]]:
     """Cut a run of small tensors into jobs: tensors from, to, rows from, to. Large ones torch shares among its threads itself."""
     total = sum(run.sizes)
-    count = max(1, min(len(run.sizes), total // _JOB)) if total < _SMALL * len(run.sizes) else 1
+    count = max(1, min(len(run.sizes), total // JOB)) if total < SMALL * len(run.sizes) else 1
     bounds = [i * len(run.sizes) // count for i in range(count + 1)]
     jobs, row = [], 0
     for start, end in pairwise(bounds):

@@ -14,6 +14,7 @@ import torch
 from rollout_core.bucketing import cuda
 from rollout_core.bucketing.bucket import Bucket, check_version, seal
 from rollout_core.bucketing.buffers import Allocate, BufferPool, check_buffer
+from rollout_core.bucketing.compiled.gathering import Gathering
 from rollout_core.bucketing.copying import conform
 from rollout_core.bucketing.digest import BLOCK_ALGORITHM, DigestChoice, check_choice, chosen_algorithm
 from rollout_core.bucketing.placement import BucketLayout
@@ -83,11 +84,12 @@ class Packer:
         self._largest = max((layout.nbytes for layout in plan.buckets if layout.nbytes <= plan.capacity), default=0)
         self._work = work_of(plan)
         self._fillings: dict[tuple[int, torch.device], Filling] = {}
+        self._gatherings: dict[int, Gathering | None] = {}
         self._last: dict[int, Filling] = {}  # those of the round before, by bucket
         self._names = [spec.name for spec in plan.specs]
         self._planned = frozenset(self._names)
         self._tied_places = [i for i, spec in enumerate(plan.specs) if spec.alias_of or spec.name in plan.tied]
-        self._round = 0
+        self._round = self._rounds = 0  # the last one's version, and how many there were
 
     def pack(
         self, source: Source, *, version: int | None = None, unmoved: bool = False, allocate: Allocate | None = None
@@ -122,6 +124,7 @@ class Packer:
 
     def _next_version(self, version: int | None) -> int:
         self._round = check_version(self._round + 1 if version is None else version)
+        self._rounds += 1
         return self._round
 
     def _expect_keys(self, mapping: Mapping[str, torch.Tensor]) -> None:
@@ -161,7 +164,7 @@ class Packer:
                 ties.see(self.plan.specs[at], taken[at - place])
             target = Target(work, new_buffer)
             if work.in_order:
-                target.copy_in_order(taken, self._executor, self._filling)
+                target.copy_in_order(taken, self._executor, self._filling, self._gathering)
             else:
                 specs = self.plan.specs[place : work.until]
                 held.update((spec.name, t) for spec, t in zip(specs, taken, strict=True) if spec.alias_of is None)
@@ -245,6 +248,15 @@ class Packer:
             filling = self._fillings[layout.index, device] = packing.Filling(layout, device)
         self._last[layout.index] = filling
         return filling, chosen_algorithm(self._digest, device) == BLOCK_ALGORITHM
+
+    def _gathering(self, layout: BucketLayout) -> Gathering | None:
+        """How compiled code fills this bucket on a CPU; None if it does not, as in a packer's first round, which may be its last:
+        what it needs takes longer to make than it saves once."""
+        if self._rounds < 2:
+            return None
+        if layout.index not in self._gatherings:
+            self._gatherings[layout.index] = Gathering.of(layout)
+        return self._gatherings[layout.index]
 
     def _buffers(self, allocate: Allocate | None) -> NewBuffer:
         """What gives a round its buffers."""

@@ -18,11 +18,14 @@ from rollout_core.bucketing.specs import TensorSpec
 from rollout_core.bucketing.tensors import as_bytes, check_describable, own_copy
 
 if TYPE_CHECKING:
+    from rollout_core.bucketing.compiled.gathering import Gathering
     from rollout_core.bucketing.cuda.packing import Filling
 
 NewBuffer = Callable[[int, torch.device], torch.Tensor]
 #: How a kernel fills a bucket on a device, and whether it digests it; None if none does.
 FillingFor: TypeAlias = "Callable[[BucketLayout, torch.device], tuple[Filling, bool] | None]"
+#: How compiled code fills it on a CPU; None if it does not.
+GatheringFor: TypeAlias = "Callable[[BucketLayout], Gathering | None]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,18 @@ class Target:
         #: Of the digest, if a kernel computed them.
         self.lanes: LaterLanes | None = None
 
-    def copy_in_order(self, tensors: list[torch.Tensor], executor: Executor | None, filling: FillingFor) -> None:
-        """Copy a bucket whose slots are just these tensors, at once on a GPU, elsewhere runs of like ones at once."""
+    def copy_in_order(
+        self, tensors: list[torch.Tensor], executor: Executor | None, filling: FillingFor, gathering: GatheringFor
+    ) -> None:
+        """Copy a bucket whose slots are just these tensors: at once on a GPU, and many small ones on a CPU; else runs of like ones
+        at once."""
         slots = self._work.layout.slots
         if self._fill(slots[0], tensors, filling, lambda slot, tensor: self._copy(slot, {slot.name: tensor})):
             return
+        if tensors[0].device.type == "cpu" and (small := gathering(self._work.layout)) is not None:
+            buffer = self._at(tensors[0].device)
+            if buffer.device.type == "cpu" and small.fill(buffer, tensors, executor):
+                return
         start = 0
         for run in self._work.runs:
             part = tensors[start : start + len(run.slots)]

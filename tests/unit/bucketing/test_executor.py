@@ -23,7 +23,7 @@ def pool():
 @pytest.fixture(autouse=True)
 def small_jobs(monkeypatch):
     """Jobs of a few tensors, so that small inputs are cut too."""
-    monkeypatch.setattr(copying, "_JOB", 64)
+    monkeypatch.setattr(copying, "JOB", 64)
 
 
 def test_b1_jobs_fill_every_byte(pool):
@@ -54,7 +54,7 @@ def test_a_buffer_elsewhere_is_filled_one_by_one(pool):
 
 
 def test_large_tensors_are_left_to_torch(pool, monkeypatch):
-    monkeypatch.setattr(copying, "_SMALL", 8)
+    monkeypatch.setattr(copying, "SMALL", 8)
     monkeypatch.setattr(pool, "submit", lambda *args: pytest.fail("a job was made"))
     pairs = {f"w{i}": patterned(torch.bfloat16, 2, 5, seed=i) for i in range(20)}
     plan = plan_buckets(specs_of(pairs), 1 << 20)
@@ -63,7 +63,7 @@ def test_large_tensors_are_left_to_torch(pool, monkeypatch):
 
 
 def test_there_are_no_more_jobs_than_tensors(pool, monkeypatch):
-    monkeypatch.setattr(copying, "_JOB", 1)
+    monkeypatch.setattr(copying, "JOB", 1)
     pairs = {f"w{i}": patterned(torch.bfloat16, 2, 5, seed=i) for i in range(3)}
     plan = plan_buckets(specs_of(pairs), 1 << 20)
     assert copying._jobs(copying.Run(plan.buckets[0].slots, (20, 20, 20), alike=True), 10) == [
@@ -152,7 +152,7 @@ def submitted_by(pool, monkeypatch, tensors: int, nbytes: int) -> int:
 )
 def test_jobs_are_as_many_as_the_bytes_are_worth(pool, monkeypatch, tensors, nbytes, jobs):
     """One for each 64 bytes, no more than tensors, none if only one came out, none for tensors that torch shares itself."""
-    monkeypatch.setattr(copying, "_SMALL", 100)
+    monkeypatch.setattr(copying, "SMALL", 100)
     assert submitted_by(pool, monkeypatch, tensors, nbytes) == jobs
 
 

@@ -9,18 +9,16 @@ from typing import Final
 import numpy as np
 import torch
 
+from rollout_core.bucketing.compiled.finding import MANY, Finder
 from rollout_core.bucketing.cuda import launching
-from rollout_core.bucketing.cuda.addresses import Finder
 from rollout_core.bucketing.cuda.tables import Integers, PackTable
 from rollout_core.bucketing.digest import LaterLanes
 from rollout_core.bucketing.looks import Alike, alike_to
 from rollout_core.bucketing.placement import BucketLayout, Slot
-from rollout_core.bucketing.tensors import PLAIN_TYPES
+from rollout_core.bucketing.tensors import FIRST_PAGES, PLAIN_TYPES, without_memory
 
 _DTYPE: Final = attrgetter("dtype")
 _SHAPE: Final = attrgetter("shape")
-#: Of so many tensors and more it pays to be found by compiled code, which takes a third of a second to make.
-_MANY: Final = 64
 
 
 class Filling:
@@ -45,7 +43,8 @@ class Filling:
         self._shapes = tuple((slot.spec.nbytes,) if slot.is_piece else slot.spec.shape for slot in self._slots)
         starts = [slot.start for slot in self._slots]
         self._starts = np.array(starts, np.int64) if any(starts) else None
-        self._finder = Finder.of(self._dtypes, self._shapes, device) if len(self._slots) >= _MANY else None
+        self._finder: Finder | None = None
+        self._may_find = len(self._slots) >= MANY
         self._complex = any(dtype.is_complex for dtype in self._dtypes)
         self._alike: Alike | None = None  # to tensors that were all found plain
         self._was_plain = False
@@ -77,9 +76,13 @@ class Filling:
     def _plain_addresses(self, rows: list[torch.Tensor]) -> Integers | None:
         """Of all rows, if each is just memory of this device, laid out as the spec says: the common answer, found without Python
         for each tensor."""
+        if self._may_find and self._was_plain:  # not in the first round, which may be the last: it takes longer than it saves once
+            self._may_find, self._finder = False, Finder.of(self._dtypes, self._shapes, self.device)
         found = self._finder.addresses(rows) if self._finder is not None else None
         if found is None and self._all_plain(rows):
             found = np.fromiter(map(torch.Tensor.data_ptr, rows), np.int64, len(rows))
+            if found.min(initial=FIRST_PAGES) < FIRST_PAGES:
+                raise without_memory(self._slots[int(found.argmin())].name)
         return found if found is None or self._starts is None else found + self._starts
 
     def _all_plain(self, rows: Sequence[torch.Tensor]) -> bool:
@@ -102,7 +105,10 @@ class Filling:
         addresses = np.empty(len(rows), np.int64)
         for place, (slot, tensor) in enumerate(zip(self._slots, rows, strict=True)):
             if self._is_plain(place, tensor):
-                addresses[place] = tensor.data_ptr() + slot.start
+                address = tensor.data_ptr()
+                if address < FIRST_PAGES:
+                    raise without_memory(slot.name)
+                addresses[place] = address + slot.start
             else:
                 write(slot, tensor)
                 addresses[place] = base + slot.offset

@@ -47,8 +47,16 @@ class _Written:
     def keep(self, done: torch.cuda.Event, memory: torch.Tensor) -> None:
         """Until ``done`` has happened, and somebody comes with other memory."""
         with self._lock:
-            self._kept = [(event, kept) for event, kept in self._kept if not event.query()]
             self._kept.append((done, memory))
+            self._kept = [(event, kept) for event, kept in self._kept if not _has_happened(event)]
+
+
+def _has_happened(event: Any) -> bool:
+    """Not where it cannot be told, as for one that a CUDA graph captured, whose replays write again."""
+    try:
+        return bool(event.query())
+    except RuntimeError:
+        return False
 
 
 _written = _Written()

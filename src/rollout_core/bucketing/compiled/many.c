@@ -1,10 +1,11 @@
-/* Where many tensors lie, and whether each is what it has to be: one pass, by DLPack's C exchange API.
+/* Many tensors: where they lie, and whether each is what it has to be, by DLPack's C exchange API; and their bytes into one buffer.
 
    The structures are those of DLPack 1.3 (dlpack.h, github.com/dmlc/dlpack). */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
+#include <string.h>
 
 typedef struct {
     void *data;
@@ -23,6 +24,9 @@ typedef struct {
     int32_t code, bits, lanes, ndim;
     int64_t first;
 } Wanted;
+
+/* No tensor lies below: the address of one whose storage was freed is its offset. */
+enum { FIRST_PAGES = 1 << 16 };
 
 enum { AHEAD = 32, NEAR = 16, LINES = 4, LINE = 64 };
 
@@ -64,7 +68,8 @@ static int is_wanted(Describe describe, PyObject *row, const Wanted *wanted, con
     if (describe(row, &tensor))
         return 0;
     *address = (int64_t)(intptr_t)tensor.data + (int64_t)tensor.byte_offset;
-    return tensor.device_type == device_type && tensor.device_id == device_id && fits(&tensor, wanted, sizes);
+    return tensor.device_type == device_type && tensor.device_id == device_id && *address >= FIRST_PAGES &&
+           fits(&tensor, wanted, sizes);
 }
 
 /* How many rows of a list, from the first on, are contiguous tensors of one of two types, as wanted, on the device, and not lazily
@@ -90,6 +95,20 @@ int64_t addresses(void *describe, PyObject *is_neg, PyObject *tensor_type, PyObj
         if (negative != Py_False)
             break;
     }
-    PyErr_Clear();
+    if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_Exception))
+        PyErr_Clear(); /* what is left, an interrupt, is the caller's */
     return i;
+}
+
+/* Copy `sizes[i]` bytes from `sources[i]` to `target + places[i]`. The interpreter's lock is not needed. */
+void gather(const int64_t *sources, const int64_t *places, const int64_t *sizes, int64_t count, char *target)
+{
+    for (int64_t i = 0; i < count; i++) {
+#if defined(__GNUC__)
+        if (i + 1 < count)
+            for (int line = 0; line < LINES; line++)
+                __builtin_prefetch((const char *)(intptr_t)sources[i + 1] + line * LINE);
+#endif
+        memmove(target + places[i], (const void *)(intptr_t)sources[i], (size_t)sizes[i]);
+    }
 }

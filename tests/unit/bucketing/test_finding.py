@@ -11,8 +11,8 @@ import weakref
 import pytest
 import torch
 
-from rollout_core.bucketing.cuda import addresses
-from rollout_core.bucketing.cuda.addresses import Finder
+from rollout_core.bucketing.compiled import library
+from rollout_core.bucketing.compiled.finding import Finder, compiled
 from rollout_core.bucketing.dtypes import ITEMSIZES
 from support.in_place import CHANGES, square
 
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecat
 
 @pytest.fixture
 def compiled_anew():
-    addresses._compiled.cache_clear()
+    compiled.cache_clear()
     yield
-    addresses._compiled.cache_clear()
+    compiled.cache_clear()
 
 
 def finder(*tensors):
@@ -122,6 +122,38 @@ def test_a_mode_that_raises_is_no_answer():
         assert known.addresses(rows) is None
 
 
+def test_an_interrupt_meanwhile_is_the_callers():
+    class Interrupts(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            raise KeyboardInterrupt
+
+    rows = [square(), square()]
+    known = finder(*rows)
+    with Interrupts(), pytest.raises(KeyboardInterrupt):
+        known.addresses(rows)
+
+
+def test_none_where_torch_transforms_what_is_made():
+    made = []
+    torch.func.grad(lambda x: made.append(finder(square())) or x.sum())(torch.zeros(3))
+    assert made == [None]
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_int4_is_no_int8_in_deterministic_mode(warn_only, compiled_anew):
+    tensors = [torch.zeros(8, dtype=dtype) for dtype in (torch.int8, torch.uint8)]
+    like = [tensors[0].view(torch.int4), tensors[1].view(torch.uint4)]
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        known = finder(*tensors)
+        assert known.addresses(tensors) is not None
+        assert known.addresses([like[0], tensors[1]]) is None
+        assert known.addresses([tensors[0], like[1]]) is None
+        assert finder(*like).addresses(like) is not None
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_it_keeps_no_tensor():
     tensors = [square(), square()]
     known = finder(*tensors)
@@ -142,7 +174,9 @@ def test_none_for_empty_tensors():
     assert finder(square(), torch.zeros(2, 0)) is None
 
 
-@pytest.mark.parametrize("missing", ["compiler", "compiler of the variable", "headers", "interface", "lock", "sight"])
+@pytest.mark.parametrize(
+    "missing", ["compiler", "compiler of the variable", "headers", "interface", "lock", "sight", "places", "copies"]
+)
 def test_without_what_it_needs_torch_is_asked(missing, monkeypatch, compiled_anew):
     match missing:
         case "compiler":
@@ -151,9 +185,10 @@ def test_without_what_it_needs_torch_is_asked(missing, monkeypatch, compiled_ane
         case "compiler of the variable":
             monkeypatch.setenv("CC", "no-such-compiler -O2")
         case "headers":
-            monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nowhere")
+            monkeypatch.setattr(sysconfig, "get_path", lambda *names: "/nowhere")
+            monkeypatch.setattr(sysconfig, "get_config_var", lambda name: None)
         case "interface":
-            api = addresses._ExchangeAPI(major=2)
+            api = library._ExchangeAPI(major=2)
             made = ctypes.pythonapi.PyCapsule_New
             made.restype, made.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
             capsule = made(ctypes.addressof(api), b"dlpack_exchange_api", None)
@@ -161,7 +196,12 @@ def test_without_what_it_needs_torch_is_asked(missing, monkeypatch, compiled_ane
         case "lock":
             monkeypatch.setattr(sysconfig, "get_config_var", lambda name: name == "Py_GIL_DISABLED")
         case "sight":
-            monkeypatch.setattr(addresses, "_sees", lambda compiled: False)
+            monkeypatch.setattr(library.Library, "addresses", lambda self, rows, count, *rest: count)
+        case "places":
+            found = library.Library.addresses
+            monkeypatch.setattr(library.Library, "addresses", lambda *all_: (found(*all_), all_[-1].__iadd__(1))[0])
+        case "copies":
+            monkeypatch.setattr(library.Library, "gather", lambda *rest: None)
     assert finder(square(), square()) is None
 
 

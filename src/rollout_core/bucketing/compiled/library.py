@@ -1,0 +1,131 @@
+"""``many.c``, compiled and loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rollout_core.bucketing.dtypes import ITEMSIZES
+
+Integers = npt.NDArray[np.int64]
+_SOURCE: Final = Path(__file__).with_name("many.c")
+_SECONDS: Final = 60.0  # for the compiler, which takes a third of one
+
+
+class _DLTensor(ctypes.Structure):
+    """``DLTensor`` of DLPack 1."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _ExchangeAPI(ctypes.Structure):
+    """``DLPackExchangeAPI`` of DLPack 1.3, as far as it is used."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("previous", ctypes.c_void_p),
+        ("managed_tensor_allocator", ctypes.c_void_p),
+        ("managed_tensor_from_py_object_no_sync", ctypes.c_void_p),
+        ("managed_tensor_to_py_object_no_sync", ctypes.c_void_p),
+        ("dltensor_from_py_object_no_sync", ctypes.c_void_p),
+    )
+
+
+class Library:
+    """Its functions, and what DLPack calls dtypes: ``names``, by code, bits and lanes, of those that have a name there and are not
+    complex; ``homonyms``: those whose name is another's, too, or may be.
+
+    Raises whatever a torch without the exchange API raises, or a machine without a compiler.
+    """
+
+    def __init__(self) -> None:
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        api = _ExchangeAPI.from_address(pointer(torch.Tensor.__dlpack_c_exchange_api__, b"dlpack_exchange_api"))
+        if api.major != 1 or not api.dltensor_from_py_object_no_sync:
+            raise NotImplementedError(f"DLPack {api.major}.{api.minor}")
+        self._describe: int = api.dltensor_from_py_object_no_sync
+        holding, releasing = _load()
+        pointers, integers, objects = ctypes.c_void_p, ctypes.c_int32, ctypes.py_object
+        self._addresses, self._gather = holding.addresses, releasing.gather
+        self._addresses.restype, self._gather.restype = ctypes.c_int64, None
+        self._addresses.argtypes = [
+            *(pointers, objects, objects, objects, objects, ctypes.c_int64, pointers, pointers, integers, integers, pointers)
+        ]
+        self._gather.argtypes = [pointers, pointers, pointers, ctypes.c_int64, pointers]
+        found = {dtype: self._name(dtype) for dtype in ITEMSIZES if not dtype.is_complex}
+        self.names = {dtype: name for dtype, name in found.items() if name is not None}
+        counts = Counter(self.names.values())
+        shared = {dtype for dtype, name in self.names.items() if counts[name] > 1}
+        self.homonyms = frozenset({torch.int8, torch.uint8} | shared)
+
+    def _name(self, dtype: torch.dtype) -> tuple[int, int, int] | None:
+        try:
+            # A view: of some dtypes torch makes no tensor in its deterministic mode, which fills them.
+            found = self.described(torch.zeros(dtype.itemsize, dtype=torch.uint8, device="cpu").view(dtype))
+        except RuntimeError:  # bits
+            return None
+        return found.code, found.bits, found.lanes
+
+    def described(self, tensor: torch.Tensor) -> _DLTensor:
+        """What points to memory in it is only good while the tensor is."""
+        result = _DLTensor()
+        call = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(_DLTensor))(self._describe)
+        call(tensor, ctypes.byref(result))  # raises what torch raises
+        return result
+
+    def addresses(
+        self, rows: list[torch.Tensor], count: int, wanted: int, sizes: int, kind: int, index: int, found: Integers
+    ) -> int:
+        """See ``many.c``: how many rows are as wanted; their addresses are in ``found`` then."""
+        types = (torch.Tensor, torch.nn.Parameter)
+        done: int = self._addresses(
+            self._describe, torch.Tensor.is_neg, *types, rows, count, wanted, sizes, kind, index, found.ctypes.data
+        )
+        return done
+
+    def gather(self, sources: Integers, places: Integers, sizes: Integers, target: int) -> None:
+        """Copy ``sizes`` bytes from these addresses to ``places`` bytes after ``target``. Other threads run meanwhile."""
+        self._gather(sources.ctypes.data, places.ctypes.data, sizes.ctypes.data, len(sizes), target)
+
+
+def _load() -> tuple[ctypes.PyDLL, ctypes.CDLL]:
+    """Twice, as functions are called that hold the interpreter's lock, and some that do not. In a folder that is gone again then:
+    nobody else can have put into it what is loaded, and nothing is out of date."""
+    named = shlex.split(os.environ.get("CC", "")) or [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
+    if not named:
+        raise FileNotFoundError("no C compiler")
+    # Some builds of Python name a folder here that has none of its headers, and another there.
+    includes = [
+        *(sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix"), sysconfig.get_config_var("INCLUDEPY")),
+    ]
+    with tempfile.TemporaryDirectory(prefix="rollout_core-", ignore_cleanup_errors=True) as folder:
+        made = f"{folder}/many.so"
+        flags = ("-O2", "-shared", "-fPIC", *(f"-I{path}" for path in dict.fromkeys(includes) if path))
+        words = [*named, *flags, "-x", "c", str(_SOURCE), "-o", made]
+        subprocess.run(words, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_SECONDS)
+        return ctypes.PyDLL(made), ctypes.CDLL(made)
