@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from operator import attrgetter
-from typing import Final, TypeVar
+from typing import Final
 
 import torch
 
@@ -15,7 +17,7 @@ from rollout_core.bucketing.dtypes import BIT_EXACT_COPY
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.specs import TensorSpec
 from rollout_core.bucketing.tensors import (
-    FIRST_PAGES,
+    LOW,
     PLAIN_TYPES,
     as_bytes,
     check_describable,
@@ -23,10 +25,10 @@ from rollout_core.bucketing.tensors import (
     materialize,
     resolved,
     same_bits_copy,
+    was_freed,
 )
 from rollout_core.errors import PlanMismatchError
 
-T = TypeVar("T")
 #: Bytes below which a copy is too short for torch to share it among threads.
 SMALL: Final = 256 << 10
 #: Bytes that are worth a job of their own: enough to hide its making, few enough to share the work evenly.
@@ -96,16 +98,22 @@ def write_run(buffer: torch.Tensor, run: Run, tensors: list[torch.Tensor], execu
     spec = run.slots[0].spec
     typed = buffer[run.slots[0].offset : run.slots[-1].end].view(spec.dtype).view(-1, *spec.shape[1:])
     if executor is not None and len(jobs := _jobs(run, spec.nbytes // spec.shape[0])) > 1:
-        futures = [executor.submit(_concatenate, tensors[a:b], run.sizes[a:b], typed[c:d]) for a, b, c, d in jobs]
-        fitting = results_of(futures)
-        return all(fitting)
+        return all_do(executor, (partial(_concatenate, tensors[a:b], run.sizes[a:b], typed[c:d]) for a, b, c, d in jobs))
     return _concatenate(tensors, run.sizes, typed)
 
 
-def results_of(futures: Sequence[Future[T]]) -> list[T]:
-    """Of jobs that write to a buffer: once all have ended, whatever happens to one, as none may write to it later."""
-    wait(futures)
-    return [future.result() for future in futures]
+def all_do(executor: Executor, jobs: Iterable[Callable[[], bool]]) -> bool:
+    """Whether all of these give True, once all have ended, whatever happens to one: none may write to a buffer later. Not ``wait``,
+    which waits on for what is cancelled."""
+    futures: list[Future[bool]] = []
+    try:
+        futures.extend(map(executor.submit, jobs))
+    finally:
+        for future in futures:
+            with suppress(CancelledError):
+                future.exception()
+    done = [future.result() for future in futures]
+    return all(done)
 
 
 _DTYPE: Final = attrgetter("dtype")
@@ -122,7 +130,8 @@ def _concatenate(tensors: list[torch.Tensor], sizes: tuple[int, ...], out: torch
             and set(map(_DTYPE, tensors)) == {out.dtype}
             and tuple(map(_NBYTES, tensors)) == sizes
             and not any(map(torch.Tensor.is_neg, tensors))  # torch.cat resolves them in float registers
-            and min(map(torch.Tensor.data_ptr, tensors)) >= FIRST_PAGES  # torch.cat reads what was freed, and ends the process
+            # torch.cat reads what was freed, and ends the process.
+            and (min(map(torch.Tensor.data_ptr, tensors)) >= LOW or not any(map(was_freed, tensors)))
             and tensors[0].shape[1:] == out.shape[1:]  # torch.cat compares the rest with the first, and would resize its output
         )
         if fits:

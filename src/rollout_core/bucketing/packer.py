@@ -63,8 +63,8 @@ class Packer:
     where the source is a module, dict or list and Triton is there. Tensors that are not contiguous, or elsewhere, are copied by
     torch before; an iterator's tensors are copied one by one, each before the next is asked for.
 
-    ``executor`` runs the copies of neighbouring like tensors as jobs. torch shares one large copy among its threads but not ten
-    thousand small ones; a ``ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))`` does.
+    ``executor`` runs the copies of many small tensors as jobs, in threads of this process. torch shares one large copy among its
+    threads but not ten thousand small ones; a ``ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))`` does.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ from rollout_core.errors import SourceError
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: Tensor types that are known to be plain strided memory once their layout says so.
 PLAIN_TYPES: Final = frozenset({torch.Tensor, torch.nn.Parameter})
-#: No tensor lies below: the address of one whose storage was freed is its offset.
-FIRST_PAGES: Final = 1 << 16
+#: Below lie tensors whose storage was freed, as their address is their offset; and the heap of some builds of Python.
+LOW: Final = 1 << 33
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -60,13 +60,18 @@ def materialize(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_meta:
         raise SourceError(f"tensor {name!r} is on the meta device and has no data to pack; load the weights (or to_empty) first")
     plain = tensor.detach().as_subclass(torch.Tensor)
-    if plain.numel() and not plain.untyped_storage().nbytes():
+    if was_freed(plain):
         raise without_memory(name)
     return plain
 
 
+def was_freed(tensor: torch.Tensor) -> bool:
+    """Whether its storage was resized to nothing, which leaves it its size."""
+    return tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
+
+
 def without_memory(name: str) -> SourceError:
-    """Of a tensor whose storage was resized to nothing."""
+    """Of a tensor that was freed."""
     return SourceError(f"tensor {name!r} has no memory: its storage was freed, as FSDP does with what it has gathered")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_jobs_are_really_cut(pool, monkeypatch):
     plan = plan_buckets(specs_of(pairs), 1 << 20)
     list(Packer(plan, executor=pool).pack(pairs))
     assert len(submitted) == 20 * 20 // 64
-    assert sum(len(tensors) for _, tensors, _, _ in submitted) == 20
+    assert sum(len(job.args[0]) for (job,) in submitted) == 20
 
 
 def test_a_buffer_elsewhere_is_filled_one_by_one(pool):
@@ -154,6 +154,37 @@ def test_jobs_are_as_many_as_the_bytes_are_worth(pool, monkeypatch, tensors, nby
     """One for each 64 bytes, no more than tensors, none if only one came out, none for tensors that torch shares itself."""
     monkeypatch.setattr(copying, "SMALL", 100)
     assert submitted_by(pool, monkeypatch, tensors, nbytes) == jobs
+
+
+def test_b8_a_job_that_is_refused_waits_for_those_that_were_not(pool):
+    done = []
+
+    def slow():
+        time.sleep(0.1)
+        done.append(True)
+        return True
+
+    def jobs():
+        yield slow
+        yield slow
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        copying.all_do(pool, jobs())
+    assert len(done) == 2
+
+
+def test_jobs_that_are_cancelled_are_not_waited_for():
+    pool = ThreadPoolExecutor(1)
+    pool.submit(time.sleep, 0.2)
+
+    def jobs():
+        for _ in range(3):
+            yield lambda: True
+        pool.shutdown(wait=False, cancel_futures=True)
+
+    with pytest.raises(CancelledError):
+        copying.all_do(pool, jobs())
 
 
 def test_b8_an_error_in_one_job_waits_for_the_others(pool, monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
+import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -131,11 +133,11 @@ def test_what_it_leaves_to_torch(kind, filled, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 5, 100])
-@pytest.mark.parametrize("skip", [0, 3])
+@pytest.mark.parametrize("skip", [0, 3, 100_000])
 @pytest.mark.parametrize("capacity", [1 << 20, 1000])
 def test_a_tensor_whose_storage_was_freed_is_refused(count, skip, capacity):
     """As FSDP frees it. torch.cat reads there all the same, and the process ends."""
-    tensors = [torch.zeros(503)[skip : 500 + skip] for _ in range(count)]
+    tensors = [torch.zeros(500 + skip)[skip:] for _ in range(count)]
     pairs = [(f"w{i}", tensor) for i, tensor in enumerate(tensors)]
     packer = Packer(plan_buckets(specs_of(pairs), capacity))
     for _ in range(2):
@@ -144,6 +146,84 @@ def test_a_tensor_whose_storage_was_freed_is_refused(count, skip, capacity):
     for kept in (packer, Packer(packer.plan)):
         with pytest.raises(SourceError, match=f"tensor 'w{count - 1}' has no memory"):
             list(kept.pack(pairs))
+
+
+def test_an_interpreter_whose_heap_is_low_is_served_all_the_same(monkeypatch):
+    """Where an address says nothing, the storage does."""
+    monkeypatch.setattr("rollout_core.bucketing.copying.LOW", 1 << 62)
+    monkeypatch.setattr(gathering, "LOW", 1 << 62)
+    pairs = [(f"w{i}", patterned(torch.bfloat16, 40, seed=i).clone()) for i in range(100)]
+    plan = plan_buckets(specs_of(pairs), 1 << 20)
+    packer = Packer(plan)
+    for _ in range(3):
+        assert images_of(packer, pairs) == expected(plan, pairs)
+    pairs[7][1].untyped_storage().resize_(0)
+    with pytest.raises(SourceError, match="tensor 'w7' has no memory"):
+        list(packer.pack(pairs))
+
+
+class OtherExecutor(Executor):
+    """Whose jobs may be run in another process."""
+
+    def submit(self, job, *arguments):
+        future = Future()
+        future.set_result(job(*arguments))
+        return future
+
+
+def test_jobs_for_other_executors_are_torchs(filled):
+    pairs = some_tensors(3, 100)
+    plan = plan_buckets(specs_of(pairs), 1 << 20)
+    packer = Packer(plan, executor=OtherExecutor())
+    for _ in range(2):
+        assert images_of(packer, pairs) == expected(plan, pairs)
+    assert filled == [False]
+
+
+def test_a_buffer_without_memory_is_not_written():
+    pairs = some_tensors(3, 100)
+    (layout,) = plan_buckets(specs_of(pairs), 1 << 20).buckets
+    elsewhere = torch.empty(layout.nbytes, dtype=torch.uint8, device="meta")
+    assert Gathering.of(layout).fill(elsewhere, [tensor for _, tensor in pairs], None) is False
+
+
+def test_a_packer_that_has_gathered_can_be_copied(filled):
+    pairs = some_tensors(4, 100)
+    plan = plan_buckets(specs_of(pairs), 1 << 20)
+    packer = Packer(plan)
+    for _ in range(2):
+        list(packer.pack(pairs))
+    copied = copy.deepcopy(packer)
+    del packer
+    assert images_of(copied, pairs) == expected(plan, pairs)
+    assert filled == [True] * 2
+
+
+def test_b8_a_late_job_writes_to_no_memory_of_others(monkeypatch):
+    """Where the packer was interrupted while it waited for its jobs: they hold the buffer that they were made for."""
+    monkeypatch.setattr(gathering, "JOB", 1 << 10)
+    pairs = [(f"w{i}", torch.full((100,), 1.0)) for i in range(100)]
+    later = [(name, torch.full((100,), 3.0)) for name, _ in pairs]
+    plan = plan_buckets(specs_of(pairs), 1 << 20)
+    go, jobs = threading.Event(), []
+    with ThreadPoolExecutor(2) as pool:
+        packer = Packer(plan, executor=pool)
+        list(packer.pack(pairs))
+
+        def late(job):
+            if jobs:
+                raise KeyboardInterrupt
+            jobs.append(ThreadPoolExecutor.submit(pool, lambda: (go.wait(60), job())))
+            return ThreadPoolExecutor.submit(pool, bool)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "submit", late)
+            with pytest.raises(KeyboardInterrupt):
+                list(packer.pack(pairs))
+        (bucket,) = packer.pack(later)
+        go.set()
+        assert jobs[0].result(60) == (True, True)
+        assert [bytes_of(bucket.buffer)] == expected(plan, later)
 
 
 def test_b15_it_keeps_no_tensor(filled):

@@ -50,6 +50,9 @@ class Finder:
         # DLPack has one name for int4 and int8, each in a byte.
         self._homonyms = [(place, dtype) for place, dtype in enumerate(dtypes) if dtype in library.homonyms]
 
+    def __deepcopy__(self, memo: object) -> Finder:
+        return self  # it does not change, and keeps no tensor
+
     def addresses(self, rows: list[torch.Tensor]) -> Integers | None:
         """Of each row's first byte, int64; None if one is no plain contiguous tensor, or not as it has to be."""
         found = np.empty(len(self._wanted), np.int64)

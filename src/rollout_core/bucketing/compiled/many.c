@@ -25,8 +25,8 @@ typedef struct {
     int64_t first;
 } Wanted;
 
-/* No tensor lies below: the address of one whose storage was freed is its offset. */
-enum { FIRST_PAGES = 1 << 16 };
+/* What lies below is for others to look at: the address of a tensor whose storage was freed is its offset. */
+static const int64_t LOW = (int64_t)1 << 33;
 
 enum { AHEAD = 32, NEAR = 16, LINES = 4, LINE = 64 };
 
@@ -68,7 +68,7 @@ static int is_wanted(Describe describe, PyObject *row, const Wanted *wanted, con
     if (describe(row, &tensor))
         return 0;
     *address = (int64_t)(intptr_t)tensor.data + (int64_t)tensor.byte_offset;
-    return tensor.device_type == device_type && tensor.device_id == device_id && *address >= FIRST_PAGES &&
+    return tensor.device_type == device_type && tensor.device_id == device_id && *address >= LOW &&
            fits(&tensor, wanted, sizes);
 }
 

@@ -15,7 +15,7 @@ from rollout_core.bucketing.cuda.tables import Integers, PackTable
 from rollout_core.bucketing.digest import LaterLanes
 from rollout_core.bucketing.looks import Alike, alike_to
 from rollout_core.bucketing.placement import BucketLayout, Slot
-from rollout_core.bucketing.tensors import FIRST_PAGES, PLAIN_TYPES, without_memory
+from rollout_core.bucketing.tensors import LOW, PLAIN_TYPES, was_freed, without_memory
 
 _DTYPE: Final = attrgetter("dtype")
 _SHAPE: Final = attrgetter("shape")
@@ -81,9 +81,13 @@ class Filling:
         found = self._finder.addresses(rows) if self._finder is not None else None
         if found is None and self._all_plain(rows):
             found = np.fromiter(map(torch.Tensor.data_ptr, rows), np.int64, len(rows))
-            if found.min(initial=FIRST_PAGES) < FIRST_PAGES:
-                raise without_memory(self._slots[int(found.argmin())].name)
+            for place in np.flatnonzero(found < LOW):
+                self._check_memory(self._slots[place], rows[place])
         return found if found is None or self._starts is None else found + self._starts
+
+    def _check_memory(self, slot: Slot, tensor: torch.Tensor) -> None:
+        if was_freed(tensor):
+            raise without_memory(slot.name)
 
     def _all_plain(self, rows: Sequence[torch.Tensor]) -> bool:
         """In one call, once two rounds have found it."""
@@ -105,10 +109,8 @@ class Filling:
         addresses = np.empty(len(rows), np.int64)
         for place, (slot, tensor) in enumerate(zip(self._slots, rows, strict=True)):
             if self._is_plain(place, tensor):
-                address = tensor.data_ptr()
-                if address < FIRST_PAGES:
-                    raise without_memory(slot.name)
-                addresses[place] = address + slot.start
+                self._check_memory(slot, tensor)
+                addresses[place] = tensor.data_ptr() + slot.start
             else:
                 write(slot, tensor)
                 addresses[place] = base + slot.offset
