@@ -6,8 +6,8 @@ import os
 import pytest
 
 from rollout_core.bucketing import cuda
-from rollout_core.bucketing.compiled.finding import compiled
 from rollout_core.bucketing.cuda import launching, packing
+from rollout_core.bucketing.finding import compiled
 from support import kernel_stand_in
 from support.kernel_checks import count_launches
 

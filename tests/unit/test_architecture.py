@@ -14,7 +14,8 @@ import rollout_core
 PACKAGE = Path(rollout_core.__file__).parent
 #: Each layer may import itself and what stands in its set; errors is everybody's.
 MAY_IMPORT = {
-    "bucketing": set(),
+    "compiled": set(),
+    "bucketing": {"compiled"},
     "multimodal": set(),
     "transfer": {"bucketing", "multimodal"},
     "workers": {"transfer", "bucketing", "multimodal"},

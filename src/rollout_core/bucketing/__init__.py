@@ -1,8 +1,8 @@
 """Tensors into buckets and back: specs, plans, packing, unpacking, streams, manifests and digests.
 
 Pure: nothing here starts a thread or process, reads a clock or the environment, or opens a file, except the safetensors functions
-in ``checkpoint``, which open the path that they are given, and ``compiled``, which runs the C compiler once, if there is one, when
-a packer of many small tensors packs for the second time.
+in ``checkpoint``, which open the path that they are given. What is compiled, once a packer of many small tensors packs for the
+second time, is beside it in ``rollout_core.compiled``.
 """
 
 from rollout_core.bucketing.bucket import Bucket

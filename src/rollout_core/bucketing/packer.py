@@ -14,9 +14,9 @@ import torch
 from rollout_core.bucketing import cuda
 from rollout_core.bucketing.bucket import Bucket, check_version, seal
 from rollout_core.bucketing.buffers import Allocate, BufferPool, check_buffer
-from rollout_core.bucketing.compiled.gathering import Gathering
 from rollout_core.bucketing.copying import conform
 from rollout_core.bucketing.digest import BLOCK_ALGORITHM, DigestChoice, check_choice, chosen_algorithm
+from rollout_core.bucketing.gathering import Gathering
 from rollout_core.bucketing.placement import BucketLayout
 from rollout_core.bucketing.plan import BucketPlan
 from rollout_core.bucketing.sources import AnySource, Pair, Source, Step, adrive, as_mapping, drive, in_loop, named_pairs

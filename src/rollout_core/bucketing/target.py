@@ -18,8 +18,8 @@ from rollout_core.bucketing.specs import TensorSpec
 from rollout_core.bucketing.tensors import as_bytes, check_describable, own_copy
 
 if TYPE_CHECKING:
-    from rollout_core.bucketing.compiled.gathering import Gathering
     from rollout_core.bucketing.cuda.packing import Filling
+    from rollout_core.bucketing.gathering import Gathering
 
 NewBuffer = Callable[[int, torch.device], torch.Tensor]
 #: How a kernel fills a bucket on a device, and whether it digests it; None if none does.

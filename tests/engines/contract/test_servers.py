@@ -48,7 +48,7 @@ def running_in(server):
     return sum(map(int, counts))
 
 
-def settled(server, seconds=10):
+def settled(server, seconds=60):
     end = time.monotonic() + seconds
     while running_in(server) and time.monotonic() < end:
         time.sleep(0.1)  # its figures are of its last report

@@ -11,9 +11,9 @@ import weakref
 import pytest
 import torch
 
-from rollout_core.bucketing.compiled import library
-from rollout_core.bucketing.compiled.finding import Finder, compiled
 from rollout_core.bucketing.dtypes import ITEMSIZES
+from rollout_core.bucketing.finding import Finder, compiled
+from rollout_core.compiled import library
 from support.in_place import CHANGES, square
 
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ def test_without_what_it_needs_torch_is_asked(missing, monkeypatch, compiled_ane
             capsule = made(ctypes.addressof(api), b"dlpack_exchange_api", None)
             monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", capsule)
         case "lock":
-            monkeypatch.setattr(sysconfig, "get_config_var", lambda name: name == "Py_GIL_DISABLED")
+            monkeypatch.setattr(sysconfig, "get_config_var", lambda name: 1 if name == "Py_GIL_DISABLED" else None)
         case "sight":
             monkeypatch.setattr(library.Library, "addresses", lambda self, rows, count, *rest: count)
         case "places":

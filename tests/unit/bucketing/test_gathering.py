@@ -12,10 +12,9 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 import pytest
 import torch
 
-from rollout_core.bucketing import Packer, plan_buckets, specs_of
-from rollout_core.bucketing.compiled import gathering
-from rollout_core.bucketing.compiled.finding import compiled
-from rollout_core.bucketing.compiled.gathering import Gathering
+from rollout_core.bucketing import Packer, gathering, plan_buckets, specs_of
+from rollout_core.bucketing.finding import compiled
+from rollout_core.bucketing.gathering import Gathering
 from rollout_core.errors import PlanMismatchError, SourceError
 from rollout_core.testing.oracles import bytes_of
 from support.in_place import CHANGES, square
@@ -239,7 +238,7 @@ def test_b15_it_keeps_no_tensor(filled):
 
 
 def test_without_compiled_code_torch_copies(monkeypatch):
-    monkeypatch.setattr("rollout_core.bucketing.compiled.finding.compiled", lambda: None)
+    monkeypatch.setattr("rollout_core.bucketing.finding.compiled", lambda: None)
     pairs = some_tensors(2, 100)
     plan = plan_buckets(specs_of(pairs), 1 << 20)
     packer = Packer(plan)

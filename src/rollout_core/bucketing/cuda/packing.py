@@ -9,10 +9,10 @@ from typing import Final
 import numpy as np
 import torch
 
-from rollout_core.bucketing.compiled.finding import MANY, Finder
 from rollout_core.bucketing.cuda import launching
 from rollout_core.bucketing.cuda.tables import Integers, PackTable
 from rollout_core.bucketing.digest import LaterLanes
+from rollout_core.bucketing.finding import MANY, Finder
 from rollout_core.bucketing.looks import Alike, alike_to
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.tensors import LOW, PLAIN_TYPES, was_freed, without_memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -41,14 +40,14 @@ class _Written:
     kernels that are not its own."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: list[tuple[Any, torch.Tensor]] = []  # of torch.cuda.Event, whose query() has no type
+        self._kept: dict[int, tuple[Any, torch.Tensor]] = {}  # by id; threads need no lock for what is one operation of a dict
 
     def keep(self, done: torch.cuda.Event, memory: torch.Tensor) -> None:
         """Until ``done`` has happened, and somebody comes with other memory."""
-        with self._lock:
-            self._kept.append((done, memory))
-            self._kept = [(event, kept) for event, kept in self._kept if not _has_happened(event)]
+        self._kept[id(memory)] = (done, memory)
+        for key, (event, _) in list(self._kept.items()):
+            if _has_happened(event):
+                self._kept.pop(key, None)
 
 
 def _has_happened(event: Any) -> bool:

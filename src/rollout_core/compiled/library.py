@@ -10,14 +10,13 @@ import subprocess
 import sysconfig
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-
-from rollout_core.bucketing.dtypes import ITEMSIZES
 
 Integers = npt.NDArray[np.int64]
 _SOURCE: Final = Path(__file__).with_name("many.c")
@@ -57,12 +56,14 @@ class _ExchangeAPI(ctypes.Structure):
 
 class Library:
     """Its functions, and what DLPack calls dtypes: ``names``, by code, bits and lanes, of those that have a name there and are not
-    complex; ``homonyms``: those whose name is another's, too, or may be.
+    complex; ``homonyms``: those whose name is another's, too, or may be. ``dtypes`` are all that count.
 
     Raises whatever a torch without the exchange API raises, or a machine without a compiler.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtypes: Iterable[torch.dtype]) -> None:
+        if sysconfig.get_config_var("Py_GIL_DISABLED"):
+            raise NotImplementedError("its functions count on the interpreter's lock")
         pointer = ctypes.pythonapi.PyCapsule_GetPointer
         pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
         api = _ExchangeAPI.from_address(pointer(torch.Tensor.__dlpack_c_exchange_api__, b"dlpack_exchange_api"))
@@ -77,7 +78,7 @@ class Library:
             *(pointers, objects, objects, objects, objects, ctypes.c_int64, pointers, pointers, integers, integers, pointers)
         ]
         self._gather.argtypes = [pointers, pointers, pointers, ctypes.c_int64, pointers]
-        found = {dtype: self._name(dtype) for dtype in ITEMSIZES if not dtype.is_complex}
+        found = {dtype: self._name(dtype) for dtype in dtypes if not dtype.is_complex}
         self.names = {dtype: name for dtype, name in found.items() if name is not None}
         counts = Counter(self.names.values())
         shared = {dtype for dtype, name in self.names.items() if counts[name] > 1}

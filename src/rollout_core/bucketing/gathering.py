@@ -10,11 +10,11 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from rollout_core.bucketing.compiled.finding import MANY, Finder, compiled
-from rollout_core.bucketing.compiled.library import Integers
 from rollout_core.bucketing.copying import JOB, SMALL, all_do
+from rollout_core.bucketing.finding import MANY, Finder, compiled
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.tensors import LOW, PLAIN_TYPES
+from rollout_core.compiled.library import Integers
 
 
 @dataclass(frozen=True, slots=True)

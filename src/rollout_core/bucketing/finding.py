@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sysconfig
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Final
@@ -10,7 +9,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from rollout_core.bucketing.compiled.library import Integers, Library
+from rollout_core.bucketing.dtypes import ITEMSIZES
+from rollout_core.compiled.library import Integers, Library
 
 #: Of so many tensors and more it pays, as compiling takes a third of a second.
 MANY: Final = 64
@@ -68,10 +68,8 @@ class Finder:
 @cache
 def compiled() -> Library | None:
     """The compiled code, where it can be had and sees what it is here for: made when it is first asked for."""
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return None
     try:
-        library = Library()
+        library = Library(ITEMSIZES)
         return library if _works(library) else None
     except Exception:  # whatever another torch, or a compiler, raises
         return None

@@ -1,4 +1,5 @@
-"""What Python and torch are too slow for when tensors are small and many: compiled code that finds them, and copies them on a CPU.
+"""What Python and torch are too slow for when tensors are small and many: compiled code that finds them, and copies them on a CPU,
+for ``bucketing.finding`` and ``bucketing.gathering``.
 
 By torch's own functions finding ten thousand takes longer than copying them, mostly because each question goes through all of them,
 and their memory, again. ``many.c`` asks once, by DLPack's C exchange API, which torch has from 2.11 on. It is compiled with the C
