@@ -283,8 +283,9 @@ def nothing_left():
     before = handles(), children(), set(os.listdir("/dev/shm"))
     yield
     assert (handles(), children()) == before[:2]
-    # Other programs of this machine may use /dev/shm meanwhile; torch's own files there carry the process id.
-    assert not [name for name in set(os.listdir("/dev/shm")) - before[2] if name.startswith((f"torch_{os.getpid()}_", "rollout"))]
+    # Other programs of this machine may use /dev/shm meanwhile: what is named after this process is ours.
+    ours = re.compile(rf"(?<!\d){os.getpid()}(?!\d)")
+    assert not [name for name in set(os.listdir("/dev/shm")) - before[2] if ours.search(name)]
 
 
 # What arrives
