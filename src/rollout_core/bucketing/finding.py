@@ -18,7 +18,7 @@ _WANTED: Final = np.dtype([("code", "i4"), ("bits", "i4"), ("lanes", "i4"), ("nd
 
 
 class Finder:
-    """Finds tensors of given dtypes and shapes, in their order, on one device."""
+    """Finds tensors of given dtypes and shapes, in their order, on one device, by ``library``."""
 
     @classmethod
     def of(cls, dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, ...]], device: torch.device) -> Finder | None:
@@ -44,7 +44,7 @@ class Finder:
         self._wanted["first"] = np.cumsum(counts) - counts
         self._sizes = np.array([size for shape in shapes for size in shape], np.int64)
         self._tables = (self._wanted.ctypes.data, self._sizes.ctypes.data)
-        self._library = library
+        self.library = library
         here = library.described(torch.empty(1, dtype=torch.uint8, device=device))
         self._where = (here.device_type, here.device_id)
         # DLPack has one name for int4 and int8, each in a byte.
@@ -58,7 +58,7 @@ class Finder:
         found = np.empty(len(self._wanted), np.int64)
         if len(rows) != len(found):
             return None
-        count = self._library.addresses(rows, len(found), *self._tables, *self._where, found)
+        count = self.library.addresses(rows, len(found), *self._tables, *self._where, found)
         # Their number once more, as Python may have run meanwhile.
         if count != len(found) or len(rows) != count or any(rows[place].dtype is not dtype for place, dtype in self._homonyms):
             return None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rollout_core.bucketing.copying import JOB, SMALL, all_do
-from rollout_core.bucketing.finding import MANY, Finder, compiled
+from rollout_core.bucketing.finding import MANY, Finder
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.tensors import LOW, PLAIN_TYPES
 from rollout_core.compiled.library import Integers
@@ -29,12 +29,10 @@ class _Part:
 
     def fill(self, buffer: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
         """Looks at tensors and buffer when it is called, which for a job may be late, and holds them until then."""
-        library = compiled()
-        assert library is not None  # or there was no finder
         found = self.finder.addresses(tensors)
         if found is None:
             return False
-        library.gather(found, self.places, self.sizes, buffer.data_ptr())
+        self.finder.library.gather(found, self.places, self.sizes, buffer.data_ptr())
         return True
 
 

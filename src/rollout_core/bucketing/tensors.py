@@ -14,7 +14,8 @@ from rollout_core.errors import SourceError
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: Tensor types that are known to be plain strided memory once their layout says so.
 PLAIN_TYPES: Final = frozenset({torch.Tensor, torch.nn.Parameter})
-#: Below lie tensors whose storage was freed, as their address is their offset; and the heap of some builds of Python.
+#: Below lie tensors whose storage was freed, as their address is their offset; and the heap of some builds of Python. ``many.c``
+#: has it, too.
 LOW: Final = 1 << 33
 
 
@@ -60,8 +61,7 @@ def materialize(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_meta:
         raise SourceError(f"tensor {name!r} is on the meta device and has no data to pack; load the weights (or to_empty) first")
     plain = tensor.detach().as_subclass(torch.Tensor)
-    if was_freed(plain):
-        raise without_memory(name)
+    check_memory(name, plain)
     return plain
 
 
@@ -70,9 +70,10 @@ def was_freed(tensor: torch.Tensor) -> bool:
     return tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
 
 
-def without_memory(name: str) -> SourceError:
-    """Of a tensor that was freed."""
-    return SourceError(f"tensor {name!r} has no memory: its storage was freed, as FSDP does with what it has gathered")
+def check_memory(name: str, tensor: torch.Tensor) -> None:
+    """Raise ``SourceError`` for a tensor that was freed."""
+    if was_freed(tensor):
+        raise SourceError(f"tensor {name!r} has no memory: its storage was freed, as FSDP does with what it has gathered")
 
 
 def resolved(tensor: torch.Tensor) -> torch.Tensor:

@@ -63,12 +63,12 @@ class Library:
 
     def __init__(self, dtypes: Iterable[torch.dtype]) -> None:
         if sysconfig.get_config_var("Py_GIL_DISABLED"):
-            raise NotImplementedError("its functions count on the interpreter's lock")
+            raise RuntimeError("its functions count on the interpreter's lock")
         pointer = ctypes.pythonapi.PyCapsule_GetPointer
         pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
         api = _ExchangeAPI.from_address(pointer(torch.Tensor.__dlpack_c_exchange_api__, b"dlpack_exchange_api"))
         if api.major != 1 or not api.dltensor_from_py_object_no_sync:
-            raise NotImplementedError(f"DLPack {api.major}.{api.minor}")
+            raise RuntimeError(f"DLPack {api.major}.{api.minor}")
         self._describe: int = api.dltensor_from_py_object_no_sync
         holding, releasing = _load()
         pointers, integers, objects = ctypes.c_void_p, ctypes.c_int32, ctypes.py_object

@@ -14,8 +14,9 @@ import torch
 
 from rollout_core.bucketing.cuda import possible
 from rollout_core.bucketing.cuda.partials import Partials
-from rollout_core.bucketing.cuda.tables import VECTOR, CopyTable, Integers, PackTable, on_device
+from rollout_core.bucketing.cuda.tables import VECTOR, CopyTable, PackTable, on_device
 from rollout_core.bucketing.digest import BLOCK_NBYTES, Lanes, block_multilinear_by_torch
+from rollout_core.compiled.library import Integers
 
 #: Of a program that digests: with one column of a block for each thread, the keys are constants; with two, as in a pass that copies
 #: as well, there is room to load the next block meanwhile. And how many such programs a multiprocessor has, in turns.

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from rollout_core.bucketing.cuda import launching
-from rollout_core.bucketing.cuda.tables import Integers, PackTable
+from rollout_core.bucketing.cuda.tables import PackTable
 from rollout_core.bucketing.digest import LaterLanes
 from rollout_core.bucketing.finding import MANY, Finder
 from rollout_core.bucketing.looks import Alike, alike_to
 from rollout_core.bucketing.placement import BucketLayout, Slot
-from rollout_core.bucketing.tensors import LOW, PLAIN_TYPES, was_freed, without_memory
+from rollout_core.bucketing.tensors import LOW, PLAIN_TYPES, check_memory
+from rollout_core.compiled.library import Integers
 
 _DTYPE: Final = attrgetter("dtype")
 _SHAPE: Final = attrgetter("shape")
@@ -82,12 +83,8 @@ class Filling:
         if found is None and self._all_plain(rows):
             found = np.fromiter(map(torch.Tensor.data_ptr, rows), np.int64, len(rows))
             for place in np.flatnonzero(found < LOW):
-                self._check_memory(self._slots[place], rows[place])
+                check_memory(self._slots[place].name, rows[place])
         return found if found is None or self._starts is None else found + self._starts
-
-    def _check_memory(self, slot: Slot, tensor: torch.Tensor) -> None:
-        if was_freed(tensor):
-            raise without_memory(slot.name)
 
     def _all_plain(self, rows: Sequence[torch.Tensor]) -> bool:
         """In one call, once two rounds have found it."""
@@ -109,7 +106,7 @@ class Filling:
         addresses = np.empty(len(rows), np.int64)
         for place, (slot, tensor) in enumerate(zip(self._slots, rows, strict=True)):
             if self._is_plain(place, tensor):
-                self._check_memory(slot, tensor)
+                check_memory(slot.name, tensor)
                 addresses[place] = tensor.data_ptr() + slot.start
             else:
                 write(slot, tensor)

@@ -11,8 +11,8 @@ import torch
 
 from rollout_core.bucketing.digest import BLOCK_NBYTES
 from rollout_core.bucketing.placement import BucketLayout
+from rollout_core.compiled.library import Integers
 
-Integers = npt.NDArray[np.int64]
 VECTOR = 16  # bytes of the widest access
 
 

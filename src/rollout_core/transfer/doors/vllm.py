@@ -302,9 +302,8 @@ class _Packing:
     def __call__(self, layer: Any) -> None:
         kernel, plain = self._method.moe_kernel, layer.w13_weight.detach().clone()
         self._process(layer)
-        if kernel is not None and torch.equal(
-            as_bytes(layer.w13_weight.detach()), as_bytes(plain)
-        ):  # another version may have packed it by itself
+        # Another version may have packed it by itself.
+        if kernel is not None and torch.equal(as_bytes(layer.w13_weight.detach()), as_bytes(plain)):
             kernel.fused_experts.process_weights_after_loading(layer)
 
 
