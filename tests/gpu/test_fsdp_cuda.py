@@ -17,7 +17,7 @@ from rollout_core.preflight.models import eos_token_ids, load_trainer, make_smal
 from rollout_core.testing.oracles import bytes_of
 from rollout_core.workers import HFWorker, SamplingParams, ShardedHFWorker, sync_sharded
 from rollout_core.workers.hf.generate import generate
-from support.ranks import run_ranks
+from support.ranks import run_ranks, values_of
 
 MIB = 1 << 20
 #: Digests on a GPU take about 40 MiB while they are computed: ``bucketing.digest`` says so.
@@ -149,11 +149,12 @@ def test_w1_rollouts_of_the_sharded_model_are_those_of_the_whole(mesh, small, of
 
 
 def test_b1_w1_two_ranks_over_gloo_to_a_worker_on_the_gpu(small):
-    ended = run_ranks(2, "support.sharded:scenarios", small, ["updates", "cast"], timeout=200.0, ROLLOUT_CORE_DEVICE="cuda")
-    assert [one.error for one in ended] == [None, None]
+    found = values_of(
+        run_ranks(2, "support.sharded:scenarios", small, ["updates", "cast"], timeout=200.0, ROLLOUT_CORE_DEVICE="cuda")
+    )
     for sender in range(2):
-        mine = ended[sender].value["updates"][sender]
+        mine = found[sender]["updates"][sender]
         assert mine["wrong"] == []
         assert mine["tokens"] == mine["expected"]
-        assert [one.value["updates"][sender]["report"].version for one in ended] == [1, 1]
-    assert ended[0].value["cast"]["wrong"] == []
+        assert [one["updates"][sender]["report"].version for one in found] == [1, 1]
+    assert found[0]["cast"]["wrong"] == []

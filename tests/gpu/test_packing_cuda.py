@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 
-from rollout_core.bucketing import Packer, Unpacker, plan_buckets, specs_of, unpack
-from rollout_core.bucketing.cuda import launching
+from rollout_core.bucketing import Packer, Unpacker, finding, plan_buckets, specs_of, unpack
+from rollout_core.bucketing.cuda import launching, packing
 from rollout_core.bucketing.digest import block_multilinear_by_torch
+from rollout_core.bucketing.finding import why_not_compiled
 from rollout_core.bucketing.tensors import view_key
 from rollout_core.testing import check_packer
 from support.kernel_checks import BLOCK, bytes_at, check_packing, check_unpacking, count_launches, picture, random_pairs
@@ -120,6 +121,18 @@ def test_digests_that_nobody_asks_for_write_to_no_memory_of_others():
     others = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(60)]
     torch.cuda.synchronize()
     assert not any(other.any() for other in others)
+
+
+def test_many_tensors_are_found_by_compiled_code(monkeypatch):
+    """Without it packing would be slower, not wrong, and nothing else here would tell."""
+    assert why_not_compiled() is None
+    pairs = [(f"w{i}", bytes_at("cuda", 4096, 0, i)) for i in range(finding.MANY)]
+    packer = Packer(plan_buckets(specs_of(pairs), 1 << 20))
+    for _ in range(2):
+        list(packer.pack(pairs))
+    monkeypatch.setattr(packing.Filling, "_all_plain", lambda self, rows: pytest.fail("torch was asked"))
+    (bucket,) = packer.pack(elsewhere := [(name, tensor + 1) for name, tensor in pairs])
+    assert torch.equal(bucket.buffer, torch.cat([tensor for _, tensor in elsewhere]))
 
 
 def test_b15_digests_leave_no_pinned_memory():

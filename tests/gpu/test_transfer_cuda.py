@@ -47,12 +47,11 @@ def picture(pairs) -> dict[str, str]:
 @pytest.mark.parametrize("kind", ["direct", "staged"])
 def test_updates_over_cuda_ipc_arrive_and_leave_no_memory(kind):
     three_updates(f"ipc-{os.getpid()}-{kind}-warm", kind)  # loads the kernels, which stay
-    before = free_memory()
+    before, files = free_memory(), shared_files(os.getpid())  # CUDA's own for a process stay as long as it
     child = three_updates(f"ipc-{os.getpid()}-{kind}", kind)
     assert before - free_memory() < 1 << 20
-    # Others on this machine have theirs: CUDA names it after the process in hexadecimal, torch in decimal.
-    ours = {f"{pid:{base}}" for pid in (os.getpid(), child) for base in "dx"}
-    assert not [name for name in os.listdir("/dev/shm") if ours & set(re.split("[._]", name)) and re.match("torch|cuda", name)]
+    assert shared_files(os.getpid()) == files
+    assert shared_files(child) == set()
 
 
 def three_updates(name: str, kind: str) -> int:
@@ -66,6 +65,12 @@ def three_updates(name: str, kind: str) -> int:
             assert line == {"version": seed + 1, "unusable": None, "weights": picture(source.items())}
         assert child.wait(60) == 0
     return child.pid
+
+
+def shared_files(pid: int) -> set[str]:
+    """In shared memory, of this process and no other: CUDA names them after it in hexadecimal, torch in decimal."""
+    names = {f"{pid:d}", f"{pid:x}"}
+    return {name for name in os.listdir("/dev/shm") if re.match("torch|cuda", name) and names & set(re.split("[._]", name))}
 
 
 def free_memory() -> int:

@@ -8,7 +8,7 @@ import transformers
 from support.engines import POSITIONS
 
 
-def make_mixture():
+def make_mixture(positions=POSITIONS):
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
         vocab_size=300,
@@ -24,7 +24,7 @@ def make_mixture():
         norm_topk_prob=True,
         decoder_sparse_step=1,
         mlp_only_layers=[],
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
         initializer_range=0.3,
         bos_token_id=None,

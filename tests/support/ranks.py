@@ -37,6 +37,13 @@ class Ended:
     seconds: float
 
 
+def values_of(ended: list[Ended]) -> list[Any]:
+    """What each rank returned; an assertion says, in full, what some raised."""
+    errors = [f"rank {rank}: {one.error}" for rank, one in enumerate(ended) if one.error is not None]
+    assert not errors, "\n".join(errors)
+    return [one.value for one in ended]
+
+
 def run_ranks(
     size: int, function: str, *arguments: Any, timeout: float = 240.0, until: int | None = None, **environment: str
 ) -> list[Ended]:

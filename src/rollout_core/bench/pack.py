@@ -17,6 +17,7 @@ from rollout_core.bench.timing import Timing
 from rollout_core.bucketing import Bucket, BucketPlan, Packer, Unpacker, plan_buckets
 from rollout_core.bucketing.bucket import verify
 from rollout_core.bucketing.digest import BLOCK_ALGORITHM, DigestChoice, default_algorithm
+from rollout_core.bucketing.finding import why_not_compiled
 
 FLOOR: Final = "floor: one copy"
 _POISON: Final = 0xA5
@@ -48,10 +49,13 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class PackBench(msgspec.Struct, frozen=True):
+    """``uncompiled``: why tensors are not found by compiled code; None if they are."""
+
     device: str
     versions: dict[str, str]
     repeats: int
     cases: list[Case]
+    uncompiled: str | None = None
 
 
 def bench_pack(
@@ -74,7 +78,9 @@ def bench_pack(
     for package in ("triton", "sglang", "vllm"):
         if (found := _version(package)) is not None:
             versions[package] = found
-    return PackBench(torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu", versions, repeats, cases)
+    return PackBench(
+        torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu", versions, repeats, cases, why_not_compiled()
+    )
 
 
 def _case(name: str, tensors: Tensors, device: torch.device, repeats: int) -> Case:

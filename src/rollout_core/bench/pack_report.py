@@ -20,6 +20,8 @@ def print_pack(bench: PackBench, console: Console) -> None:
     floor by the host's."""
     versions = ", ".join(f"{name} {version}" for name, version in bench.versions.items())
     console.print(f"{hardware()}, {bench.device}, {versions}; median of {bench.repeats}", highlight=False, soft_wrap=True)
+    if bench.uncompiled is not None:
+        console.print(f"without compiled code, so torch is asked where tensors lie: {bench.uncompiled}", highlight=False)
     for case in bench.cases:
         for direction, methods in case.methods.items():
             console.print(_table(case, direction, methods))

@@ -12,7 +12,7 @@ import torch
 from rollout_core.bucketing.dtypes import ITEMSIZES
 from rollout_core.compiled.library import Integers, Library
 
-#: Of so many tensors and more it pays, as compiling takes a third of a second.
+#: Of so many tensors and more it pays, as compiling takes a tenth of a second.
 MANY: Final = 64
 _WANTED: Final = np.dtype([("code", "i4"), ("bits", "i4"), ("lanes", "i4"), ("ndim", "i4"), ("first", "i8")])
 
@@ -65,14 +65,25 @@ class Finder:
         return found
 
 
-@cache
 def compiled() -> Library | None:
     """The compiled code, where it can be had and sees what it is here for: made when it is first asked for."""
+    found = compiled_or_error()
+    return found if isinstance(found, Library) else None
+
+
+def why_not_compiled() -> str | None:
+    """Why torch is asked instead; None if it is not."""
+    found = compiled_or_error()
+    return None if isinstance(found, Library) else f"{type(found).__name__}: {found}"
+
+
+@cache
+def compiled_or_error() -> Library | Exception:
     try:
         library = Library(ITEMSIZES)
-        return library if _works(library) else None
-    except Exception:  # whatever another torch, or a compiler, raises
-        return None
+        return library if _works(library) else RuntimeError("it does not find what it should")
+    except Exception as error:  # whatever another torch, or a compiler, raises
+        return error
 
 
 def _works(library: Library) -> bool:

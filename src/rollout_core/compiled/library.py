@@ -20,7 +20,7 @@ import torch
 
 Integers = npt.NDArray[np.int64]
 _SOURCE: Final = Path(__file__).with_name("many.c")
-_SECONDS: Final = 60.0  # for the compiler, which takes a third of one
+_SECONDS: Final = 60.0  # for the compiler, which takes a tenth of one
 
 
 class _DLTensor(ctypes.Structure):
@@ -75,7 +75,8 @@ class Library:
         self._addresses, self._gather = holding.addresses, releasing.gather
         self._addresses.restype, self._gather.restype = ctypes.c_int64, None
         self._addresses.argtypes = [
-            *(pointers, objects, objects, objects, objects, ctypes.c_int64, pointers, pointers, integers, integers, pointers)
+            *(pointers, objects, objects, objects, objects, objects, ctypes.c_int64),
+            *(pointers, pointers, integers, integers, pointers),
         ]
         self._gather.argtypes = [pointers, pointers, pointers, ctypes.c_int64, pointers]
         found = {dtype: self._name(dtype) for dtype in dtypes if not dtype.is_complex}
@@ -103,9 +104,11 @@ class Library:
         self, rows: list[torch.Tensor], count: int, wanted: int, sizes: int, kind: int, index: int, found: Integers
     ) -> int:
         """See ``many.c``: how many rows are as wanted; their addresses are in ``found`` then."""
+        if type(rows) is not list:
+            return 0
         types = (torch.Tensor, torch.nn.Parameter)
         done: int = self._addresses(
-            self._describe, torch.Tensor.is_neg, *types, rows, count, wanted, sizes, kind, index, found.ctypes.data
+            self._describe, torch.Tensor.is_neg, False, *types, rows, count, wanted, sizes, kind, index, found.ctypes.data
         )
         return done
 
@@ -120,13 +123,9 @@ def _load() -> tuple[ctypes.PyDLL, ctypes.CDLL]:
     named = shlex.split(os.environ.get("CC", "")) or [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
     if not named:
         raise FileNotFoundError("no C compiler")
-    # Some builds of Python name a folder here that has none of its headers, and another there.
-    includes = [
-        *(sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix"), sysconfig.get_config_var("INCLUDEPY")),
-    ]
     with tempfile.TemporaryDirectory(prefix="rollout_core-", ignore_cleanup_errors=True) as folder:
         made = f"{folder}/many.so"
-        flags = ("-O2", "-shared", "-fPIC", *(f"-I{path}" for path in dict.fromkeys(includes) if path))
-        words = [*named, *flags, "-x", "c", str(_SOURCE), "-o", made]
+        # Freestanding: with the compiler's own headers, and those of no C library.
+        words = [*named, "-O2", "-shared", "-fPIC", "-ffreestanding", "-x", "c", str(_SOURCE), "-o", made]
         subprocess.run(words, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_SECONDS)
         return ctypes.PyDLL(made), ctypes.CDLL(made)

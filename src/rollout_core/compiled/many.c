@@ -1,11 +1,27 @@
 /* Many tensors: where they lie, and whether each is what it has to be, by DLPack's C exchange API; and their bytes into one buffer.
 
-   The structures are those of DLPack 1.3 (dlpack.h, github.com/dmlc/dlpack). */
+   The structures are those of DLPack 1.3 (dlpack.h, github.com/dmlc/dlpack). Of Python its stable ABI is used, and no header: a
+   compiler is more often there than the headers of the Python that runs. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
 #include <stdint.h>
-#include <string.h>
+#include <stddef.h>
+
+typedef struct Object {
+    intptr_t references;
+    struct Object *type;
+} Object;
+typedef intptr_t Size;
+
+extern Size PyList_Size(Object *list);
+extern Object *PyList_GetItem(Object *list, Size i); /* borrowed */
+extern Object *PyObject_CallFunctionObjArgs(Object *callable, ...);
+extern void Py_IncRef(Object *object);
+extern void Py_DecRef(Object *object);
+extern Object *PyErr_Occurred(void);
+extern int PyErr_ExceptionMatches(Object *exception);
+extern void PyErr_Clear(void);
+extern Object *PyExc_Exception;
+extern void *memmove(void *target, const void *source, size_t count);
 
 typedef struct {
     void *data;
@@ -31,15 +47,16 @@ static const int64_t LOW = (int64_t)1 << 33;
 enum { AHEAD = 32, NEAR = 16, LINES = 4, LINE = 64 };
 
 /* The memory of a row is far away, once there are thousands, and there is nothing else to do until it comes. */
-static void prefetch(PyObject *rows, Py_ssize_t i, PyTypeObject *kind)
+static void prefetch(Object *rows, Size i, Size count, const Object *kind)
 {
 #if defined(__GNUC__)
-    if (i + AHEAD < PyList_GET_SIZE(rows))
-        __builtin_prefetch(PyList_GET_ITEM(rows, i + AHEAD));
-    if (i + NEAR < PyList_GET_SIZE(rows) && Py_TYPE(PyList_GET_ITEM(rows, i + NEAR)) == kind) {
+    if (i + AHEAD < count)
+        __builtin_prefetch(PyList_GetItem(rows, i + AHEAD));
+    Object *near = i + NEAR < count ? PyList_GetItem(rows, i + NEAR) : NULL;
+    if (near && near->type == kind) {
         /* torch keeps the pointer to its own structure behind the object's head. Were it elsewhere, this would be of no use, and
            do no harm: what is prefetched need not exist. */
-        const char *inner = *(char *const *)(PyList_GET_ITEM(rows, i + NEAR) + 1);
+        const char *inner = *(char *const *)(near + 1);
         for (int line = 0; line < LINES; line++)
             __builtin_prefetch(inner + line * LINE);
     }
@@ -61,7 +78,7 @@ static int fits(const Tensor *tensor, const Wanted *wanted, const int64_t *sizes
     return 1;
 }
 
-static int is_wanted(Describe describe, PyObject *row, const Wanted *wanted, const int64_t *sizes, int32_t device_type,
+static int is_wanted(Describe describe, Object *row, const Wanted *wanted, const int64_t *sizes, int32_t device_type,
                      int32_t device_id, int64_t *address)
 {
     Tensor tensor;
@@ -73,26 +90,23 @@ static int is_wanted(Describe describe, PyObject *row, const Wanted *wanted, con
 }
 
 /* How many rows of a list, from the first on, are contiguous tensors of one of two types, as wanted, on the device, and not lazily
-   negated; their addresses go to `out`. `describe` is the exchange API's, `is_neg` torch.Tensor's. */
-int64_t addresses(void *describe, PyObject *is_neg, PyObject *tensor_type, PyObject *parameter_type, PyObject *rows, int64_t count,
-                  const Wanted *wanted, const int64_t *sizes, int32_t device_type, int32_t device_id, int64_t *out)
+   negated; their addresses go to `out`. `describe` is the exchange API's, `is_neg` torch.Tensor's, `no` Python's False. */
+int64_t addresses(void *describe, Object *is_neg, Object *no, Object *tensor_type, Object *parameter_type, Object *rows,
+                  int64_t count, const Wanted *wanted, const int64_t *sizes, int32_t device_type, int32_t device_id, int64_t *out)
 {
     int64_t i = 0;
-    if (!PyList_CheckExact(rows))
-        return 0;
-    for (; i < count && i < PyList_GET_SIZE(rows); i++) {
-        PyObject *row = PyList_GET_ITEM(rows, i);
-        PyTypeObject *kind = Py_TYPE(row);
-        if (kind != (PyTypeObject *)tensor_type && kind != (PyTypeObject *)parameter_type)
+    for (; i < count && i < PyList_Size(rows); i++) {
+        Object *row = PyList_GetItem(rows, i);
+        if (row->type != tensor_type && row->type != parameter_type)
             break;
-        prefetch(rows, i, kind);
+        prefetch(rows, i, PyList_Size(rows), row->type);
         if (!is_wanted((Describe)describe, row, &wanted[i], sizes, device_type, device_id, &out[i]))
             break;
-        Py_INCREF(row); /* the call may run what a mode of torch's adds to it */
-        PyObject *negative = PyObject_CallOneArg(is_neg, row);
-        Py_DECREF(row);
-        Py_XDECREF(negative);
-        if (negative != Py_False)
+        Py_IncRef(row); /* the call may run what a mode of torch's adds to it */
+        Object *negative = PyObject_CallFunctionObjArgs(is_neg, row, NULL);
+        Py_DecRef(row);
+        Py_DecRef(negative); /* or NULL, which it allows */
+        if (negative != no)
             break;
     }
     if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_Exception))

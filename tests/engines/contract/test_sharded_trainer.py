@@ -10,7 +10,7 @@ from rollout_core.preflight.models import load_trainer
 from rollout_core.workers.digests import combined_digest, weight_digest
 from support.greedy import argmax_loop
 from support.mixture import make_mixture
-from support.ranks import run_ranks
+from support.ranks import run_ranks, values_of
 from support.sharded import trainer
 from support.sharded_engine import LENGTH, updates
 
@@ -29,9 +29,9 @@ def folder(tmp_path_factory):
 def found(folder):
     place = f"{updates.__module__}:{updates.__name__}"
     ended = run_ranks(2, place, str(folder), "support.rank_workers:two_ranks", PROMPTS, SEEDS, None, timeout=200.0)
-    assert [one.error for one in ended] == [None, None]
-    assert ended[1].value == []
-    return ended[0].value
+    found, nothing = values_of(ended)
+    assert nothing == []
+    return found
 
 
 @pytest.mark.parametrize("turn", range(len(SEEDS)))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rollout_core.preflight.models import make_small_model
 from rollout_core.transfer.sharded import STAGE, part, plain_name
-from support.ranks import run_ranks
+from support.ranks import run_ranks, values_of
 
 SCENARIOS = ("updates", "cast", "wrapped", "memory", "refusals", "rollouts", "bad_rollouts")
 
@@ -23,9 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    ended = run_ranks(2, "support.sharded:scenarios", folder, list(SCENARIOS))
-    assert [one.error for one in ended] == [None, None]
-    return [one.value for one in ended]
+    return values_of(run_ranks(2, "support.sharded:scenarios", folder, list(SCENARIOS)))
 
 
 @pytest.fixture
@@ -198,9 +196,7 @@ def test_t2_a_rank_that_dies_in_an_update_ends_it_on_the_other(folder, who):
 
 
 def test_t2_an_engine_that_dies_in_an_update_ends_it_on_every_rank(folder):
-    ended = run_ranks(2, "support.sharded:engine_dies", folder)
-    assert [one.error for one in ended] == [None, None]
-    mine, other = (one.value for one in ended)
+    mine, other = values_of(run_ranks(2, "support.sharded:engine_dies", folder))
     assert mine["error"][0] == "TransferError"
     assert other["error"][:2] == mine["error"][:2]
     assert "on rank 0 of 2" in other["error"][2]
@@ -217,9 +213,7 @@ def test_t2_a_rank_that_stops_ends_the_update_on_the_other_within_the_timeout(fo
 
 
 def test_b1_shapes_dtypes_and_placements_on_four_ranks():
-    ended = run_ranks(4, "support.sharded:meshes", 100)
-    assert [one.error for one in ended] == [None] * 4
-    assert [one.value for one in ended] == [[]] * 4
+    assert values_of(run_ranks(4, "support.sharded:meshes", 100)) == [[]] * 4
 
 
 @given(st.integers(0, 200), st.integers(1, 40))

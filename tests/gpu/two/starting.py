@@ -14,5 +14,13 @@ def start(folder):
     from gpu.small import POSITIONS
     from rollout_core.workers import SGLangWorker
 
-    options = {**OPTIONS, "tp_size": 2}
-    return SGLangWorker(str(folder), device="cuda", max_model_len=POSITIONS, engine_options=options, timeout=TIMEOUT)
+    # A cache of its own size, whatever share of the memory others take while this starts.
+    options = {**OPTIONS, "tp_size": 2, "mem_fraction_static": 0.8, "max_total_tokens": 1 << 16}
+    return SGLangWorker(
+        str(folder),
+        device="cuda",
+        max_model_len=POSITIONS,
+        engine_options=options,
+        environment={"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"},
+        timeout=TIMEOUT,
+    )

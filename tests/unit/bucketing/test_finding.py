@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rollout_core.bucketing.dtypes import ITEMSIZES
-from rollout_core.bucketing.finding import Finder, compiled
+from rollout_core.bucketing.finding import Finder, compiled_or_error, why_not_compiled
 from rollout_core.compiled import library
 from support.in_place import CHANGES, square
 
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecat
 
 @pytest.fixture
 def compiled_anew():
-    compiled.cache_clear()
+    compiled_or_error.cache_clear()
     yield
-    compiled.cache_clear()
+    compiled_or_error.cache_clear()
 
 
 def finder(*tensors):
@@ -174,9 +174,7 @@ def test_none_for_empty_tensors():
     assert finder(square(), torch.zeros(2, 0)) is None
 
 
-@pytest.mark.parametrize(
-    "missing", ["compiler", "compiler of the variable", "headers", "interface", "lock", "sight", "places", "copies"]
-)
+@pytest.mark.parametrize("missing", ["compiler", "compiler of the variable", "interface", "lock", "sight", "places", "copies"])
 def test_without_what_it_needs_torch_is_asked(missing, monkeypatch, compiled_anew):
     match missing:
         case "compiler":
@@ -184,9 +182,6 @@ def test_without_what_it_needs_torch_is_asked(missing, monkeypatch, compiled_ane
             monkeypatch.setenv("PATH", "/nowhere")
         case "compiler of the variable":
             monkeypatch.setenv("CC", "no-such-compiler -O2")
-        case "headers":
-            monkeypatch.setattr(sysconfig, "get_path", lambda *names: "/nowhere")
-            monkeypatch.setattr(sysconfig, "get_config_var", lambda name: None)
         case "interface":
             api = library._ExchangeAPI(major=2)
             made = ctypes.pythonapi.PyCapsule_New
@@ -203,6 +198,14 @@ def test_without_what_it_needs_torch_is_asked(missing, monkeypatch, compiled_ane
         case "copies":
             monkeypatch.setattr(library.Library, "gather", lambda *rest: None)
     assert finder(square(), square()) is None
+    assert why_not_compiled()
+
+
+def test_a_compiler_without_headers_of_python_or_a_c_library(monkeypatch, compiled_anew):
+    own = subprocess.run(["cc", "-print-file-name=include"], check=True, capture_output=True, text=True).stdout.strip()
+    monkeypatch.setenv("CC", f"cc -nostdinc -isystem {own}")
+    assert finder(square(), square()) is not None
+    assert why_not_compiled() is None
 
 
 def test_the_compiler_that_the_environment_names(monkeypatch, compiled_anew):
