@@ -17,7 +17,6 @@ from rollout_core.bucketing.dtypes import BIT_EXACT_COPY
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.specs import TensorSpec
 from rollout_core.bucketing.tensors import (
-    LOW,
     PLAIN_TYPES,
     as_bytes,
     check_describable,
@@ -27,6 +26,7 @@ from rollout_core.bucketing.tensors import (
     same_bits_copy,
     was_freed,
 )
+from rollout_core.compiled.library import LOW
 from rollout_core.errors import PlanMismatchError
 
 #: Bytes below which a copy is too short for torch to share it among threads.

@@ -91,11 +91,13 @@ def _works(library: Library) -> bool:
     with torch.inference_mode(False):  # whatever is on where it is first asked
         here = torch.device("cpu")
         square = torch.arange(4, dtype=torch.float32, device=here).view(2, 2)
+        freed = square.clone()
+        freed.untyped_storage().resize_(0)
         finder = Finder(library, [square.dtype] * 2, [(2, 2)] * 2, here)
         like = [square, torch.nn.Parameter(square[:1].expand(2, 2).contiguous())]
         others: tuple[Any, ...] = (
             *(square.t(), square.view(4), square[:1], square.view(torch.int32), square.to("meta"), square.double()),
-            *(torch._neg_view(square), square.to_sparse(), square.expand(2, 2, 2)[0].t(), torch.Tensor, None),
+            *(torch._neg_view(square), freed, square.to_sparse(), square.expand(2, 2, 2)[0].t(), torch.Tensor, None),
         )
         found = finder.addresses(like)
         if found is None or found.tolist() != [tensor.data_ptr() for tensor in like]:

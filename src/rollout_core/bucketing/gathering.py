@@ -13,7 +13,7 @@ import torch
 from rollout_core.bucketing.copying import JOB, SMALL, all_do
 from rollout_core.bucketing.finding import MANY, Finder
 from rollout_core.bucketing.placement import BucketLayout, Slot
-from rollout_core.bucketing.tensors import LOW, PLAIN_TYPES
+from rollout_core.bucketing.tensors import PLAIN_TYPES, was_freed
 from rollout_core.compiled.library import Integers
 
 
@@ -59,7 +59,7 @@ class Gathering:
         """Fill ``buffer``, the bucket's, but for its padding, from ``tensors``, one for each slot. False, with the buffer
         undefined, if they are not all plain contiguous CPU tensors as planned, or the executor's jobs may be run elsewhere."""
         is_here = executor is None or isinstance(executor, ThreadPoolExecutor)
-        if not is_here or type(buffer) not in PLAIN_TYPES or buffer.data_ptr() < LOW:
+        if not is_here or type(buffer) not in PLAIN_TYPES or not buffer.is_cpu or was_freed(buffer):
             return False
         jobs = [partial(part.fill, buffer, tensors[part.start : part.stop]) for part in self._parts]
         if executor is None or len(jobs) == 1:

@@ -129,6 +129,8 @@ class Packer:
 
     def _expect_keys(self, mapping: Mapping[str, torch.Tensor]) -> None:
         """Raise ``PlanMismatchError`` unless the mapping has the plan's names and no other."""
+        if isinstance(mapping, dict) and list(mapping) == self._names:  # the common case: nothing is looked up
+            return
         # Not "in mapping": a lazy mapping may load the tensor to answer.
         keys = mapping.keys() if isinstance(mapping, dict) else set(mapping)
         if keys != self._planned:

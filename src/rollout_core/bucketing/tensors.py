@@ -14,9 +14,6 @@ from rollout_core.errors import SourceError
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: Tensor types that are known to be plain strided memory once their layout says so.
 PLAIN_TYPES: Final = frozenset({torch.Tensor, torch.nn.Parameter})
-#: Below lie tensors whose storage was freed, as their address is their offset; and the heap of some builds of Python. ``many.c``
-#: has it, too.
-LOW: Final = 1 << 33
 
 
 def is_sharded(tensor: Any) -> bool:

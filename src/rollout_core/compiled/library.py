@@ -20,6 +20,8 @@ import torch
 
 Integers = npt.NDArray[np.int64]
 _SOURCE: Final = Path(__file__).with_name("many.c")
+#: Below lie tensors whose storage was freed, as their address is their offset; and the heap of some builds of Python.
+LOW: Final = 1 << 33
 _SECONDS: Final = 60.0  # for the compiler, which takes a tenth of one
 
 
@@ -75,8 +77,8 @@ class Library:
         self._addresses, self._gather = holding.addresses, releasing.gather
         self._addresses.restype, self._gather.restype = ctypes.c_int64, None
         self._addresses.argtypes = [
-            *(pointers, objects, objects, objects, objects, objects, ctypes.c_int64),
-            *(pointers, pointers, integers, integers, pointers),
+            *(pointers, objects, objects, objects, objects, objects, objects, ctypes.c_int64),
+            *(pointers, pointers, integers, integers, ctypes.c_int64, pointers),
         ]
         self._gather.argtypes = [pointers, pointers, pointers, ctypes.c_int64, pointers]
         found = {dtype: self._name(dtype) for dtype in dtypes if not dtype.is_complex}
@@ -106,10 +108,8 @@ class Library:
         """See ``many.c``: how many rows are as wanted; their addresses are in ``found`` then."""
         if type(rows) is not list:
             return 0
-        types = (torch.Tensor, torch.nn.Parameter)
-        done: int = self._addresses(
-            self._describe, torch.Tensor.is_neg, False, *types, rows, count, wanted, sizes, kind, index, found.ctypes.data
-        )
+        asked = (torch.Tensor.is_neg, False, torch.Tensor.storage_offset, torch.Tensor, torch.nn.Parameter)
+        done: int = self._addresses(self._describe, *asked, rows, count, wanted, sizes, kind, index, LOW, found.ctypes.data)
         return done
 
     def gather(self, sources: Integers, places: Integers, sizes: Integers, target: int) -> None:

@@ -14,9 +14,10 @@ typedef intptr_t Size;
 
 extern Size PyList_Size(Object *list);
 extern Object *PyList_GetItem(Object *list, Size i); /* borrowed */
-extern Object *PyObject_CallFunctionObjArgs(Object *callable, ...);
+extern Object *PyObject_CallOneArg(Object *callable, Object *argument);
 extern void Py_IncRef(Object *object);
 extern void Py_DecRef(Object *object);
+extern long long PyLong_AsLongLong(Object *number);
 extern Object *PyErr_Occurred(void);
 extern int PyErr_ExceptionMatches(Object *exception);
 extern void PyErr_Clear(void);
@@ -40,9 +41,6 @@ typedef struct {
     int32_t code, bits, lanes, ndim;
     int64_t first;
 } Wanted;
-
-/* What lies below is for others to look at: the address of a tensor whose storage was freed is its offset. */
-static const int64_t LOW = (int64_t)1 << 33;
 
 enum { AHEAD = 32, NEAR = 16, LINES = 4, LINE = 64 };
 
@@ -85,14 +83,32 @@ static int is_wanted(Describe describe, Object *row, const Wanted *wanted, const
     if (describe(row, &tensor))
         return 0;
     *address = (int64_t)(intptr_t)tensor.data + (int64_t)tensor.byte_offset;
-    return tensor.device_type == device_type && tensor.device_id == device_id && *address >= LOW &&
-           fits(&tensor, wanted, sizes);
+    return tensor.device_type == device_type && tensor.device_id == device_id && fits(&tensor, wanted, sizes);
+}
+
+/* Whether a method of torch.Tensor's says so: of is_neg `answer`, which is False or True. */
+static int says(Object *method, Object *row, const Object *answer)
+{
+    Object *said = PyObject_CallOneArg(method, row);
+    Py_DecRef(said); /* or NULL, which it allows */
+    return said == answer;
+}
+
+/* Whether its address is no more than its offset, as that of a tensor is whose storage was freed. */
+static int is_nowhere(Object *storage_offset, Object *row, const Wanted *wanted, int64_t address)
+{
+    Object *said = PyObject_CallOneArg(storage_offset, row);
+    int64_t offset = said ? PyLong_AsLongLong(said) : -1;
+    Py_DecRef(said);
+    return offset < 0 || address == offset * (wanted->bits * wanted->lanes / 8);
 }
 
 /* How many rows of a list, from the first on, are contiguous tensors of one of two types, as wanted, on the device, and not lazily
-   negated; their addresses go to `out`. `describe` is the exchange API's, `is_neg` torch.Tensor's, `no` Python's False. */
-int64_t addresses(void *describe, Object *is_neg, Object *no, Object *tensor_type, Object *parameter_type, Object *rows,
-                  int64_t count, const Wanted *wanted, const int64_t *sizes, int32_t device_type, int32_t device_id, int64_t *out)
+   negated, and have memory; their addresses go to `out`. `describe` is the exchange API's, `is_neg` and `storage_offset` are
+   torch.Tensor's, `no` is Python's False. No memory lies below `low` that is not looked at. */
+int64_t addresses(void *describe, Object *is_neg, Object *no, Object *storage_offset, Object *tensor_type, Object *parameter_type,
+                  Object *rows, int64_t count, const Wanted *wanted, const int64_t *sizes, int32_t device_type, int32_t device_id,
+                  int64_t low, int64_t *out)
 {
     int64_t i = 0;
     for (; i < count && i < PyList_Size(rows); i++) {
@@ -102,11 +118,10 @@ int64_t addresses(void *describe, Object *is_neg, Object *no, Object *tensor_typ
         prefetch(rows, i, PyList_Size(rows), row->type);
         if (!is_wanted((Describe)describe, row, &wanted[i], sizes, device_type, device_id, &out[i]))
             break;
-        Py_IncRef(row); /* the call may run what a mode of torch's adds to it */
-        Object *negative = PyObject_CallFunctionObjArgs(is_neg, row, NULL);
+        Py_IncRef(row); /* the calls may run what a mode of torch's adds to them */
+        int plain = says(is_neg, row, no) && (out[i] >= low || !is_nowhere(storage_offset, row, &wanted[i], out[i]));
         Py_DecRef(row);
-        Py_DecRef(negative); /* or NULL, which it allows */
-        if (negative != no)
+        if (!plain)
             break;
     }
     if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_Exception))

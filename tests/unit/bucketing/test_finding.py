@@ -86,6 +86,41 @@ def test_what_is_no_plain_tensor_is_not_found(kind):
     assert torch.zeros(1).add(1).item() == 1, "an error that was left behind would be raised by whatever comes next"
 
 
+@pytest.mark.parametrize("skip", [0, 1, 5])
+@pytest.mark.parametrize("low", [None, 1 << 62], ids=["high", "low"])
+def test_a_tensor_without_memory_is_not_found(skip, low, monkeypatch):
+    """Wherever the interpreter's heap is."""
+    if low is not None:
+        monkeypatch.setattr(library, "LOW", low)
+    tensors = [torch.zeros(40, dtype=dtype)[skip:] for dtype in (torch.bool, torch.float32, torch.float64)]
+    known = finder(*tensors)
+    assert known.addresses(tensors).tolist() == [tensor.data_ptr() for tensor in tensors]
+    for tensor in reversed(tensors):
+        tensor.untyped_storage().resize_(0)
+        assert known.addresses(tensors) is None
+        tensor.untyped_storage().resize_(40 * tensor.itemsize)
+        assert known.addresses(tensors) is not None
+
+
+@pytest.mark.parametrize("answer", [ValueError, "not a number"])
+def test_a_mode_that_hides_the_offset_is_no_answer(answer, monkeypatch):
+    monkeypatch.setattr(library, "LOW", 1 << 62)
+
+    class Hides(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.storage_offset:
+                if answer is ValueError:
+                    raise ValueError
+                return answer
+            return function(*args, **(kwargs or {}))
+
+    rows = [square(), square()]
+    known = finder(*rows)
+    with Hides():
+        assert known.addresses(rows) is None
+    assert known.addresses(rows) is not None
+
+
 def test_as_many_as_were_planned_in_a_list():
     known = finder(square(), square())
     assert known.addresses([square()]) is None

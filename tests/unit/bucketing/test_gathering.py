@@ -150,7 +150,7 @@ def test_a_tensor_whose_storage_was_freed_is_refused(count, skip, capacity):
 def test_an_interpreter_whose_heap_is_low_is_served_all_the_same(monkeypatch):
     """Where an address says nothing, the storage does."""
     monkeypatch.setattr("rollout_core.bucketing.copying.LOW", 1 << 62)
-    monkeypatch.setattr(gathering, "LOW", 1 << 62)
+    monkeypatch.setattr("rollout_core.compiled.library.LOW", 1 << 62)
     pairs = [(f"w{i}", patterned(torch.bfloat16, 40, seed=i).clone()) for i in range(100)]
     plan = plan_buckets(specs_of(pairs), 1 << 20)
     packer = Packer(plan)

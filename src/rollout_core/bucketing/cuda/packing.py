@@ -15,8 +15,8 @@ from rollout_core.bucketing.digest import LaterLanes
 from rollout_core.bucketing.finding import MANY, Finder
 from rollout_core.bucketing.looks import Alike, alike_to
 from rollout_core.bucketing.placement import BucketLayout, Slot
-from rollout_core.bucketing.tensors import LOW, PLAIN_TYPES, check_memory
-from rollout_core.compiled.library import Integers
+from rollout_core.bucketing.tensors import PLAIN_TYPES, check_memory
+from rollout_core.compiled.library import LOW, Integers
 
 _DTYPE: Final = attrgetter("dtype")
 _SHAPE: Final = attrgetter("shape")
