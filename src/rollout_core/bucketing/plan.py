@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from rollout_core.bucketing.placement import BucketLayout, Filler, Options, Order, Oversize, Slot
+from rollout_core.bucketing.recipes import Recipe
 from rollout_core.bucketing.specs import TensorSpec, check_unique
 from rollout_core.errors import PlanMismatchError, SourceError
 
@@ -66,6 +67,15 @@ class BucketPlan:
         tensor it names (a receiver may reuse the bucket) and a group comes where its last member stands."""
         roots = [spec for unit in units(self.specs, self.groups) for spec in unit]
         return tuple(name for spec in roots for name in (spec.name, *self.tied.get(spec.name, ())))
+
+    @cached_property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """For each bucket how its tensors are made of its bytes, in ``arrival`` order."""
+        orders = [layout.slots for layout in self.buckets]
+        if self.options.order != "given":
+            rank = {name: place for place, name in enumerate(self.arrival)}
+            orders = [tuple(sorted(slots, key=lambda slot: rank[slot.name])) for slots in orders]
+        return tuple(Recipe.of(slots, self.tied) for slots in orders)
 
     @cached_property
     def digest(self) -> bytes:

@@ -8,10 +8,11 @@ import torch
 
 from rollout_core.bucketing.bucket import check_sealed, check_version, verify
 from rollout_core.bucketing.placement import BucketLayout, Slot
+from rollout_core.bucketing.recipes import Views, contiguous_strides
 from rollout_core.bucketing.sources import Pair
 from rollout_core.bucketing.stream_header import StreamBucket, chain_digest, decode_header, require
 from rollout_core.bucketing.tensors import own_copy
-from rollout_core.bucketing.unpacker import JoinMemory, Views, check_payload, contiguous_strides, drop_joined, join_piece
+from rollout_core.bucketing.unpacker import JoinMemory, check_payload, drop_joined, join_piece
 from rollout_core.errors import DuplicateNameError, IncompleteStreamError, IntegrityError, PlanMismatchError
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import accumulate
-from operator import mul
 from typing import TypeAlias
 
 import torch
@@ -12,14 +10,13 @@ import torch
 from rollout_core.bucketing.bucket import Bucket, check_sealed, check_version, verify
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.plan import BucketPlan
+from rollout_core.bucketing.recipes import Views
 from rollout_core.bucketing.scatter import Scatter
 from rollout_core.bucketing.sources import Pair
 from rollout_core.bucketing.specs import TensorSpec
 from rollout_core.bucketing.tensors import own_copy, view_key
 from rollout_core.errors import IncompleteStreamError, IntegrityError, PlanMismatchError
 
-#: A slot, its name and shape, and the strides of its tensor; None for those of a piece.
-_Recipe: TypeAlias = tuple[Slot, str, tuple[int, ...], tuple[int, ...] | None]
 #: Where a split tensor is joined, by its spec: its bytes as a 1-d contiguous uint8 tensor, aligned for its dtype, on any device;
 #: None for new memory. Asked before the first piece, once that is verified.
 JoinMemory: TypeAlias = Callable[[TensorSpec], torch.Tensor | None]
@@ -75,8 +72,6 @@ class Unpacker:
         self._verify = verify
         self._copy = copy
         self._last_version = -1
-        self._orders = _hand_out_orders(plan)
-        self._recipes: dict[int, list[_Recipe]] = {}
         self._written: dict[int, list[Pair]] = {}  # by bucket, of ``into``
         self.restart(version=version)
 
@@ -155,7 +150,8 @@ class Unpacker:
             self._scatter.write(layout, buffer)
             written = self._written.get(layout.index)
             if written is None:  # the tensors are the same in every round
-                whole = [(slot.name, self._scatter.targets[slot.name]) for slot in self._orders[layout.index] if slot.is_tail]
+                steps = self.plan.recipes[layout.index].steps
+                whole = [(name, self._scatter.targets[name]) for slot, name, _, _ in steps if slot.is_tail]
                 written = [pair for name, tensor in whole for pair in ((name, tensor), *self._others(name, tensor))]
                 self._written[layout.index] = written
             return list(written)
@@ -171,10 +167,12 @@ class Unpacker:
         return pairs
 
     def _views(self, layout: BucketLayout, buffer: torch.Tensor) -> list[Pair]:
-        views = Views(buffer)
+        views, recipe = Views(buffer), self.plan.recipes[layout.index]
+        if recipe.wholes is not None and not self._copy:
+            return [pair for dtype, wholes in recipe.wholes for pair in views.pairs(dtype, wholes)]
         tied = self.plan.tied
         pairs: list[Pair] = []
-        for slot, name, shape, strides in self._recipe(layout):
+        for slot, name, shape, strides in recipe.steps:
             if strides is None:
                 joined = join_piece(self._joins, slot, buffer, self._memory)
                 if joined is None:
@@ -193,16 +191,6 @@ class Unpacker:
         """The pairs of the names that are tied to this one."""
         return [(other, tensor) for other in self.plan.tied.get(name, ())]
 
-    def _recipe(self, layout: BucketLayout) -> list[_Recipe]:
-        """What a bucket's tensors are made from, in the order in which they are handed out."""
-        recipe = self._recipes.get(layout.index)
-        if recipe is None:
-            recipe = self._recipes[layout.index] = [
-                (slot, slot.name, slot.spec.shape, None if slot.is_piece else contiguous_strides(slot.spec.shape))
-                for slot in self._orders[layout.index]
-            ]
-        return recipe
-
 
 def _check_ties(plan: BucketPlan, into: Mapping[str, torch.Tensor]) -> None:
     """Raise ``PlanMismatchError`` for a tied name that has a tensor of its own, which nothing would be written into."""
@@ -214,19 +202,6 @@ def _check_ties(plan: BucketPlan, into: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def _hand_out_orders(plan: BucketPlan) -> list[tuple[Slot, ...]]:
-    """For each bucket its slots in the order in which their tensors arrive."""
-    if plan.options.order == "given":
-        return [layout.slots for layout in plan.buckets]
-    rank = {name: place for place, name in enumerate(plan.arrival)}
-    return [tuple(sorted(layout.slots, key=lambda slot: rank[slot.name])) for layout in plan.buckets]
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a contiguous tensor, as torch counts them (a size of 0 counts as 1)."""
-    return tuple(accumulate((max(size, 1) for size in reversed(shape[1:])), mul, initial=1))[::-1] if shape else ()
-
-
 def check_payload(bucket: Bucket, nbytes: int) -> None:
     """Raise ``IntegrityError`` unless the bucket's buffer is ``nbytes`` contiguous bytes."""
     buffer = bucket.buffer
@@ -235,27 +210,6 @@ def check_payload(bucket: Bucket, nbytes: int) -> None:
             f"bucket {bucket.index} has a buffer of {buffer.dtype} with shape {list(buffer.shape)}; "
             f"its layout is {nbytes} contiguous bytes"
         )
-
-
-class Views:
-    """Typed views of one buffer: one view per dtype, from which each tensor is one more step."""
-
-    def __init__(self, buffer: torch.Tensor) -> None:
-        aligned = buffer.storage_offset() % 16 == 0 and buffer.data_ptr() % 16 == 0
-        # A receiver that put its buffer at an odd address still gets tensors; they cannot be views of it.
-        self._buffer = buffer if aligned else buffer.clone()
-        self._typed: dict[torch.dtype, tuple[torch.Tensor, int, int]] = {}
-
-    def tensor(self, slot: Slot, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
-        spec = slot.spec
-        typed = self._typed.get(spec.dtype)
-        if typed is None:
-            itemsize = spec.dtype.itemsize
-            whole = self._buffer.numel() // itemsize * itemsize
-            view = self._buffer[:whole].view(spec.dtype)
-            typed = self._typed[spec.dtype] = (view, int(view.storage_offset()), itemsize)
-        view, start, itemsize = typed
-        return view.as_strided(shape, strides, start + slot.offset // itemsize)
 
 
 def join_piece(

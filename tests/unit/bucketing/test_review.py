@@ -205,7 +205,7 @@ def test_b12_an_error_while_handing_out_leaves_the_bucket_to_be_fed_again(monkey
     for unpacker, buckets in ((Unpacker(plan), list(pack(plan, pairs))), (StreamUnpacker(), list(pack_stream(pairs, 8)))):
         out = [pair for bucket in buckets[:-1] for pair in unpacker.feed(bucket)]
         with monkeypatch.context() as patch:
-            patch.setattr("rollout_core.bucketing.unpacker.Views.tensor", lambda *_: 1 / 0)
+            patch.setattr("rollout_core.bucketing.recipes.Views._of", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 unpacker.feed(buckets[-1])
         with pytest.raises(IncompleteStreamError):
