@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import accumulate
 from operator import mul
 from typing import TypeAlias
 
@@ -31,27 +32,34 @@ class Recipe:
     @classmethod
     def of(cls, slots: Iterable[Slot], tied: Iterable[str]) -> Recipe:
         """Of these slots. ``tied``: the names that have others."""
-        steps = tuple((slot, slot.name, slot.spec.shape, _strides(slot)) for slot in slots)
-        others = set(tied)
-        if any(strides is None or name in others for _, name, _, strides in steps):
-            return cls(steps, None)
-        runs = groupby(steps, key=lambda step: step[0].spec.dtype)
-        return cls(steps, tuple((dtype, tuple(_wholes(run, dtype.itemsize))) for dtype, run in runs))
-
-
-def _strides(slot: Slot) -> tuple[int, ...] | None:
-    return None if slot.is_piece else contiguous_strides(slot.spec.shape)
-
-
-def _wholes(steps: Iterable[Step], itemsize: int) -> Iterator[Whole]:
-    for slot, name, shape, strides in steps:
-        assert strides is not None
-        yield name, shape, strides, slot.offset // itemsize
+        others = frozenset(tied)
+        steps: list[Step] = []
+        runs: list[tuple[torch.dtype, list[Whole]]] = []
+        whole = True
+        for slot in slots:
+            spec, offset = slot.spec, slot.offset
+            name, dtype, shape = spec.name, spec.dtype, spec.shape
+            nbytes, strides = _measures(dtype, shape)
+            if slot.nbytes != nbytes:
+                whole = False
+                steps.append((slot, name, shape, None))
+                continue
+            whole = whole and name not in others
+            steps.append((slot, name, shape, strides))
+            if not runs or runs[-1][0] is not dtype:
+                runs.append((dtype, []))
+            runs[-1][1].append((name, shape, strides, offset // dtype.itemsize))
+        return cls(tuple(steps), tuple((dtype, tuple(run)) for dtype, run in runs) if whole else None)
 
 
 @lru_cache(maxsize=1024)
+def _measures(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """The bytes of a tensor, and its strides. A model has few that differ."""
+    return math.prod(shape) * dtype.itemsize, contiguous_strides(shape)
+
+
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a contiguous tensor, as torch counts them (a size of 0 counts as 1). A model has few shapes."""
+    """The strides of a contiguous tensor, as torch counts them (a size of 0 counts as 1)."""
     return tuple(accumulate((max(size, 1) for size in reversed(shape[1:])), mul, initial=1))[::-1] if shape else ()
 
 

@@ -217,8 +217,8 @@ def _check_device(device: torch.device | str) -> torch.device:
 
 
 def _allocate(nbytes: int, device: torch.device) -> _Memory:
-    """At least so many bytes, in whole large pages. Of 15,231,233,024 bytes, a part of a page more than 7,262, an H200 reads half as
-    fast in the process that maps them as in the one that has them; in whole pages as fast (docs/gpu.md)."""
+    """At least so many bytes, in whole large pages. Of 15,231,233,024 bytes, a part of a page more than 7,262, an H200 reads half
+    as fast in the process that maps them as in the one that has them; in whole pages as fast (docs/gpu.md)."""
     nbytes = -(-nbytes // _PAGE) * _PAGE
     address = ctypes.c_void_p()
     try:
