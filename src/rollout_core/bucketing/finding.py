@@ -67,23 +67,24 @@ class Finder:
 
 def compiled() -> Library | None:
     """The compiled code, where it can be had and sees what it is here for: made when it is first asked for."""
-    found = compiled_or_error()
+    found = compiled_or_reason()
     return found if isinstance(found, Library) else None
 
 
 def why_not_compiled() -> str | None:
     """Why torch is asked instead; None if it is not."""
-    found = compiled_or_error()
-    return None if isinstance(found, Library) else f"{type(found).__name__}: {found}"
+    found = compiled_or_reason()
+    return None if isinstance(found, Library) else found
 
 
 @cache
-def compiled_or_error() -> Library | Exception:
+def compiled_or_reason() -> Library | str:
     try:
         library = Library(ITEMSIZES)
-        return library if _works(library) else RuntimeError("it does not find what it should")
-    except Exception as error:  # whatever another torch, or a compiler, raises
-        return error
+        return library if _works(library) else "it does not find what it should"
+    except Exception as error:  # whatever another torch, or a compiler, raises; kept itself, it would keep its callers' tensors
+        said = getattr(error, "stderr", None) or b""
+        return f"{type(error).__name__}: {error} {said.decode(errors='replace')[-500:]}".rstrip()
 
 
 def _works(library: Library) -> bool:
@@ -91,13 +92,14 @@ def _works(library: Library) -> bool:
     with torch.inference_mode(False):  # whatever is on where it is first asked
         here = torch.device("cpu")
         square = torch.arange(4, dtype=torch.float32, device=here).view(2, 2)
-        freed = square.clone()
-        freed.untyped_storage().resize_(0)
+        freed = [torch.zeros(8, device=here)[skip:][:4].view(2, 2) for skip in (0, 4)]
+        for tensor in freed:
+            tensor.untyped_storage().resize_(0)
         finder = Finder(library, [square.dtype] * 2, [(2, 2)] * 2, here)
         like = [square, torch.nn.Parameter(square[:1].expand(2, 2).contiguous())]
         others: tuple[Any, ...] = (
             *(square.t(), square.view(4), square[:1], square.view(torch.int32), square.to("meta"), square.double()),
-            *(torch._neg_view(square), freed, square.to_sparse(), square.expand(2, 2, 2)[0].t(), torch.Tensor, None),
+            *(torch._neg_view(square), *freed, square.to_sparse(), square.expand(2, 2, 2)[0].t(), torch.Tensor, None),
         )
         found = finder.addresses(like)
         if found is None or found.tolist() != [tensor.data_ptr() for tensor in like]:

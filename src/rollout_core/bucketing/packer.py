@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
 from concurrent.futures import Executor
 from itertools import islice
@@ -129,7 +130,7 @@ class Packer:
 
     def _expect_keys(self, mapping: Mapping[str, torch.Tensor]) -> None:
         """Raise ``PlanMismatchError`` unless the mapping has the plan's names and no other."""
-        if isinstance(mapping, dict) and list(mapping) == self._names:  # the common case: nothing is looked up
+        if type(mapping) in (dict, OrderedDict) and list(mapping) == self._names:  # the common case: nothing is looked up
             return
         # Not "in mapping": a lazy mapping may load the tensor to answer.
         keys = mapping.keys() if isinstance(mapping, dict) else set(mapping)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TypeAlias
 
@@ -111,6 +111,10 @@ class BucketPlan:
         difference = first_difference(self, other)
         if difference is not None:
             raise PlanMismatchError(f"the two sides have different plans: {difference}")
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what is worked out of it, which is as large."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __str__(self) -> str:
         return (

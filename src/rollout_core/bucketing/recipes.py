@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -30,9 +30,8 @@ class Recipe:
     wholes: tuple[tuple[torch.dtype, tuple[Whole, ...]], ...] | None
 
     @classmethod
-    def of(cls, slots: Iterable[Slot], tied: Iterable[str]) -> Recipe:
+    def of(cls, slots: Iterable[Slot], tied: Container[str]) -> Recipe:
         """Of these slots. ``tied``: the names that have others."""
-        others = frozenset(tied)
         steps: list[Step] = []
         runs: list[tuple[torch.dtype, list[Whole]]] = []
         whole = True
@@ -44,7 +43,7 @@ class Recipe:
                 whole = False
                 steps.append((slot, name, shape, None))
                 continue
-            whole = whole and name not in others
+            whole = whole and name not in tied
             steps.append((slot, name, shape, strides))
             if not runs or runs[-1][0] is not dtype:
                 runs.append((dtype, []))

@@ -20,8 +20,9 @@ import torch
 
 Integers = npt.NDArray[np.int64]
 _SOURCE: Final = Path(__file__).with_name("many.c")
-#: Below lie tensors whose storage was freed, as their address is their offset; and the heap of some builds of Python.
-LOW: Final = 1 << 33
+#: Below lie tensors whose storage was freed, as their address is their offset, of 4 TiB at most; and the heap of some builds of
+#: Python, and what CUDA reserves for segments that grow.
+LOW: Final = 1 << 42
 _SECONDS: Final = 60.0  # for the compiler, which takes a tenth of one
 
 

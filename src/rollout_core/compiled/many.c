@@ -1,7 +1,7 @@
 /* Many tensors: where they lie, and whether each is what it has to be, by DLPack's C exchange API; and their bytes into one buffer.
 
-   The structures are those of DLPack 1.3 (dlpack.h, github.com/dmlc/dlpack). Of Python its stable ABI is used, and no header: a
-   compiler is more often there than the headers of the Python that runs. */
+   The structures are those of DLPack 1.3 (dlpack.h, github.com/dmlc/dlpack). Of Python exported functions are used, and the head
+   of an object, which its stable ABI fixes, and no header: a compiler is more often there than the headers of the Python that runs. */
 
 #include <stdint.h>
 #include <stddef.h>
@@ -100,7 +100,7 @@ static int is_nowhere(Object *storage_offset, Object *row, const Wanted *wanted,
     Object *said = PyObject_CallOneArg(storage_offset, row);
     int64_t offset = said ? PyLong_AsLongLong(said) : -1;
     Py_DecRef(said);
-    return offset < 0 || address == offset * (wanted->bits * wanted->lanes / 8);
+    return offset < 0 || address <= offset * (wanted->bits * wanted->lanes / 8);
 }
 
 /* How many rows of a list, from the first on, are contiguous tensors of one of two types, as wanted, on the device, and not lazily

@@ -11,8 +11,9 @@ import weakref
 import pytest
 import torch
 
+from rollout_core.bucketing import Packer, plan_buckets, specs_of
 from rollout_core.bucketing.dtypes import ITEMSIZES
-from rollout_core.bucketing.finding import Finder, compiled_or_error, why_not_compiled
+from rollout_core.bucketing.finding import Finder, compiled_or_reason, why_not_compiled
 from rollout_core.compiled import library
 from support.in_place import CHANGES, square
 
@@ -22,9 +23,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecat
 
 @pytest.fixture
 def compiled_anew():
-    compiled_or_error.cache_clear()
+    compiled_or_reason.cache_clear()
     yield
-    compiled_or_error.cache_clear()
+    compiled_or_reason.cache_clear()
 
 
 def finder(*tensors):
@@ -234,6 +235,25 @@ def test_without_what_it_needs_torch_is_asked(missing, monkeypatch, compiled_ane
             monkeypatch.setattr(library.Library, "gather", lambda *rest: None)
     assert finder(square(), square()) is None
     assert why_not_compiled()
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, compiled_anew):
+    monkeypatch.setenv("CC", "cc -no-such-option")
+    assert "no-such-option" in why_not_compiled().partition("exit status")[2]
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_b15_without_a_compiler_no_tensor_is_kept(compiler, monkeypatch, compiled_anew):
+    monkeypatch.setenv("CC", compiler)
+    pairs = [(f"w{i}", square()) for i in range(100)]
+    packer = Packer(plan_buckets(specs_of(pairs), 1 << 20))
+    for _ in range(3):
+        list(packer.pack(pairs))
+    refs = [weakref.ref(packer), *(weakref.ref(tensor) for _, tensor in pairs)]
+    del packer, pairs
+    gc.collect()
+    assert why_not_compiled()
+    assert [ref for ref in refs if ref() is not None] == []
 
 
 def test_a_compiler_without_headers_of_python_or_a_c_library(monkeypatch, compiled_anew):

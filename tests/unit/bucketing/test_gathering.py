@@ -147,7 +147,21 @@ def test_a_tensor_whose_storage_was_freed_is_refused(count, skip, capacity):
             list(kept.pack(pairs))
 
 
-def test_an_interpreter_whose_heap_is_low_is_served_all_the_same(monkeypatch):
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_freed_tensor_far_into_a_large_storage_is_refused(rounds):
+    """As one of many views of a flat parameter. The storage is never touched, but for its views."""
+    flat = torch.empty(9 << 30, dtype=torch.uint8)
+    start = (1 << 33) + 4096
+    pairs = [(f"w{i}", flat[at : at + 64].view(torch.float32).zero_()) for i, at in enumerate(range(start, start + 6400, 64))]
+    packer = Packer(plan_buckets(specs_of(pairs), 1 << 20))
+    for _ in range(rounds):
+        list(packer.pack(pairs))
+    flat.untyped_storage().resize_(0)
+    with pytest.raises(SourceError, match="has no memory"):
+        list(packer.pack(pairs))
+
+
+def test_an_interpreter_whose_heap_is_low_is_served_all_the_same(monkeypatch, filled):
     """Where an address says nothing, the storage does."""
     monkeypatch.setattr("rollout_core.bucketing.copying.LOW", 1 << 62)
     monkeypatch.setattr("rollout_core.compiled.library.LOW", 1 << 62)
@@ -156,6 +170,7 @@ def test_an_interpreter_whose_heap_is_low_is_served_all_the_same(monkeypatch):
     packer = Packer(plan)
     for _ in range(3):
         assert images_of(packer, pairs) == expected(plan, pairs)
+    assert filled == [True, True]
     pairs[7][1].untyped_storage().resize_(0)
     with pytest.raises(SourceError, match="tensor 'w7' has no memory"):
         list(packer.pack(pairs))
@@ -182,8 +197,10 @@ def test_jobs_for_other_executors_are_torchs(filled):
 def test_a_buffer_without_memory_is_not_written():
     pairs = some_tensors(3, 100)
     (layout,) = plan_buckets(specs_of(pairs), 1 << 20).buckets
-    elsewhere = torch.empty(layout.nbytes, dtype=torch.uint8, device="meta")
-    assert Gathering.of(layout).fill(elsewhere, [tensor for _, tensor in pairs], None) is False
+    freed = torch.empty(layout.nbytes, dtype=torch.uint8)
+    freed.untyped_storage().resize_(0)
+    for buffer in (freed, torch.empty(layout.nbytes, dtype=torch.uint8, device="meta")):
+        assert Gathering.of(layout).fill(buffer, [tensor for _, tensor in pairs], None) is False
 
 
 def test_a_packer_that_has_gathered_can_be_copied(filled):
