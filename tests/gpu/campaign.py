@@ -72,6 +72,7 @@ LOAD = (
     "--device cuda --dtype bfloat16 --graphs --capacity 2048 --concurrency 64 --requests 64 --repeats 3 "
     "--prompt-tokens 128 --response-tokens 64"
 )
+MOE = f"--shape Qwen3-30B-A3B --layers 24 {LOAD.replace('--graphs ', '')}"
 CONTRACT = "tests/engines/contract"
 SERVERS = "test_w4_no_request or test_workers_share or test_a_model_of_another or test_w7"
 TASKS = (
@@ -100,7 +101,8 @@ TASKS = (
     suite("sglang", "sglang", "tests/gpu/sglang/test_sglang_cuda.py", alone=True),
     bench("rollout-sglang-7b", "sglang", f"rollout --worker sglang --shape Qwen2.5-7B {LOAD}"),
     bench("sync-moe", "vllm", "sync --shape Qwen3-30B-A3B --layers 24", most=120),
-    bench("rollout-vllm-moe", "vllm", f"rollout --worker vllm --shape Qwen3-30B-A3B --layers 24 {LOAD.replace('--graphs ', '')}"),
+    bench("rollout-vllm-moe", "vllm", f"rollout --worker vllm {MOE}"),
+    bench("rollout-sglang-moe", "sglang", f"rollout --worker sglang {MOE}"),
     suite("vllm-fp8", "vllm", "tests/gpu/vllm/test_vllm_fp8.py"),
     suite("sglang-fp8", "sglang", "tests/gpu/sglang/test_sglang_fp8.py"),
     suite("vllm-contract", "vllm", CONTRACT, "-k", "vllm-tied or vllm-untied"),
