@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ _SOURCE: Final = Path(__file__).with_name("many.c")
 #: Below lie tensors whose storage was freed, as their address is their offset, of 4 TiB at most; and the heap of some builds of
 #: Python, and what CUDA reserves for segments that grow.
 LOW: Final = 1 << 42
+_POINTER: Final = ctypes.sizeof(ctypes.c_void_p)
 _SECONDS: Final = 60.0  # for the compiler, which takes a tenth of one
 
 
@@ -74,12 +75,13 @@ class Library:
             raise RuntimeError(f"DLPack {api.major}.{api.minor}")
         self._describe: int = api.dltensor_from_py_object_no_sync
         holding, releasing = _load()
+        self._storage = storage_place()
         pointers, integers, objects = ctypes.c_void_p, ctypes.c_int32, ctypes.py_object
         self._addresses, self._gather = holding.addresses, releasing.gather
         self._addresses.restype, self._gather.restype = ctypes.c_int64, None
         self._addresses.argtypes = [
             *(pointers, objects, objects, objects, objects, objects, objects, ctypes.c_int64),
-            *(pointers, pointers, integers, integers, ctypes.c_int64, pointers),
+            *(pointers, pointers, integers, integers, ctypes.c_int64, integers, pointers),
         ]
         self._gather.argtypes = [pointers, pointers, pointers, ctypes.c_int64, pointers]
         found = {dtype: self._name(dtype) for dtype in dtypes if not dtype.is_complex}
@@ -110,12 +112,30 @@ class Library:
         if type(rows) is not list:
             return 0
         asked = (torch.Tensor.is_neg, False, torch.Tensor.storage_offset, torch.Tensor, torch.nn.Parameter)
-        done: int = self._addresses(self._describe, *asked, rows, count, wanted, sizes, kind, index, LOW, found.ctypes.data)
+        there = (wanted, sizes, kind, index, LOW, self._storage, found.ctypes.data)
+        done: int = self._addresses(self._describe, *asked, rows, count, *there)
         return done
 
     def gather(self, sources: Integers, places: Integers, sizes: Integers, target: int) -> None:
         """Copy ``sizes`` bytes from these addresses to ``places`` bytes after ``target``. Other threads run meanwhile."""
         self._gather(sources.ctypes.data, places.ctypes.data, sizes.ctypes.data, len(sizes), target)
+
+
+def storage_place() -> int:
+    """Bytes from the beginning of torch's structure of a tensor to its pointer to the storage, for who wants to have that fetched;
+    0 if it is not found, or the structure is not where the code looks for it: behind the head of the tensor's object."""
+    tensor: Any = torch.zeros(1, device="cpu")
+    try:
+        inner, storage = tensor._cdata, tensor.untyped_storage()._cdata
+    except Exception:  # they are torch's own
+        return 0
+    if torch.Tensor.__basicsize__ < object.__basicsize__ + _POINTER or _word(id(tensor) + object.__basicsize__) != inner:
+        return 0
+    return next((place for place in range(_POINTER, 5 * _POINTER, _POINTER) if _word(inner + place) == storage), 0)
+
+
+def _word(address: int) -> int:
+    return ctypes.c_size_t.from_address(address).value
 
 
 def _load() -> tuple[ctypes.PyDLL, ctypes.CDLL]:

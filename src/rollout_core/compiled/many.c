@@ -42,22 +42,31 @@ typedef struct {
     int64_t first;
 } Wanted;
 
-enum { AHEAD = 32, NEAR = 16, LINES = 4, LINE = 64 };
+enum { FAR = 48, AHEAD = 32, NEAR = 16, LINES = 4, LINE = 64 };
 
-/* The memory of a row is far away, once there are thousands, and there is nothing else to do until it comes. */
-static void prefetch(Object *rows, Size i, Size count, const Object *kind)
+#if defined(__GNUC__)
+static Object *row_of(Object *rows, Size i, Size count, const Object *kind)
+{
+    Object *row = i < count ? PyList_GetItem(rows, i) : NULL;
+    return row && row->type == kind ? row : NULL;
+}
+#endif
+
+/* The memory of a row is far away, once there are thousands, and there is nothing else to do until it comes: the object, the
+   tensor that it points to behind its head, and the storage that this points to `storage` bytes from its beginning. */
+static void prefetch(Object *rows, Size i, Size count, const Object *kind, int32_t storage)
 {
 #if defined(__GNUC__)
-    if (i + AHEAD < count)
-        __builtin_prefetch(PyList_GetItem(rows, i + AHEAD));
-    Object *near = i + NEAR < count ? PyList_GetItem(rows, i + NEAR) : NULL;
-    if (near && near->type == kind) {
-        /* torch keeps the pointer to its own structure behind the object's head. Were it elsewhere, this would be of no use, and
-           do no harm: what is prefetched need not exist. */
-        const char *inner = *(char *const *)(near + 1);
-        for (int line = 0; line < LINES; line++)
-            __builtin_prefetch(inner + line * LINE);
-    }
+    if (i + FAR < count)
+        __builtin_prefetch(PyList_GetItem(rows, i + FAR));
+    Object *ahead = row_of(rows, i + AHEAD, count, kind);
+    for (int line = 0; ahead && line < LINES; line++)
+        __builtin_prefetch(*(char *const *)(ahead + 1) + line * LINE);
+    Object *near = storage ? row_of(rows, i + NEAR, count, kind) : NULL;
+    if (near)
+        __builtin_prefetch(*(char *const *)(*(char *const *)(near + 1) + storage));
+#else
+    (void)rows, (void)i, (void)count, (void)kind, (void)storage;
 #endif
 }
 
@@ -105,17 +114,18 @@ static int is_nowhere(Object *storage_offset, Object *row, const Wanted *wanted,
 
 /* How many rows of a list, from the first on, are contiguous tensors of one of two types, as wanted, on the device, and not lazily
    negated, and have memory; their addresses go to `out`. `describe` is the exchange API's, `is_neg` and `storage_offset` are
-   torch.Tensor's, `no` is Python's False. No memory lies below `low` that is not looked at. */
+   torch.Tensor's, `no` is Python's False. No memory lies below `low` that is not looked at. `storage`: see
+   prefetch; 0 if it is not known. */
 int64_t addresses(void *describe, Object *is_neg, Object *no, Object *storage_offset, Object *tensor_type, Object *parameter_type,
                   Object *rows, int64_t count, const Wanted *wanted, const int64_t *sizes, int32_t device_type, int32_t device_id,
-                  int64_t low, int64_t *out)
+                  int64_t low, int32_t storage, int64_t *out)
 {
     int64_t i = 0;
     for (; i < count && i < PyList_Size(rows); i++) {
         Object *row = PyList_GetItem(rows, i);
         if (row->type != tensor_type && row->type != parameter_type)
             break;
-        prefetch(rows, i, PyList_Size(rows), row->type);
+        prefetch(rows, i, PyList_Size(rows), row->type, storage);
         if (!is_wanted((Describe)describe, row, &wanted[i], sizes, device_type, device_id, &out[i]))
             break;
         Py_IncRef(row); /* the calls may run what a mode of torch's adds to them */

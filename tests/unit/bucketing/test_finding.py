@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import subprocess
 import sysconfig
 import weakref
@@ -235,6 +236,30 @@ def test_without_what_it_needs_torch_is_asked(missing, monkeypatch, compiled_ane
             monkeypatch.setattr(library.Library, "gather", lambda *rest: None)
     assert finder(square(), square()) is None
     assert why_not_compiled()
+
+
+def test_where_torch_keeps_storages_is_found_or_not_guessed(monkeypatch):
+    """It only makes finding quicker."""
+    assert library.storage_place() > 0
+    for hidden in (lambda self: 1 / 0, lambda self: 64):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "_cdata", property(hidden), raising=False)
+            assert library.storage_place() == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "_cdata", property(lambda self: 64), raising=False)
+        assert library.storage_place() == 0
+
+
+def test_thousands_are_found_wherever_they_lie():
+    """What is fetched before it is asked for is no tensor's end, and no row's of another kind."""
+    tensors = [torch.zeros(3) for _ in range(5000)]
+    random.Random(3).shuffle(tensors)
+    tensors[2500] = torch.nn.Parameter(tensors[2500])
+    known = finder(*tensors)
+    assert known.addresses(tensors).tolist() == [tensor.data_ptr() for tensor in tensors]
+    for place, other in ((4999, None), (3000, 7), (2501, torch.zeros(3, 1)), (10, torch.zeros(3).to_sparse())):
+        changed = [*tensors[:place], other, *tensors[place + 1 :]]
+        assert known.addresses(changed) is None
 
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch, compiled_anew):
