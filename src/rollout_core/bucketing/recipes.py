@@ -34,30 +34,27 @@ class Recipe:
         """Of these slots. ``tied``: the names that have others."""
         steps: list[Step] = []
         runs: list[tuple[torch.dtype, list[Whole]]] = []
-        whole = True
+        plain = True
         for slot in slots:
-            spec, offset = slot.spec, slot.offset
+            spec = slot.spec
             name, dtype, shape = spec.name, spec.dtype, spec.shape
             nbytes, strides = _measures(dtype, shape)
-            if slot.nbytes != nbytes:
-                whole = False
-                steps.append((slot, name, shape, None))
-                continue
-            whole = whole and name not in tied
-            steps.append((slot, name, shape, strides))
+            is_whole = slot.nbytes == nbytes
+            plain = plain and is_whole and name not in tied
+            steps.append((slot, name, shape, strides if is_whole else None))
             if not runs or runs[-1][0] is not dtype:
                 runs.append((dtype, []))
-            runs[-1][1].append((name, shape, strides, offset // dtype.itemsize))
-        return cls(tuple(steps), tuple((dtype, tuple(run)) for dtype, run in runs) if whole else None)
+            runs[-1][1].append((name, shape, strides, slot.offset // dtype.itemsize))
+        return cls(tuple(steps), tuple((dtype, tuple(run)) for dtype, run in runs) if plain else None)
 
 
 @lru_cache(maxsize=1024)
 def _measures(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     """The bytes of a tensor, and its strides. A model has few that differ."""
-    return math.prod(shape) * dtype.itemsize, contiguous_strides(shape)
+    return math.prod(shape) * dtype.itemsize, _contiguous_strides(shape)
 
 
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a contiguous tensor, as torch counts them (a size of 0 counts as 1)."""
     return tuple(accumulate((max(size, 1) for size in reversed(shape[1:])), mul, initial=1))[::-1] if shape else ()
 

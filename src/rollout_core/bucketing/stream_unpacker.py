@@ -8,11 +8,10 @@ import torch
 
 from rollout_core.bucketing.bucket import check_sealed, check_version, verify
 from rollout_core.bucketing.placement import BucketLayout, Slot
-from rollout_core.bucketing.recipes import Views, contiguous_strides
+from rollout_core.bucketing.recipes import Recipe
 from rollout_core.bucketing.sources import Pair
 from rollout_core.bucketing.stream_header import StreamBucket, chain_digest, decode_header, require
-from rollout_core.bucketing.tensors import own_copy
-from rollout_core.bucketing.unpacker import JoinMemory, check_payload, drop_joined, join_piece
+from rollout_core.bucketing.unpacker import JoinMemory, check_payload, drop_joined, hand_out
 from rollout_core.errors import DuplicateNameError, IncompleteStreamError, IntegrityError, PlanMismatchError
 
 
@@ -81,7 +80,8 @@ class StreamUnpacker:
         check_payload(bucket, layout.nbytes)
         if self._verify:
             verify(bucket)
-        pairs = self._hand_out(layout, tied, bucket.buffer)
+        recipe = Recipe.of(layout.slots, tied)
+        pairs = hand_out(recipe, bucket.buffer, tied, joins=self._joins, memory=self._memory, copy=self._copy)
         self._next, self._chain, self._version = self._next + 1, chain, bucket.version
         self._awaited, self._ended = awaited, header.last
         self._names |= names
@@ -116,18 +116,3 @@ class StreamUnpacker:
             self._awaited_names = tied.get(slot.name, [])
         require(not (last and awaited is not None), f"the stream's last bucket leaves {awaited and awaited.name!r} incomplete")
         return names, awaited
-
-    def _hand_out(self, layout: BucketLayout, tied: dict[str, list[str]], buffer: torch.Tensor) -> list[Pair]:
-        views = Views(buffer)
-        pairs: list[Pair] = []
-        for slot in layout.slots:
-            if slot.is_piece:
-                tensor = join_piece(self._joins, slot, buffer, self._memory)
-                if tensor is None:
-                    continue
-            else:
-                tensor = views.tensor(slot, slot.spec.shape, contiguous_strides(slot.spec.shape))
-                if self._copy:
-                    tensor = own_copy(tensor)
-            pairs += [(name, tensor) for name in (slot.name, *tied.get(slot.name, ()))]
-        return pairs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from rollout_core.bucketing.bucket import Bucket, check_sealed, check_version, verify
 from rollout_core.bucketing.placement import BucketLayout, Slot
 from rollout_core.bucketing.plan import BucketPlan
-from rollout_core.bucketing.recipes import Views
+from rollout_core.bucketing.recipes import Recipe, Views
 from rollout_core.bucketing.scatter import Scatter
 from rollout_core.bucketing.sources import Pair
 from rollout_core.bucketing.specs import TensorSpec
@@ -152,7 +152,7 @@ class Unpacker:
             if written is None:  # the tensors are the same in every round
                 steps = self.plan.recipes[layout.index].steps
                 whole = [(name, self._scatter.targets[name]) for slot, name, _, _ in steps if slot.is_tail]
-                written = [pair for name, tensor in whole for pair in ((name, tensor), *self._others(name, tensor))]
+                written = [pair for name, tensor in whole for pair in _named(name, tensor, self.plan.tied)]
                 self._written[layout.index] = written
             return list(written)
         if self._kept is None:
@@ -167,29 +167,8 @@ class Unpacker:
         return pairs
 
     def _views(self, layout: BucketLayout, buffer: torch.Tensor) -> list[Pair]:
-        views, recipe = Views(buffer), self.plan.recipes[layout.index]
-        if recipe.wholes is not None and not self._copy:
-            return [pair for dtype, wholes in recipe.wholes for pair in views.pairs(dtype, wholes)]
-        tied = self.plan.tied
-        pairs: list[Pair] = []
-        for slot, name, shape, strides in recipe.steps:
-            if strides is None:
-                joined = join_piece(self._joins, slot, buffer, self._memory)
-                if joined is None:
-                    continue
-                tensor = joined
-            else:
-                tensor = views.tensor(slot, shape, strides)
-                if self._copy:
-                    tensor = own_copy(tensor)
-            pairs.append((name, tensor))
-            if tied and name in tied:
-                pairs += self._others(name, tensor)
-        return pairs
-
-    def _others(self, name: str, tensor: torch.Tensor) -> list[Pair]:
-        """The pairs of the names that are tied to this one."""
-        return [(other, tensor) for other in self.plan.tied.get(name, ())]
+        recipe = self.plan.recipes[layout.index]
+        return hand_out(recipe, buffer, self.plan.tied, joins=self._joins, memory=self._memory, copy=self._copy)
 
 
 def _check_ties(plan: BucketPlan, into: Mapping[str, torch.Tensor]) -> None:
@@ -210,6 +189,40 @@ def check_payload(bucket: Bucket, nbytes: int) -> None:
             f"bucket {bucket.index} has a buffer of {buffer.dtype} with shape {list(buffer.shape)}; "
             f"its layout is {nbytes} contiguous bytes"
         )
+
+
+def hand_out(
+    recipe: Recipe,
+    buffer: torch.Tensor,
+    tied: Mapping[str, Sequence[str]],
+    *,
+    joins: dict[str, torch.Tensor],
+    memory: JoinMemory | None,
+    copy: bool,
+) -> list[Pair]:
+    """The pairs that a bucket completes, each tensor under its own name and those ``tied`` to it. ``joins``: the split tensors that
+    are not whole yet."""
+    views = Views(buffer)
+    if recipe.wholes is not None and not copy:
+        return [pair for dtype, wholes in recipe.wholes for pair in views.pairs(dtype, wholes)]
+    pairs: list[Pair] = []
+    for slot, name, shape, strides in recipe.steps:
+        if strides is None:
+            joined = join_piece(joins, slot, buffer, memory)
+            if joined is None:
+                continue
+            tensor = joined
+        else:
+            tensor = views.tensor(slot, shape, strides)
+            if copy:
+                tensor = own_copy(tensor)
+        pairs += _named(name, tensor, tied)
+    return pairs
+
+
+def _named(name: str, tensor: torch.Tensor, tied: Mapping[str, Sequence[str]]) -> list[Pair]:
+    """The tensor under its name and those that are tied to it."""
+    return [(each, tensor) for each in (name, *tied.get(name, ()))]
 
 
 def join_piece(

@@ -95,7 +95,7 @@ static int is_wanted(Describe describe, Object *row, const Wanted *wanted, const
     return tensor.device_type == device_type && tensor.device_id == device_id && fits(&tensor, wanted, sizes);
 }
 
-/* Whether a method of torch.Tensor's says so: of is_neg `answer`, which is False or True. */
+/* Whether a method of torch.Tensor's answers just this of a row. */
 static int says(Object *method, Object *row, const Object *answer)
 {
     Object *said = PyObject_CallOneArg(method, row);
