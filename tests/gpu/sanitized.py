@@ -52,7 +52,7 @@ def right() -> None:
             for _ in range(2):
                 buckets = list(packer.pack(pairs))
             into = {name: torch.empty_like(tensor, memory_format=torch.contiguous_format) for name, tensor in pairs}
-            unpacker = Unpacker(plan, into=into)
+            unpacker = Unpacker(plan, into=into, verify=digest is not None)
             for bucket in buckets:
                 unpacker.feed(bucket)
             unpacker.close()

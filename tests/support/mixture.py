@@ -8,7 +8,7 @@ import transformers
 from support.engines import POSITIONS
 
 
-def make_mixture(positions=POSITIONS):
+def make_mixture(positions=POSITIONS, head_dim=32):
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
         vocab_size=300,
@@ -18,7 +18,7 @@ def make_mixture(positions=POSITIONS):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=head_dim,
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,

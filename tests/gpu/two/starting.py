@@ -14,8 +14,15 @@ def start(folder):
     from gpu.small import POSITIONS
     from rollout_core.workers import SGLangWorker
 
-    # A cache of its own size, whatever share of the memory others take while this starts.
-    options = {**OPTIONS, "tp_size": 2, "mem_fraction_static": 0.8, "max_total_tokens": 1 << 16}
+    options = {
+        **OPTIONS,
+        "tp_size": 2,
+        # A cache of its own size, whatever share of the memory others take while this starts.
+        "mem_fraction_static": 0.8,
+        "max_total_tokens": 1 << 16,
+        # For mixtures it compiles CUDA code at its first start, for minutes, and wants multicast over NVLink.
+        "enforce_disable_flashinfer_allreduce_fusion": True,
+    }
     return SGLangWorker(
         str(folder),
         device="cuda",

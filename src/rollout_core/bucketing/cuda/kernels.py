@@ -243,10 +243,12 @@ def gather_parts(
 
 @triton.jit(do_not_specialize=["source", "words_in_all", "blocks"])
 def digest_aligned(source, words_in_all, blocks, partials):
-    """The lanes of ``words_in_all`` words, a multiple of 4, at ``source``: each program's part goes to ``partials``."""
+    """The lanes of ``words_in_all`` words, a multiple of 4, at ``source``: each program's part goes to ``partials``. The last block
+    comes first: who has just written a buffer, or is to read it next, does so from its beginning, and the GPU's cache has the rest."""
     word = _word()
     lanes = _no_lanes()
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+    for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        block = blocks - 1 - i
         start = block * tl.full((), SIZE // 4, tl.int64)
         words = tl.load(_vectors(source) + start + word, mask=word < tl.multiple_of(words_in_all - start, 4), other=0)
         lanes = _add_block(lanes, words, block)
