@@ -244,7 +244,7 @@ def gather_parts(
 @triton.jit(do_not_specialize=["source", "words_in_all", "blocks"])
 def digest_aligned(source, words_in_all, blocks, partials):
     """The lanes of ``words_in_all`` words, a multiple of 4, at ``source``: each program's part goes to ``partials``. The last block
-    comes first: who has just written a buffer, or is to read it next, does so from its beginning, and the GPU's cache has the rest."""
+    comes first: the GPU's cache has the end of a buffer that was just written, and then the beginning for who reads it next."""
     word = _word()
     lanes = _no_lanes()
     for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
