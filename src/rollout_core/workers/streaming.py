@@ -26,8 +26,9 @@ from rollout_core.workers.media import data_in
 
 #: Seconds that requests which are cancelled have to let go of what they hold.
 _LAST: Final = 2.0
-#: Seconds between two calls to an engine to end a request: one that it has not taken in yet it does not know.
-_AGAIN: Final = 0.05
+#: Seconds to the next call to an engine to end a request, twice as many each time up to the last: one that it has not taken in yet
+#: it does not know.
+_AGAIN: Final = (0.05, 0.4)
 
 T = TypeVar("T")
 
@@ -331,6 +332,7 @@ class StreamingEngine(ABC):
     async def _landed(self, flights: list[Flight], *, call: bool = False) -> None:
         """Until none of these is in the air; ``call``: have the engine end them, within the timeout."""
         end = self._loop.time() + self._timeout
+        again, most = _AGAIN
         while tasks := {flight.task: flight for flight in flights if flight.task is not None}:
             if call:
                 late: Exception | None = TimeoutError() if self._loop.time() > end else None
@@ -341,7 +343,8 @@ class StreamingEngine(ABC):
                 if late is not None:
                     self._lose(list(tasks.values()), late)
                     return
-            await asyncio.wait(tasks, timeout=_AGAIN if call else None)
+            await asyncio.wait(tasks, timeout=again if call else None)
+            again = min(2 * again, most)
 
     def _lose(self, flights: list[Flight], error: Exception) -> None:
         why = (

@@ -13,25 +13,33 @@ import torch
 
 from rollout_core.errors import PlanMismatchError, TransferError, WorkerError
 from rollout_core.workers import SamplingParams, SGLangServerWorker, VLLMServerWorker
-from support.engines import ENGINE, changed, make_model, running_server
+from support.engines import ENGINE, VLLM_CACHE, changed, make_model, running_server
 
 WORKER = {"vllm": VLLMServerWorker, "sglang": SGLangServerWorker}[ENGINE]
 LONG = SamplingParams(response_length=200, ignore_eos=True)
 SHORT = SamplingParams(response_length=8, ignore_eos=True)
 PROMPTS = [[5], [17, 3, 60], [9, 2, 2, 12]]
+POSITIONS = 10_000
+ENDLESS = SamplingParams(response_length=9_900, ignore_eos=True)
+LONGER = {
+    "vllm": [f"--max-model-len={POSITIONS}", f"--kv-cache-memory-bytes={4 * VLLM_CACHE}"],
+    "sglang": [f"--context-length={POSITIONS}", "--max-total-tokens=32768", "--enable-metrics"],
+}[ENGINE]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    make_model(tied=True).save_pretrained(folder)
+    model = make_model(tied=True)
+    model.config.max_position_embeddings = POSITIONS
+    model.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with running_server(ENGINE, folder) as server:
+    with running_server(ENGINE, folder, LONGER) as server:
         yield server
 
 
@@ -48,22 +56,41 @@ def running_in(server):
     return sum(map(int, counts))
 
 
-def settled(server, seconds=60):
+def generated(server):
+    """Tokens that it has sampled since it was started; SGLang counts those of a request when it ends."""
+    text = urllib.request.urlopen(f"{server.url}/metrics", timeout=10).read().decode()
+    return sum(map(float, re.findall(rf"^{ENGINE}:generation_tokens_total\{{[^}}]*\}} (\S+)", text, re.MULTILINE)))
+
+
+def eventually(holds, seconds=60):
+    """A server's figures are of its last report."""
     end = time.monotonic() + seconds
-    while running_in(server) and time.monotonic() < end:
-        time.sleep(0.1)  # its figures are of its last report
-    return running_in(server) == 0
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.1)
+    return holds()
 
 
-def test_w4_no_request_is_left_in_the_server(server):
+def settled(server):
+    return eventually(lambda: running_in(server) == 0)
+
+
+@pytest.mark.parametrize("way", ["aborted", "closed"])
+def test_w4_no_request_is_left_in_the_server(server, way):
+    """Neither of those that are aborted nor of those whose worker is closed. On an idle machine they would take half a minute to
+    end by themselves, and tokens tell if they were let."""
     with WORKER(server.url, timeout=30) as worker:
-        futures = worker.submit(PROMPTS * 4, LONG)
-        wait(futures, timeout=0.2)
-        worker.abort()
-        assert {future.result(0).status for future in futures} <= {"aborted", "length"}
-        assert settled(server)
-        worker.submit(PROMPTS * 4, LONG)
-    assert settled(server), "the worker was closed with requests under way"
+        before = generated(server)
+        worker.generate(PROMPTS, SHORT)
+        assert eventually(lambda: generated(server) - before >= SHORT.response_length * len(PROMPTS)), "tokens are not counted"
+        futures = worker.submit(PROMPTS, ENDLESS)
+        assert eventually(lambda: running_in(server) == len(PROMPTS))
+        if way == "aborted":
+            worker.abort()
+            assert {future.result(0).status for future in futures} == {"aborted"}
+            assert settled(server)
+    assert {future.result(0).status for future in futures} <= {"aborted", "failed"}
+    assert settled(server)
+    assert generated(server) - before < ENDLESS.response_length * len(PROMPTS) / 2
 
 
 def test_workers_share_a_server_and_each_may_update_it(server):

@@ -186,3 +186,30 @@ def test_w4_once_something_was_heard_of_pictures_an_end_is_told_at_once(serve, f
     assert [token for one in found for token in one.token_ids] == [5, 6]
     assert told[0] < 1.0
     engine.close()
+
+
+def test_w4_ends_are_told_side_by_side(serve, folder):
+    """A server answers neither call before it has both."""
+
+    class Slow(Stand):
+        calls = threading.Barrier(2, timeout=5)
+
+        def __call__(self, line, asked):
+            if "/abort_request" in asked.line:
+                self.calls.wait()
+            return super().__call__(line, asked)
+
+    def generate(stand, request):
+        asked.append(request["rid"])
+        stand.aborted.wait(5)
+        return [answer(5, {"type": "abort", "status_code": None}), "[DONE]"]
+
+    asked, found = [], []
+    engine = made(serve, Slow(folder, "0.5.23", generate))
+    requests = [Request(key=key, prompt=PROMPT, place=0, sample=0, media=[]) for key in (1, 2)]
+    engine.submit(Group(SamplingParams(response_length=8, ignore_eos=True), requests, 8))
+    while len(asked) < 2:
+        engine._run(server.asyncio.sleep(0.01))
+    engine.abort(None, found.extend)
+    assert {one.key: one.status for one in found if one.status} == {1: "aborted", 2: "aborted"}
+    engine.close()

@@ -25,6 +25,8 @@ from rollout_core.workers.sglang.features import Features, room_of
 _ENVIRONMENT: Final = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
 #: Seconds in which a server has sent a request with pictures on to its scheduler, or has heard of its first token.
 _SENT_ON: Final = 2.0
+#: Calls that are under way at once to end requests.
+_AT_ONCE: Final = 32
 
 
 class SGLangServerEngine(SGLangBase):
@@ -84,9 +86,10 @@ class SGLangServerEngine(SGLangBase):
     async def _end(self, names: Sequence[str]) -> None:
         # Told of one whose pictures it still looks at, SGLang (0.5.20 and later) forgets it, and does not listen again.
         before = self._loop.time() - _SENT_ON
-        for name in names:
-            if self._unsent.get(name, before) <= before:
-                await self._client.post("/abort_request", {"rid": name})
+        told = [name for name in names if self._unsent.get(name, before) <= before]
+        # A call for each: together they take as long as a few, in which the server makes fewer tokens for nobody.
+        for start in range(0, len(told), _AT_ONCE):
+            await asyncio.gather(*(self._client.post("/abort_request", {"rid": name}) for name in told[start : start + _AT_ONCE]))
 
     async def _ping(self) -> None:
         await self._client.get("/health")
