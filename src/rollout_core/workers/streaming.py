@@ -12,7 +12,7 @@ import math
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeVar
 
@@ -26,9 +26,10 @@ from rollout_core.workers.media import data_in
 
 #: Seconds that requests which are cancelled have to let go of what they hold.
 _LAST: Final = 2.0
-#: Seconds to the next call to an engine to end a request, twice as many each time up to the last: one that it has not taken in yet
-#: it does not know.
-_AGAIN: Final = (0.05, 0.4)
+#: Seconds between two calls to an engine to end requests, the least and the most; between them it is what the last call took, so
+#: that a busy server is not kept busy by them. A request that it has not taken in yet it does not know.
+_AGAIN_LEAST: Final = 0.05
+_AGAIN_MOST: Final = 0.4
 
 T = TypeVar("T")
 
@@ -65,6 +66,7 @@ class Flight:
     goal: int = 0
     starts: int = 0
     task: asyncio.Task[None] | None = None  # while it is in the air
+    is_sent: bool = False  # the engine has been asked for it, or is about to be
     is_called_back: bool = False
     has_ended: bool = False
 
@@ -86,14 +88,16 @@ class Flight:
 
 class StreamingEngine(ABC):
     """An ``Engine`` (see ``workers.engine``) over one that samples by itself. Its event loop runs in ``wait`` and while a call of
-    this class lasts; ``timeout``: seconds that the engine may take to end a request."""
+    this class lasts; ``timeout``: seconds that the engine may take to end a request; ``at_once``: most requests that it is given,
+    others wait their turn."""
 
     is_read_in_update: Final = False
 
-    def __init__(self, *, loop: asyncio.AbstractEventLoop, limits: Limits, timeout: float) -> None:
+    def __init__(self, *, loop: asyncio.AbstractEventLoop, limits: Limits, timeout: float, at_once: int | None = None) -> None:
         self._loop = loop
         self._limits = limits
         self._timeout = timeout
+        self._turns = nullcontext() if at_once is None else asyncio.Semaphore(at_once)
         self._version = self._before = 0  # the one before the last update, too
         self._unusable: str | None = None
         self._is_released = False
@@ -266,17 +270,16 @@ class StreamingEngine(ABC):
                 flight.name = f"{self._prefix}-{flight.request.key}-{flight.starts}"
                 flight.most = flight.left if most is None else min(most, flight.left)
                 flight.goal = len(flight.tokens) + flight.most
-                flight.is_called_back = False
+                flight.is_called_back = flight.is_sent = False
                 flight.task = self._loop.create_task(self._fly(flight))
 
     async def _fly(self, flight: Flight) -> None:
         finish: Literal["stop", "length", "aborted"] | None = None
         try:
-            if not flight.is_called_back:  # before it began
-                async with aclosing(self._stream(flight)) as pieces:  # type: ignore[type-var]
-                    async for piece in pieces:
-                        self._take(flight, piece)
-                        finish = piece.finish
+            async with self._turns:
+                if not flight.is_called_back:  # before it began
+                    flight.is_sent = True
+                    finish = await self._follow(flight)
             flight.task = None
             if finish is None and not flight.is_called_back:
                 raise TransferError("the engine ended a request without a word")
@@ -291,6 +294,16 @@ class StreamingEngine(ABC):
         finally:
             flight.task = None
             self._woken.set()
+
+    async def _follow(self, flight: Flight) -> Literal["stop", "length", "aborted"] | None:
+        """Take what comes of a request; returns how that ended, if the engine says so."""
+        finish = None
+        async with aclosing(self._stream(flight)) as pieces:  # type: ignore[type-var]
+            async for piece in pieces:
+                self._take(flight, piece)
+                finish = piece.finish
+                await asyncio.sleep(0)  # what it has more of waits its turn, or nobody would hear of an abort meanwhile
+        return finish
 
     def _take(self, flight: Flight, piece: Piece) -> None:
         if any(math.isnan(logprob) for logprob in piece.logprobs):
@@ -332,19 +345,23 @@ class StreamingEngine(ABC):
     async def _landed(self, flights: list[Flight], *, call: bool = False) -> None:
         """Until none of these is in the air; ``call``: have the engine end them, within the timeout."""
         end = self._loop.time() + self._timeout
-        again, most = _AGAIN
         while tasks := {flight.task: flight for flight in flights if flight.task is not None}:
-            if call:
-                late: Exception | None = TimeoutError() if self._loop.time() > end else None
-                try:
-                    await asyncio.wait_for(self._end([flight.name for flight in tasks.values()]), self._timeout)
-                except Exception as error:  # the engine is gone, or does not answer
-                    late = error
-                if late is not None:
-                    self._lose(list(tasks.values()), late)
-                    return
-            await asyncio.wait(tasks, timeout=again if call else None)
-            again = min(2 * again, most)
+            if not call:
+                await asyncio.wait(tasks)
+                continue
+            begun = self._loop.time()
+            late: Exception | None = TimeoutError() if begun > end else None
+            try:
+                if sent := [flight.name for flight in tasks.values() if flight.is_sent]:
+                    await asyncio.wait_for(self._end(sent), self._timeout)
+            except Exception as error:  # the engine is gone, or does not answer
+                late = error
+            if late is not None:
+                self._lose(flights, late)
+                return
+            now = self._loop.time()
+            pause = min(max(_AGAIN_LEAST, now - begun), _AGAIN_MOST, max(0.0, end - now))
+            await asyncio.wait(tasks, timeout=pause)
 
     def _lose(self, flights: list[Flight], error: Exception) -> None:
         why = (
@@ -353,9 +370,10 @@ class StreamingEngine(ABC):
             else f"{type(error).__name__}: {error}"
         )
         for flight in flights:
-            if flight.task is not None:
-                flight.task.cancel()
-                flight.task = None
+            if flight.task is None:
+                continue  # it has landed
+            flight.task.cancel()
+            flight.task = None
             if not flight.has_ended:
                 self._ended(flight, "failed", TransferError(f"the engine was told to end a request: {why}"))
 

@@ -7,6 +7,7 @@ import json
 import pickle
 import threading
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -188,28 +189,54 @@ def test_w4_once_something_was_heard_of_pictures_an_end_is_told_at_once(serve, f
     engine.close()
 
 
+def under_way(engine, count, asked, sent):
+    """Submit requests, and wait until so many have been sent."""
+    requests = [Request(key=key, prompt=PROMPT, place=0, sample=0) for key in range(count)]
+    engine.submit(Group(SamplingParams(response_length=8, ignore_eos=True), requests, 8))
+    end = time.monotonic() + 20
+    while len(asked) < sent:
+        assert time.monotonic() < end
+        engine._run(server.asyncio.sleep(0.01))
+
+
 def test_w4_ends_are_told_side_by_side(serve, folder):
-    """A server answers neither call before it has both."""
+    """A server answers neither of the first two calls before it has both."""
 
     class Slow(Stand):
-        calls = threading.Barrier(2, timeout=5)
+        both = threading.Barrier(2, timeout=20)
+        told: ClassVar = set()
 
         def __call__(self, line, asked):
-            if "/abort_request" in asked.line:
-                self.calls.wait()
+            if "/abort_request" in asked.line and (name := json.loads(asked.body)["rid"]) not in self.told:
+                self.told.add(name)
+                self.both.wait()
             return super().__call__(line, asked)
 
     def generate(stand, request):
         asked.append(request["rid"])
-        stand.aborted.wait(5)
+        stand.aborted.wait(20)
         return [answer(5, {"type": "abort", "status_code": None}), "[DONE]"]
 
     asked, found = [], []
-    engine = made(serve, Slow(folder, "0.5.23", generate))
-    requests = [Request(key=key, prompt=PROMPT, place=0, sample=0, media=[]) for key in (1, 2)]
-    engine.submit(Group(SamplingParams(response_length=8, ignore_eos=True), requests, 8))
-    while len(asked) < 2:
-        engine._run(server.asyncio.sleep(0.01))
+    engine = made(serve, Slow(folder, "0.5.23", generate), timeout=20.0)
+    under_way(engine, 2, asked, 2)
     engine.abort(None, found.extend)
-    assert {one.key: one.status for one in found if one.status} == {1: "aborted", 2: "aborted"}
+    assert {one.key: one.status for one in found if one.status} == {0: "aborted", 1: "aborted"}
+    engine.close()
+
+
+def test_w4_what_waits_for_a_connection_when_it_is_ended_is_never_sent(serve, folder):
+    def generate(stand, request):
+        asked.append(request["rid"])
+        stand.aborted.wait(20)
+        return [answer(5, {"type": "abort", "status_code": None}), "[DONE]"]
+
+    asked, found = [], []
+    stand = Stand(folder, "0.5.23", generate)
+    engine = made(serve, stand, timeout=20.0)
+    under_way(engine, 60, asked, 8)
+    engine.abort(None, found.extend)
+    assert [one.status for one in found if one.status] == ["aborted"] * 60
+    assert len(asked) == 8
+    assert stand.heard.count("/abort_request") < 60  # nor is the server told of it
     engine.close()

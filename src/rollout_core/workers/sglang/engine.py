@@ -63,10 +63,11 @@ class SGLangBase(StreamingEngine):
         arguments: Mapping[str, Any],
         positions: int,
         timeout: float,
+        at_once: int | None = None,
     ) -> None:
         self._repeats = bool(arguments.get("enable_deterministic_inference"))
         limits = Limits.of(folder, positions, no_seeds="" if self._repeats else _NO_SEEDS)
-        super().__init__(loop=loop, limits=limits, timeout=timeout)
+        super().__init__(loop=loop, limits=limits, timeout=timeout, at_once=at_once)
         self._features = features
         self._device = str(arguments.get("device") or "cuda")  # that its weights are on: cuda, cpu
         self._ranks = int(arguments.get("tp_size") or 1) * int(arguments.get("pp_size") or 1)

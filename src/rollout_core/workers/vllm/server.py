@@ -44,7 +44,8 @@ class VLLMServerEngine(VLLMStreamed):
             folder = Path(model or listed["root"])
             if not (folder / "config.json").is_file():
                 raise WorkerError(f"{url} serves the model in {folder}, which is not on this machine: pass model_dir")
-            super().__init__(folder, loop=loop, positions=int(listed["max_model_len"]), mend=mend, timeout=timeout)
+            positions = int(listed["max_model_len"])
+            super().__init__(folder, loop=loop, positions=positions, mend=mend, timeout=timeout, at_once=connections)
             # Whether the extension is there, and whether somebody has left the weights half done.
             self._unusable = unusable_of(self._run(self._ask(Layout({}))))
         except BaseException:

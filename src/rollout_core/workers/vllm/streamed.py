@@ -42,8 +42,17 @@ _FINISHES: Final = {"stop": "stop", "length": "length", "abort": "aborted"}
 class VLLMStreamed(StreamingEngine):
     """``folder``: of the model. ``mend``: work around what is known to be wrong in vLLM."""
 
-    def __init__(self, folder: Path, *, loop: asyncio.AbstractEventLoop, positions: int, mend: bool, timeout: float) -> None:
-        super().__init__(loop=loop, limits=Limits.of(folder, positions), timeout=timeout)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        positions: int,
+        mend: bool,
+        timeout: float,
+        at_once: int | None = None,
+    ) -> None:
+        super().__init__(loop=loop, limits=Limits.of(folder, positions), timeout=timeout, at_once=at_once)
         self._folder = folder
         self._checkpoint = Checkpoint(folder)
         self._parts = Parts(lambda command: self._run(self._ask(command)), self._checkpoint.shapes, values_on="cpu")
