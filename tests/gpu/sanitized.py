@@ -11,7 +11,9 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,11 @@ from rollout_core.bucketing.digest import block_multilinear_by_torch
 from support.kernel_checks import random_pairs
 
 BLOCK = "block-multilinear-128"
-LAYOUTS = 6
+#: Alignments and capacities of what is packed.
+LAYOUTS = [(1, 1 << 20), (1, 40_001), (16, 1 << 20), (16, 16 << 10), (256, 40_001), (1, 1 << 20)]
+#: Kernels that have to be launched, or they were not watched.
+KERNELS = ["copy_aligned", "copy_parts", "copy_shifted", "digest_aligned", "digest_part", "digest_rows", "gather_aligned"]
+KERNELS += ["gather_parts", "gather_shifted", "gather_whole"]
 
 
 @triton.jit
@@ -39,16 +45,34 @@ def wrong() -> None:
     torch.cuda.synchronize()
 
 
-def right() -> None:
-    assert launching.usable(torch.device("cuda"))
-    for seed in range(LAYOUTS):
-        rng = random.Random(seed)
-        pairs = random_pairs("cuda", rng, 25, 100_000)
-        if seed % 2:  # in memory of their own, that ends with them
-            pairs = [(name, tensor.clone()) for name, tensor in pairs]
-        plan = plan_buckets(specs_of(pairs), rng.choice([40_001, 16 << 10, 1 << 20]), align=rng.choice([1, 16, 256]))
+def launched():
+    """The names of kernels as they are launched from here on."""
+    names = set()
+    kernels = launching._kernels()
+
+    class Noted:
+        def __init__(self, name):
+            self._name, self._kernel = name, getattr(kernels, name)
+
+        def __getitem__(self, grid):
+            names.add(self._name)
+            return self._kernel[grid]
+
+    noted = SimpleNamespace(**{name: Noted(name) for name in KERNELS})
+    launching._kernels = lambda: noted
+    return names
+
+
+def right(device: str = "cuda") -> None:
+    names = launched()
+    for seed, (align, capacity) in enumerate(
+        [(1, 1 << 20), (1, 40_001), (16, 1 << 20), (16, 16 << 10), (256, 40_001), (1, 1 << 20)]
+    ):
+        # Clones: in memory of their own, that ends with them, so that what is read beside them is seen.
+        pairs = [(name, tensor.clone()) for name, tensor in random_pairs(device, random.Random(seed), 25, 100_000)]
+        plan = plan_buckets(specs_of(pairs), capacity, align=align)
         for digest in (BLOCK, None):
-            packer = Packer(plan, digest=digest, allocate=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device="cuda"))
+            packer = Packer(plan, digest=digest, allocate=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=device))
             for _ in range(2):
                 buckets = list(packer.pack(pairs))
             into = {name: torch.empty_like(tensor, memory_format=torch.contiguous_format) for name, tensor in pairs}
@@ -57,10 +81,17 @@ def right() -> None:
                 unpacker.feed(bucket)
             unpacker.close()
             assert all(torch.equal(into[name].view(torch.uint8), t.contiguous().view(torch.uint8)) for name, t in pairs)
-        for bucket in buckets:
-            assert launching.digest_lanes(bucket.buffer) == block_multilinear_by_torch(bucket.buffer)
+        buffers = [bucket.buffer for bucket in buckets]
+        lanes = [block_multilinear_by_torch(buffer) for buffer in buffers]
+        assert [launching.digest_lanes(buffer) for buffer in buffers] == lanes
+        places = np.array([buffer.data_ptr() for buffer in buffers])
+        sizes = np.array([buffer.nbytes for buffer in buffers])
+        rows = launching.digest_rows(torch.device(device), places, sizes, np.zeros_like(sizes))
+        assert rows.cpu().numpy().view(np.uint64).tolist() == [list(pair) for pair in lanes]
+    assert names == set(KERNELS), f"not launched: {set(KERNELS) - names}"
 
 
 if __name__ == "__main__":
+    assert launching.usable(torch.device("cuda"))
     wrong() if "wrong" in sys.argv[1:] else right()
     print("reached the end")

@@ -1,4 +1,5 @@
-"""compute-sanitizer, of CUDA's toolkit, over the kernels: no access outside memory, nor by two threads at once."""
+"""compute-sanitizer, of CUDA's toolkit, over the kernels: no access outside memory, no race within a program over memory that its
+threads share. Without the tool these tests fail."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SEEDS = [1, 2]
 HEAD = "lm_head.weight"
 
 
-# SGLang rotates heads of 64 and more by a kernel that writes its cache, too; for smaller ones it has none here.
+# SGLang rotates heads of 64 (128, 256, 512) by a kernel that writes its cache, too, and its graphs want that.
 @pytest.fixture(scope="module", params=[make_model, partial(make_mixture, POSITIONS, 64)], ids=["tied", "mixture"])
 def place(request, tmp_path_factory):
     """The folder of a model, and what the rank with the engine found after each update."""
