@@ -339,13 +339,17 @@ class StreamingEngine(ABC):
         flights = [flight for flight in flights if flight.task is not None]
         for flight in flights:
             flight.is_called_back = True
+            if flight.task is not None and not flight.is_sent:
+                flight.task.cancel()  # it waits its turn, and others' may take long
         if flights:
             self._run(self._landed(flights, call=True))
+            for flight in flights:
+                flight.task = None  # one that was cancelled before it began does not say so itself
 
     async def _landed(self, flights: list[Flight], *, call: bool = False) -> None:
         """Until none of these is in the air; ``call``: have the engine end them, within the timeout."""
         end = self._loop.time() + self._timeout
-        while tasks := {flight.task: flight for flight in flights if flight.task is not None}:
+        while tasks := {flight.task: flight for flight in flights if flight.task is not None and not flight.task.done()}:
             if not call:
                 await asyncio.wait(tasks)
                 continue

@@ -192,7 +192,8 @@ class _Pump:
                 self._wait()
                 while not self._is_stopped and self._channel.has_message():
                     self._take(self._channel.receive(0))
-                    self._send()  # an engine that tells more than is taken in here has to hear of an abort nevertheless
+                    with suppress(PeerGone):  # what it said before is to be taken in first
+                        self._send()  # an engine that tells more than is taken in here has to hear of an abort nevertheless
         except PeerGone as error:
             # Its exit code says more than the closed channel; and one that was told to close may take its time over its exit.
             self._host.wait(GRACE if self._is_closing else 1.0)
