@@ -65,9 +65,7 @@ def launched():
 
 def right(device: str = "cuda") -> None:
     names = launched()
-    for seed, (align, capacity) in enumerate(
-        [(1, 1 << 20), (1, 40_001), (16, 1 << 20), (16, 16 << 10), (256, 40_001), (1, 1 << 20)]
-    ):
+    for seed, (align, capacity) in enumerate(LAYOUTS):
         # Clones: in memory of their own, that ends with them, so that what is read beside them is seen.
         pairs = [(name, tensor.clone()) for name, tensor in random_pairs(device, random.Random(seed), 25, 100_000)]
         plan = plan_buckets(specs_of(pairs), capacity, align=align)

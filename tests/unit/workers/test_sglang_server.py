@@ -189,6 +189,17 @@ def test_w4_once_something_was_heard_of_pictures_an_end_is_told_at_once(serve, f
     engine.close()
 
 
+def until_told(asked):
+    """Streams that say nothing before the server is told of an end; ``asked`` gets their names."""
+
+    def generate(stand, request):
+        asked.append(request["rid"])
+        stand.aborted.wait(20)
+        return [answer(5, {"type": "abort", "status_code": None}), "[DONE]"]
+
+    return generate
+
+
 def under_way(engine, count, asked, sent):
     """Submit requests, and wait until so many have been sent."""
     requests = [Request(key=key, prompt=PROMPT, place=0, sample=0) for key in range(count)]
@@ -212,13 +223,8 @@ def test_w4_ends_are_told_side_by_side(serve, folder):
                 self.both.wait()
             return super().__call__(line, asked)
 
-    def generate(stand, request):
-        asked.append(request["rid"])
-        stand.aborted.wait(20)
-        return [answer(5, {"type": "abort", "status_code": None}), "[DONE]"]
-
     asked, found = [], []
-    engine = made(serve, Slow(folder, "0.5.23", generate), timeout=20.0)
+    engine = made(serve, Slow(folder, "0.5.23", until_told(asked)), timeout=20.0)
     under_way(engine, 2, asked, 2)
     engine.abort(None, found.extend)
     assert {one.key: one.status for one in found if one.status} == {0: "aborted", 1: "aborted"}
@@ -226,13 +232,8 @@ def test_w4_ends_are_told_side_by_side(serve, folder):
 
 
 def test_w4_what_waits_for_a_connection_when_it_is_ended_is_never_sent(serve, folder):
-    def generate(stand, request):
-        asked.append(request["rid"])
-        stand.aborted.wait(20)
-        return [answer(5, {"type": "abort", "status_code": None}), "[DONE]"]
-
     asked, found = [], []
-    stand = Stand(folder, "0.5.23", generate)
+    stand = Stand(folder, "0.5.23", until_told(asked))
     engine = made(serve, stand, timeout=20.0)
     under_way(engine, 60, asked, 8)
     engine.abort(None, found.extend)
