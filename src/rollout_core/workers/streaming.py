@@ -342,17 +342,19 @@ class StreamingEngine(ABC):
             if flight.task is not None and not flight.is_sent:
                 flight.task.cancel()  # it waits its turn, and others' may take long
         if flights:
-            self._run(self._landed(flights, call=True))
+            self._run(self._called_back(flights))
             for flight in flights:
                 flight.task = None  # one that was cancelled before it began does not say so itself
 
-    async def _landed(self, flights: list[Flight], *, call: bool = False) -> None:
-        """Until none of these is in the air; ``call``: have the engine end them, within the timeout."""
+    async def _landed(self, flights: list[Flight]) -> None:
+        """Until none of these is in the air."""
+        if tasks := [flight.task for flight in flights if flight.task is not None]:
+            await asyncio.wait(tasks)
+
+    async def _called_back(self, flights: list[Flight]) -> None:
+        """Have the engine end these, until none is in the air, within the timeout."""
         end = self._loop.time() + self._timeout
         while tasks := {flight.task: flight for flight in flights if flight.task is not None and not flight.task.done()}:
-            if not call:
-                await asyncio.wait(tasks)
-                continue
             begun = self._loop.time()
             late: Exception | None = TimeoutError() if begun > end else None
             try:

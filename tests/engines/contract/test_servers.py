@@ -43,14 +43,18 @@ def server(folder):
         yield server
 
 
+def said(server, path):
+    return urllib.request.urlopen(server.url + path, timeout=10).read().decode()
+
+
 def running_in(server):
     """Requests that the server says it works on or has queued."""
     if ENGINE == "vllm":
-        text = urllib.request.urlopen(f"{server.url}/metrics", timeout=10).read().decode()
+        text = said(server, "/metrics")
         counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)", text, re.MULTILINE)
         assert len(counts) == 2, text[:2000]
         return sum(map(float, counts))
-    text = urllib.request.urlopen(f"{server.url}/v1/loads", timeout=10).read().decode()
+    text = said(server, "/v1/loads")
     counts = re.findall(r'"num_(?:running|waiting)_reqs": ?(\d+)', text)
     assert counts, text[:2000]
     return sum(map(int, counts))
@@ -58,8 +62,8 @@ def running_in(server):
 
 def generated(server):
     """Tokens that it has sampled since it was started; SGLang counts those of a request when it ends."""
-    text = urllib.request.urlopen(f"{server.url}/metrics", timeout=10).read().decode()
-    return sum(map(float, re.findall(rf"^{ENGINE}:generation_tokens_total\{{[^}}]*\}} (\S+)", text, re.MULTILINE)))
+    found = re.findall(rf"^{ENGINE}:generation_tokens_total\{{[^}}]*\}} (\S+)", said(server, "/metrics"), re.MULTILINE)
+    return sum(map(float, found))
 
 
 def eventually(holds, seconds=60):
