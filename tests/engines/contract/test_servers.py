@@ -16,7 +16,6 @@ from rollout_core.workers import SamplingParams, SGLangServerWorker, VLLMServerW
 from support.engines import ENGINE, VLLM_CACHE, changed, make_model, running_server
 
 WORKER = {"vllm": VLLMServerWorker, "sglang": SGLangServerWorker}[ENGINE]
-LONG = SamplingParams(response_length=200, ignore_eos=True)
 SHORT = SamplingParams(response_length=8, ignore_eos=True)
 PROMPTS = [[5], [17, 3, 60], [9, 2, 2, 12]]
 POSITIONS = 10_000
@@ -122,7 +121,7 @@ def test_a_model_of_another_shape_is_refused_and_the_server_serves_on(server):
 def test_w7_a_server_that_stops_is_reported_and_not_waited_for(server):
     with WORKER(server.url, timeout=2) as worker:
         worker.generate(PROMPTS, SHORT)
-        futures = worker.submit(PROMPTS, LONG)
+        futures = worker.submit(PROMPTS, ENDLESS)
         processes = server.processes
         for pid in processes:
             os.kill(pid, signal.SIGSTOP)
@@ -149,7 +148,7 @@ def test_w7_a_server_that_stops_is_reported_and_not_waited_for(server):
 def test_w7_a_server_that_is_killed_is_reported_at_once(server):
     with WORKER(server.url, timeout=30) as worker:
         worker.generate(PROMPTS, SHORT)
-        futures = worker.submit(PROMPTS, LONG)
+        futures = worker.submit(PROMPTS, ENDLESS)
         os.kill(server.processes[0], signal.SIGKILL)
         start = time.monotonic()
         done = [future.result(20) for future in futures]
